@@ -1,0 +1,251 @@
+"""What the three networks share: loading rules, initialisation, attention, masks, the P-Tuning prefix, the loss."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .checkpoint import CheckpointError, check_family
+
+IGNORE_INDEX = -100  # the label of a token that the loss leaves out, as in torch and transformers
+
+
+class PrefixEncoder(nn.Module):
+    """P-Tuning v2: trained keys and values that stand before those of the tokens, in every layer.
+
+    With `prefix_projection`, embedding -> Linear -> Tanh -> Linear; without, the embedding alone.
+    """
+
+    def __init__(self, config, kv_size: int, embedding_size: int):
+        super().__init__()
+        if config.prefix_projection:
+            self.embedding = nn.Embedding(config.pre_seq_len, embedding_size)
+            self.trans = nn.Sequential(
+                nn.Linear(embedding_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, kv_size)
+            )
+        else:
+            self.embedding = nn.Embedding(config.pre_seq_len, kv_size)
+        self.dropout = nn.Dropout(config.prefix_dropout)
+
+    def forward(self, batch: int, layers: int, head_dim: int) -> torch.Tensor:
+        """Keys and values of all layers: [layers, 2, batch, heads, pre_seq_len, head_dim]."""
+        ids = torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device)
+        prefix = self.embedding(ids)  # [pre_seq_len, kv_size]
+        if hasattr(self, "trans"):
+            prefix = self.trans(prefix)
+        prefix = prefix.view(len(ids), layers, 2, -1, head_dim).permute(1, 2, 3, 0, 4)
+        return self.dropout(prefix[:, :, None].expand(-1, -1, batch, -1, -1, -1))  # dropout differs from row to row
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """Loading, initialisation and what transformers wants to know about a ChatGLM."""
+
+    mode: str  # the key in MODE
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    # computed here, never read: some official files hold them, some do not
+    _keys_to_ignore_on_load_unexpected = [r"\.inv_freq$"]
+    # a base checkpoint has none of these; they are initialised
+    _keys_to_ignore_on_load_missing = [r"prefix_encoder\."]
+
+    def __init__(self, config, *args, **kwargs):
+        if config.quantization_bit:
+            raise CheckpointError(
+                f"the checkpoint holds weights quantised to {config.quantization_bit} bits; "
+                "use the unquantised one (quantization_bit 0)"
+            )
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers, but any weight that is missing, left over or of another shape is an error.
+
+        Raises:
+            CheckpointError: the folder is missing, of another family, incomplete, or its shapes do not fit its config.
+        """
+        folder = str(pretrained_model_name_or_path)
+        check_family(folder, cls.mode, need=("config",))
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            folder, *args, **kwargs, use_safetensors=None, weights_only=True, output_loading_info=True
+        )
+        wrong = []
+        for kind, what in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "unknown"),
+            ("mismatched_keys", "misshapen"),
+        ):
+            names = sorted(str(key) for key in info[kind] if "prefix_encoder." not in str(key))
+            if names:
+                wrong.append(f"{len(names)} {what} (first: {names[0]})")
+        if wrong:
+            raise CheckpointError(f"the weights in {folder} do not fit its config.json: {', '.join(wrong)}")
+        return (model, info) if wants_info else model
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Every weight that a checkpoint lacks gets a value: prefix encoders, or all of a model made from a config."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
+        elif hasattr(module, "weight") and not list(module.children()):  # the norms
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+
+    def prepare_cache(self, cache: DynamicCache | None, use_cache: bool | None) -> tuple[DynamicCache | None, int]:
+        """The key/value cache to use, and how many tokens it holds already."""
+        use_cache = use_cache if use_cache is not None else self.config.use_cache and not self.training
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        return cache, cache.get_seq_length() if cache is not None else 0
+
+    def prefixes(self, batch: int) -> torch.Tensor | None:
+        """The P-Tuning prefix of every layer: [layers, 2, batch, heads, pre_seq_len, head_dim], or None."""
+        if self.config.pre_seq_len is None:
+            return None
+        head_dim = getattr(self.config, "kv_channels", self.config.hidden_size // self.config.num_attention_heads)
+        return self.prefix_encoder(batch, self.config.num_layers, head_dim)
+
+
+def real_tokens(input_ids: torch.Tensor, pad_token_id: int, cached: int) -> torch.Tensor:
+    """The attention mask of ids that came without one: [batch, cached + tokens]; padding on the left is hidden.
+
+    Padding on the right needs no hiding: no earlier token sees it.
+    """
+    mask = (
+        (input_ids != pad_token_id).long().cummax(1).values if pad_token_id is not None else torch.ones_like(input_ids)
+    )
+    return F.pad(mask, (cached, 0), value=1)
+
+
+def visible_mask(
+    queries: int,
+    attention_mask: torch.Tensor | None,
+    config,
+    dtype: torch.dtype,
+    prefix: torch.Tensor | None = None,
+    context: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Which key each query may see, one mask for all layers.
+
+    Args:
+        queries: number of query tokens, the last of the keys.
+        attention_mask: [batch, keys], 1 real, 0 padding; None where no key is hidden.
+        prefix: the P-Tuning prefix; seen by every query.
+        context: [batch], so many first tokens are seen by every query.
+
+    Returns:
+        [batch or 1, 1, queries, pre_seq_len + keys]: bool for sdpa, additive of `dtype` for eager; None where plain
+        causal attention is meant.
+    """
+    if attention_mask is None and prefix is None and context is None:
+        return None
+    keys = queries if attention_mask is None else attention_mask.shape[1]
+    device = next(t.device for t in (attention_mask, context, prefix) if t is not None)
+    key = torch.arange(keys, device=device)
+    query = key[keys - queries :, None]
+    mask = (key <= query)[None]  # [1, queries, keys]
+    if context is not None:
+        mask = mask | (key < context[:, None, None])
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None].bool()
+        # a padding query sees itself: softmax over nothing would be NaN
+        mask = mask | (key == query)
+    mask = mask[:, None]
+    if prefix is not None:
+        mask = F.pad(mask, (prefix.shape[-2], 0), value=True)
+    if config._attn_implementation == "eager":
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask
+
+
+def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """[batch, tokens, heads * head_dim] -> [batch, tokens, heads, head_dim]."""
+    return x.unflatten(-1, (-1, head_dim))
+
+
+def attend(module, q, k, v, mask, prefix, cache) -> torch.Tensor:
+    """Attention of one layer through transformers' registry of implementations.
+
+    Args:
+        module: has config, layer_idx, scaling, is_causal.
+        q, k, v: [batch, tokens, heads, head_dim]; k and v may have fewer heads (groups).
+        mask: of `visible_mask`.
+        prefix: [2, batch, groups, pre_seq_len, head_dim] or None. It goes in front of the keys and values here, and
+            never through the cache: transformers drops a cache under gradient checkpointing, and its gradient with it.
+        cache: updated with k and v.
+
+    Returns:
+        [batch, tokens, heads * head_dim].
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if cache is not None:
+        k, v = cache.update(k, v, module.layer_idx)
+    if prefix is not None:
+        k, v = torch.cat((prefix[0], k), dim=2), torch.cat((prefix[1], v), dim=2)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
+    return function(module, q, k, v, mask, scaling=module.scaling, dropout=0.0)[0].flatten(2)
+
+
+def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, **_):
+    """Attention spelled out, for --attn_implementation eager; arguments as the registry's other functions take them."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if mask is None and query.shape[2] > 1:
+        mask = torch.full(scores.shape[-2:], torch.finfo(scores.dtype).min, device=scores.device)
+        mask = mask.triu(1 + scores.shape[-1] - scores.shape[-2])
+    if mask is not None:
+        scores = scores + mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def causal_lm_output(model, outputs, head, labels, logits_to_keep, num_items_in_batch) -> CausalLMOutputWithPast:
+    """Logits, and the loss where there are labels.
+
+    Args:
+        outputs: of the transformer.
+        head: the output layer.
+        labels: [batch, tokens], IGNORE_INDEX where there is nothing to learn; shifted here, so labels align with ids.
+        logits_to_keep: the last so many positions, or their indices; 0 for all.
+        num_items_in_batch: what the summed loss is divided by; None for this batch's own number of labels.
+
+    Returns:
+        In training with labels, `logits` is None: only the answer's positions ever see the output layer.
+    """
+    hidden_states = outputs.last_hidden_state
+    loss = logits = None
+    if labels is not None:
+        loss = answer_loss(hidden_states, labels, head, num_items_in_batch)
+    if labels is None or not model.training:
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = head(hidden_states[:, keep])
+    return CausalLMOutputWithPast(loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states)
+
+
+def answer_loss(hidden_states, labels, head, num_items=None) -> torch.Tensor:
+    """Cross entropy of the labelled positions, in float32.
+
+    Args:
+        hidden_states: [batch, tokens, hidden].
+        labels: [batch, tokens].
+        num_items: the divisor; None for the number of labels here.
+    """
+    targets = labels[:, 1:]
+    answer = targets != IGNORE_INDEX
+    targets = targets[answer]  # [answer tokens]
+    logits = head(hidden_states[:, :-1][answer]).float()
+    total = F.cross_entropy(logits, targets, reduction="sum")
+    return total / (num_items if num_items is not None else max(1, len(targets)))

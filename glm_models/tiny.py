@@ -1,0 +1,206 @@
+"""Tiny random checkpoints in the official on-disk format, to try a change without 12 GB.
+
+    python -m glm_models.tiny --mode glm3 --output tiny-glm3
+
+The tokenizer is trained on the text that is given (by default the texts of data/); the weights are random, so the model
+knows nothing yet. By default it has 28 thin layers, as the real models have, so that `layers.27.` means something.
+"""
+
+import argparse
+import io
+import json
+import os
+
+import sentencepiece
+import torch
+
+from . import MODE
+from .checkpoint import write_json, write_weights
+from .glm import GLMTokenizer
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+    "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+}
+
+
+def train_sentencepiece(lines: list[str], mode: str, vocab_size: int | None) -> bytes:
+    """A SentencePiece model with the special pieces and settings of a family.
+
+    Args:
+        lines: the text to learn pieces from.
+        vocab_size: number of pieces; None for one piece a character, which small models learn fastest from.
+    """
+    options = {"byte_fallback": True, "character_coverage": 1.0, "max_sentence_length": 1 << 20}
+    if mode == "glm":
+        blanks = [f"<|blank_{n}|>" for n in range(2, GLMTokenizer.MAX_BLANKS + 1)]
+        controls = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
+        options |= {
+            "pad_id": 3,
+            "pad_piece": "<pad>",
+            "user_defined_symbols": ["<n>", "<|tab|>", *blanks],
+            "control_symbols": controls,
+            "normalization_rule_name": "nmt_nfkc",
+        }
+        lines = [line for text in lines for line in text.split("\n")]
+        extra = 4 + len(blanks) + 2 + len(controls)
+    else:
+        options |= {
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "split_digits": True,
+            "user_defined_symbols": ["\n"],
+        }
+        lines = [line for text in lines for line in text.split("\n")]
+        extra = 4
+    lines = [line for line in lines if line.strip()]
+    normalizer = sentencepiece.SentencePieceNormalizer(rule_name=options["normalization_rule_name"])
+    characters = set("".join(normalizer.normalize(line) for line in lines)) - {" ", "\n", "\t"}
+    if vocab_size is None:
+        vocab_size = len(characters) + 1 + 256 + extra  # the word mark, the bytes
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        minloglevel=2,
+        num_threads=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+def make_tiny_checkpoint(
+    mode: str,
+    output: str,
+    lines: list[str],
+    layers: int = 28,
+    hidden_size: int = 64,
+    heads: int = 4,
+    vocab_size: int | None = None,
+    seed: int = 1234,
+    **config,
+) -> None:
+    """Write a checkpoint folder of family `mode` with random float32 weights.
+
+    Args:
+        output: the folder; made if need be, must be empty.
+        lines: text for the tokenizer.
+        vocab_size: see `train_sentencepiece`.
+        config: more keys for config.json.
+
+    Raises:
+        ValueError: output is not empty, or the sizes do not go together.
+    """
+    if hidden_size % heads or hidden_size // heads % 8:
+        raise ValueError(f"hidden_size {hidden_size} must be heads {heads} x a multiple of 8")
+    os.makedirs(output, exist_ok=True)
+    if os.listdir(output):
+        raise ValueError(f"{output} is not empty")
+    family = MODE[mode]
+    vocabulary = os.path.join(output, family.tokenizer.vocab_files_names["vocab_file"])
+    with open(vocabulary, "wb") as file:
+        file.write(train_sentencepiece(lines, mode, vocab_size))
+
+    title = "THUDM/" + family.config.title.lower()
+    common = {"_name_or_path": title, "model_type": "chatglm", "architectures": ["ChatGLMModel"], "auto_map": AUTO_MAP}
+    tokenizer_config = {
+        "name_or_path": title,
+        "remove_space": False,
+        "do_lower_case": False,
+        "tokenizer_class": "ChatGLMTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+    }
+    common |= {"hidden_size": hidden_size, "num_layers": layers, "num_attention_heads": heads, "torch_dtype": "float32"}
+    if mode == "glm":
+        tokenizer_config |= {"num_image_tokens": 0, "gmask_token": "[gMASK]", "end_token": "</s>"}
+        tokenizer_config |= {"bos_token": "<sop>", "eos_token": "<eop>", "mask_token": "[MASK]"}
+        tokenizer_config |= {"pad_token": "<pad>", "unk_token": "<unk>"}
+    write_json(os.path.join(output, "tokenizer_config.json"), tokenizer_config)
+    tokenizer = family.tokenizer.from_pretrained(output)
+    rows = -(-tokenizer.vocab_size // 16) * 16  # padded, as the official embeddings are
+    if mode == "glm":
+        common |= {
+            "vocab_size": rows,
+            "inner_hidden_size": 4 * hidden_size,
+            "max_sequence_length": 2048,
+            "position_encoding_2d": True,
+            "layernorm_epsilon": 1e-5,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "mask_token_id": tokenizer.mask_token_id,
+            "gmask_token_id": tokenizer.gmask_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "use_cache": True,
+        }
+    else:
+        defaults = family.config()
+        keys = ("add_bias_linear", "add_qkv_bias", "apply_residual_connection_post_layernorm", "attention_dropout")
+        keys += ("fp32_residual_connection", "hidden_dropout", "layernorm_epsilon", "multi_query_attention")
+        keys += ("multi_query_group_num", "original_rope", "post_layer_norm", "rmsnorm", "use_cache")
+        keys += ("tie_word_embeddings", "eos_token_id", "pad_token_id", "seq_length")
+        common |= {key: getattr(defaults, key) for key in keys}
+        common |= {"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True}
+        common |= {
+            "padded_vocab_size": rows,
+            "kv_channels": hidden_size // heads,
+            "ffn_hidden_size": -(-hidden_size * 8 // 3 // 16) * 16,
+        }
+    write_json(os.path.join(output, "config.json"), common | config)
+
+    torch.manual_seed(seed)
+    model = family.model(family.config.from_pretrained(output))
+    tensors = {**model.state_dict(), **model.official_buffers()}
+    write_weights(output, tensors.items(), sum(t.numel() * t.element_size() for t in tensors.values()))
+
+
+def read_lines(paths: list[str]) -> list[str]:
+    """Texts to train a tokenizer on: the lines of a text file, or all strings of an instruction file."""
+    lines = []
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = line
+                values = row.values() if isinstance(row, dict) else [row]
+                for value in values:
+                    lines += value if isinstance(value, list) else [value]
+    return [line for line in lines if isinstance(line, str)]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=MODE, required=True, help="which family")
+    parser.add_argument("--output", required=True, help="folder to write")
+    data = [f"data/{name}.json" for name in ("spo_0", "d2q_0")]
+    parser.add_argument("--text", nargs="+", default=data, help="files with the text that the tokenizer learns from")
+    parser.add_argument("--layers", type=int, default=28, help="number of layers")
+    parser.add_argument("--hidden_size", type=int, default=64, help="width; heads x a multiple of 8")
+    parser.add_argument("--heads", type=int, default=4, help="attention heads")
+    parser.add_argument("--vocab_size", type=int, help="SentencePiece pieces (default: one a character)")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the random weights")
+    args = parser.parse_args(argv)
+    try:
+        make_tiny_checkpoint(
+            args.mode,
+            args.output,
+            read_lines(args.text),
+            args.layers,
+            args.hidden_size,
+            args.heads,
+            args.vocab_size,
+            args.seed,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(
+        f"{args.output}: a random {MODE[args.mode].config.title} with {args.layers} layers of width {args.hidden_size}"
+    )
+
+
+if __name__ == "__main__":
+    main()
