@@ -1,0 +1,290 @@
+"""From an instruction file to batches: rows are read and checked, turned into ids and labels, and dealt out to ranks.
+
+A tokenizer is known here by three things only: `encode_prompt`, `encode_answer` and `eos_token_id`, `pad_token_id`.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+IGNORE_INDEX = -100
+
+
+class DataError(ValueError):
+    """A row or file that cannot be used; the message names file and line and what is wrong."""
+
+
+# Rows
+
+
+def read_rows(path: str, several_outputs: bool = False) -> Iterator[tuple[int, dict]]:
+    """Read an instruction file: JSON lines, or one JSON array of objects.
+
+    Args:
+        several_outputs: a row's output may also be a list of strings (references to compare a prediction with).
+
+    Yields:
+        Line number (of the row's start, from 1) and the row, a dict with strings under instruction, input and output.
+
+    Raises:
+        DataError: the file cannot be read, or a row is not as it must be.
+    """
+    try:
+        # newline="\n": a lone carriage return inside a text is no end of line
+        with open(path, encoding="utf-8", newline="\n") as file:
+            first = file.read(1)
+            while first.isspace():
+                first = file.read(1)
+            file.seek(0)
+            rows = _array_rows(path, file.read()) if first == "[" else _line_rows(path, file)
+            empty = True
+            for line, row in rows:
+                empty = False
+                check_row(row, f"{path} line {line}", several_outputs)
+                yield line, row
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from None
+    if empty:
+        raise DataError(f"{path} holds no rows")
+
+
+def _line_rows(path, file):
+    for line, text in enumerate(file, 1):
+        if text.strip():
+            try:
+                yield line, json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path} line {line} is not valid JSON: {error}") from None
+
+
+def _array_rows(path, text):
+    """Rows of a JSON array, one by one, so that each knows its line."""
+    decoder = json.JSONDecoder()
+    position, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("[") + 1)
+
+    def skip_space(start):
+        end = start
+        while end < len(text) and text[end].isspace():
+            end += 1
+        return end, text.count("\n", start, end)
+
+    position, newlines = skip_space(position)
+    line += newlines
+    while text[position : position + 1] != "]":
+        try:
+            row, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} line {line} is not valid JSON: {error}") from None
+        yield line, row
+        line += text.count("\n", position, end)
+        position, newlines = skip_space(end)
+        line += newlines
+        mark = text[position : position + 1]
+        if mark == "," :
+            position, newlines = skip_space(position + 1)
+            line += newlines
+        elif mark != "]":
+            raise DataError(f"{path} line {line}: expected a comma or ] after a row of the array")
+
+
+def check_row(row, where: str, several_outputs: bool = False) -> None:
+    """Make sure that a row has what training needs.
+
+    Raises:
+        DataError: with `where` in front.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a row must be an object with instruction, input and output, not {_kind(row)}")
+    for key in ("instruction", "input", "output"):
+        if key not in row:
+            raise DataError(f"{where}: the key {key!r} is missing; a row has instruction, input and output")
+    for key in ("instruction", "input"):
+        if not isinstance(row[key], str):
+            raise DataError(f"{where}: {key} must be a string, not {_kind(row[key])}")
+    if not (row["instruction"] + row["input"]).strip():
+        raise DataError(f"{where}: instruction and input are both empty")
+    outputs = row["output"] if several_outputs and isinstance(row["output"], list) else [row["output"]]
+    if not outputs or not all(isinstance(output, str) for output in outputs):
+        wanted = "a string or a list of strings" if several_outputs else "a string"
+        raise DataError(f"{where}: output must be {wanted}, not {_kind(row['output'])}")
+    if not all(output.strip() for output in outputs):
+        raise DataError(f"{where}: output is empty")
+
+
+def _kind(value) -> str:
+    return {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "true or false"}.get(
+        type(value), "a number"
+    )
+
+
+# Samples
+
+
+class Sample(NamedTuple):
+    """One row as ids; positions from `answer_start` on are learnt."""
+
+    input_ids: list[int]
+    answer_start: int
+    prompt_cut: bool  # the query lost its end to max_src_len
+    answer_cut: bool  # the answer lost its end to max_len, and with it the end token
+
+    @property
+    def labels(self) -> list[int]:
+        """Aligned with input_ids; IGNORE_INDEX on the prompt."""
+        return [IGNORE_INDEX] * self.answer_start + self.input_ids[self.answer_start :]
+
+
+def encode_sample(tokenizer, row: dict, max_len: int, max_src_len: int) -> Sample:
+    """Prompt, answer, end token.
+
+    An answer that does not fit is cut and then has no end token: an end token after a cut would teach the model to stop
+    in mid-sentence.
+
+    Raises:
+        ValueError: the prompt leaves no room for an answer, or max_src_len none for the query.
+    """
+    query = row["instruction"] + row["input"]
+    prompt = tokenizer.encode_prompt(query, max_src_len=max_src_len)
+    room = max_len - len(prompt)
+    if room < 1:
+        raise ValueError(f"the prompt's {len(prompt)} tokens leave no room for an answer in max_len {max_len}")
+    answer = [*tokenizer.encode_answer(row["output"]), tokenizer.eos_token_id]
+    # a prompt of at least max_src_len tokens, framing included, may have been cut
+    prompt_cut = len(prompt) >= max_src_len and len(prompt) < len(tokenizer.encode_prompt(query))
+    return Sample(prompt + answer[:room], len(prompt), prompt_cut, len(answer) > room)
+
+
+class InstructionData(Dataset):
+    """All samples of a file. Indexed by a `MicroBatch`, it gives a batch of tensors.
+
+    Args:
+        path: the instruction file.
+        tokenizer: of the family; it makes the prompts.
+        max_len: most tokens of a sample.
+        max_src_len: most tokens of its prompt.
+        is_skip: drop samples that would be cut.
+
+    Raises:
+        DataError: a row is broken or its prompt leaves no room for an answer; or no sample is left.
+    """
+
+    def __init__(self, path: str, tokenizer, max_len: int, max_src_len: int, is_skip: bool = False):
+        self.pad_token_id = tokenizer.pad_token_id
+        self.samples: list[Sample] = []
+        self.lines: list[int] = []  # where each sample comes from
+        self.prompts_cut = self.answers_cut = self.skipped = 0
+        for line, row in read_rows(path):
+            try:
+                sample = encode_sample(tokenizer, row, max_len, max_src_len)
+            except ValueError as error:
+                raise DataError(f"{path} line {line}: {error}") from None
+            self.prompts_cut += sample.prompt_cut
+            self.answers_cut += sample.answer_cut
+            if is_skip and (sample.prompt_cut or sample.answer_cut):
+                self.skipped += 1
+                continue
+            self.samples.append(sample)
+            self.lines.append(line)
+        if not self.samples:
+            raise DataError(f"{path}: every row is longer than max_src_len {max_src_len} or max_len {max_len} allow")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def summary(self) -> str:
+        """One line on what was read, and what was lost to the length limits."""
+        lengths = sorted(len(sample.input_ids) for sample in self.samples)
+        text = f"{len(self)} samples, {sum(lengths)} tokens (median {lengths[len(lengths) // 2]}, longest {lengths[-1]})"
+        if self.skipped:
+            return f"{text}; {self.skipped} longer ones skipped (--is_skip)"
+        if self.prompts_cut or self.answers_cut:
+            text += f"; cut to fit: {self.prompts_cut} prompts (--max_src_len), {self.answers_cut} answers (--max_len)"
+        return text
+
+    def answer_tokens(self, rows: list[int]) -> int:
+        """Number of tokens with a label."""
+        return sum(len(self.samples[i].input_ids) - self.samples[i].answer_start for i in rows)
+
+    def __getitem__(self, micro_batch: "MicroBatch") -> "Batch":
+        return collate([self.samples[i] for i in micro_batch.rows], self.pad_token_id, micro_batch)
+
+
+# Batches
+
+
+class MicroBatch(NamedTuple):
+    """The rows that one rank takes through the model at once."""
+
+    rows: list[int]
+    num_items: float  # divisor of the summed loss, see plan_epoch
+    is_filler: bool = False  # keeps the ranks in step and adds nothing: its rows have no labels
+
+
+class Batch(dict):
+    """Arguments of the model: input_ids and labels [rows, tokens], num_items_in_batch; and how many tokens are real."""
+
+    tokens: int
+
+    def to(self, device) -> dict:
+        """The arguments with their tensors on `device`."""
+        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in self.items()}
+
+
+def collate(samples: list[Sample], pad_token_id: int, micro_batch: MicroBatch) -> Batch:
+    """Pad on the right, where no real token sees it, so no attention mask is needed."""
+    longest = max(len(sample.input_ids) for sample in samples)
+    input_ids = torch.full((len(samples), longest), pad_token_id)
+    labels = torch.full((len(samples), longest), IGNORE_INDEX)
+    for i, sample in enumerate(samples):
+        input_ids[i, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
+        if not micro_batch.is_filler:
+            labels[i, : len(sample.input_ids)] = torch.tensor(sample.labels)
+    batch = Batch(input_ids=input_ids, labels=labels, num_items_in_batch=micro_batch.num_items)
+    batch.tokens = 0 if micro_batch.is_filler else sum(len(sample.input_ids) for sample in samples)
+    return batch
+
+
+def count_steps(rows: int, batch_size: int, accumulation: int, world_size: int) -> int:
+    """Optimiser steps of an epoch; the last one may hold fewer rows."""
+    return -(-rows // (batch_size * accumulation * world_size))
+
+
+def plan_epoch(
+    data: InstructionData, batch_size: int, accumulation: int, world_size: int, seed: int, epoch: int
+) -> list[list[MicroBatch]]:
+    """Deal an epoch's rows out to optimiser steps, micro-batches and ranks; the same on every rank.
+
+    Every step has accumulation x world_size micro-batches, so that all ranks stay in step and the engine's own count of
+    accumulated micro-batches ends with the epoch. A last step with fewer rows spreads them; where there are fewer rows
+    than micro-batches, fillers without labels make up the number.
+
+    The engine divides by accumulation and averages over ranks. With num_items = answer tokens of the step /
+    (accumulation x world_size), the step's loss is the mean over all its answer tokens, however they are split.
+
+    Returns:
+        steps, each a list of micro-batches; rank r takes those at r, r + world_size, ...
+    """
+    order = list(range(len(data)))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    shortest = min(order, key=lambda i: len(data.samples[i].input_ids))
+    parts = accumulation * world_size
+    steps = []
+    for start in range(0, len(order), batch_size * parts):
+        rows = order[start : start + batch_size * parts]
+        num_items = data.answer_tokens(rows) / parts
+        cuts = [len(rows) * i // parts for i in range(parts + 1)]
+        split = [rows[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        steps.append([MicroBatch(part or [shortest], num_items, is_filler=not part) for part in split])
+    return steps
+
+
+def epoch_loader(data: InstructionData, steps: list[list[MicroBatch]], rank: int, world_size: int, pin: bool):
+    """A DataLoader over the batches of one rank."""
+    mine = [micro_batch for step in steps for micro_batch in step[rank::world_size]]
+    return DataLoader(data, sampler=mine, batch_size=None, pin_memory=pin)

@@ -1,0 +1,287 @@
+"""Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B with DeepSpeed: freeze, P-Tuning v2, LoRA or all parameters.
+
+    deepspeed train.py --mode glm3 --train_type lora --model_name_or_path ChatGLM3-6B/ --train_path data/spo_0.json
+
+`main` is the order of events. `TRAIN_TYPE` has one function a method.
+"""
+
+import argparse
+import os
+
+from utils import (  # first: it sets up logging before the libraries start to talk
+    RunLog,
+    UserError,
+    clear_errors,
+    compute_dtype,
+    device,
+    load_base,
+    load_ds_config,
+    load_tokenizer,
+    quiet,
+    save_model,
+    say,
+    set_seed,
+    start_distributed,
+)
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from peft import LoraConfig, get_peft_model
+
+from data_set import DataError, InstructionData, count_steps, epoch_loader, plan_epoch
+from glm_models import MODE
+
+# Methods: each takes the arguments and a function that loads the base model, and returns a model in which exactly the
+# parameters to train require gradients.
+
+
+def freeze(args, load):
+    """Train the parameters whose name holds one of --freeze_module_name, freeze the rest (the original's meaning)."""
+    model = load()
+    wanted = split_names(args.freeze_module_name, "--freeze_module_name")
+    names = [name for name, _ in model.named_parameters()]
+    unknown = [part for part in wanted if not any(part in name for name in names)]
+    if unknown:
+        raise UserError(
+            f"--freeze_module_name {', '.join(unknown)}: no parameter has it in its name. Names look like\n  "
+            + "\n  ".join(shorten(names))
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in wanted))
+    return model
+
+
+def ptuning(args, load):
+    """Train keys and values that stand before the tokens' own in every layer (P-Tuning v2); freeze the model."""
+    if args.pre_seq_len < 1:
+        raise UserError(f"--pre_seq_len {args.pre_seq_len}: at least 1 is needed")
+    model = load(pre_seq_len=args.pre_seq_len, prefix_projection=args.prefix_projection)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("prefix_encoder." in name)
+    return model
+
+
+def lora(args, load):
+    """Train low-rank additions to the weights of the modules named in --lora_module_name (peft); freeze the model."""
+    if args.lora_dim < 1 or not 0 <= args.lora_dropout < 1:
+        raise UserError("--lora_dim must be at least 1 and --lora_dropout at least 0 and less than 1")
+    model = load()
+    wanted = split_names(args.lora_module_name, "--lora_module_name")
+    linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if m.__class__.__name__ == "Linear"})
+    unknown = [name for name in wanted if name not in linear]
+    if unknown:
+        raise UserError(f"--lora_module_name {', '.join(unknown)}: no such linear layer; there are {', '.join(linear)}")
+    config = LoraConfig(
+        r=args.lora_dim,
+        lora_alpha=args.lora_alpha,
+        target_modules=wanted,
+        lora_dropout=args.lora_dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model.name_or_path = os.path.abspath(args.model_name_or_path)  # goes into the adapter: its base
+    return get_peft_model(model, config)
+
+
+def train_all(args, load):
+    """Train every parameter."""
+    return load().requires_grad_(True)
+
+
+TRAIN_TYPE = {"freeze": freeze, "ptuning": ptuning, "lora": lora, "all": train_all}
+
+
+def split_names(text: str, flag: str) -> list[str]:
+    """A comma-separated list."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"{flag} is empty")
+    return names
+
+
+def shorten(names: list[str]) -> list[str]:
+    """Parameter names of the first layer stand for those of all."""
+    return [name for name in names if "layers." not in name or "layers.0." in name]
+
+
+# Arguments
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
+
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
+    group.add_argument("--model_name_or_path", required=True, help="checkpoint folder of that family")
+    group.add_argument("--train_path", required=True, help="JSON lines or array of instruction, input, output")
+    group.add_argument("--max_len", type=int, default=1024, help="most tokens of a sample; longer answers are cut")
+    group.add_argument("--max_src_len", type=int, default=512, help="most tokens of its prompt; longer queries are cut")
+    group.add_argument("--is_skip", **flag, help="leave out samples that would be cut")
+    group.add_argument("--output_dir", default="./output", help="where results go")
+
+    group = parser.add_argument_group("method")
+    group.add_argument("--train_type", choices=TRAIN_TYPE, default="lora", help="what to train (default: lora)")
+
+    group = parser.add_argument_group("freeze")
+    top = ",".join(f"layers.{i}." for i in (27, 26, 25, 24))
+    group.add_argument("--freeze_module_name", default=top, help="parts of parameter names to TRAIN; others freeze")
+
+    group = parser.add_argument_group("ptuning")
+    group.add_argument("--pre_seq_len", type=int, default=16, help="length of the prefix")
+    group.add_argument("--prefix_projection", **{**flag, "default": True}, help="make the prefix by a small network")
+
+    group = parser.add_argument_group("lora")
+    group.add_argument("--lora_dim", type=int, default=8, help="rank")
+    group.add_argument("--lora_alpha", type=float, default=30, help="scale: additions are multiplied by alpha / rank")
+    group.add_argument("--lora_dropout", type=float, default=0.1, help="dropout on the input of the additions")
+    group.add_argument("--lora_module_name", default="query_key_value", help="names of the linear layers, comma between")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--num_train_epochs", type=int, default=1, help="passes over the data")
+    group.add_argument("--per_device_train_batch_size", type=int, default=1, help="rows of a micro-batch, on each device")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimiser step")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="highest learning rate, after warm-up")
+    group.add_argument("--weight_decay", type=float, default=0.1, help="AdamW's; none on biases and norms")
+    group.add_argument("--warmup_ratio", type=float, default=0.1, help="share of the steps in which the lr rises")
+    group.add_argument("--seed", type=int, default=1234, help="of data order, initial weights and dropout")
+
+    group = parser.add_argument_group("memory and devices")
+    group.add_argument("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed config; see the README")
+    group.add_argument("--gradient_checkpointing", **flag, help="keep one activation a layer, recompute the rest")
+    group.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+
+    group = parser.add_argument_group("reports and results")
+    group.add_argument("--show_loss_step", type=int, default=10, help="optimiser steps between two lines")
+    group.add_argument("--save_model_step", type=int, help="also save every so many optimiser steps (always: each epoch)")
+    group.add_argument("--verbose", **flag, help="show what the libraries have to say")
+    return parser.parse_args(argv)
+
+
+def check_args(args) -> None:
+    """Raise one UserError that lists all that is wrong with the arguments."""
+    wrong = []
+    for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "show_loss_step"):
+        if getattr(args, name) < 1:
+            wrong.append(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.save_model_step is not None and args.save_model_step < 1:
+        wrong.append(f"--save_model_step must be at least 1, not {args.save_model_step}")
+    if not 0 < args.learning_rate < float("inf"):
+        wrong.append(f"--learning_rate must be above 0, not {args.learning_rate}")
+    if not 0 <= args.weight_decay < float("inf"):
+        wrong.append(f"--weight_decay must not be below 0, not {args.weight_decay}")
+    if not 0 <= args.warmup_ratio < 1:
+        wrong.append(f"--warmup_ratio must be at least 0 and less than 1, not {args.warmup_ratio}")
+    if not 0 < args.max_src_len < args.max_len:
+        wrong.append(f"--max_src_len {args.max_src_len} must be above 0 and less than --max_len {args.max_len}")
+    for name, what in (("train_path", os.path.isfile), ("model_name_or_path", os.path.isdir)):
+        if not what(getattr(args, name)):
+            wrong.append(f"--{name} {getattr(args, name)}: no such {'file' if what is os.path.isfile else 'folder'}")
+    if wrong:
+        raise UserError("\n       ".join(wrong))
+
+
+# Training
+
+
+def parameter_groups(model, weight_decay: float) -> list[dict]:
+    """The parameters to train, with weight decay but on biases and norms."""
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (rest if name.endswith("bias") or "layernorm" in name else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict:
+    """What "auto" means in a ds file."""
+    return {
+        "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size,
+        "optimizer.params.lr": args.learning_rate,
+        "optimizer.params.weight_decay": args.weight_decay,
+        "scheduler.params.warmup_max_lr": args.learning_rate,
+        "scheduler.params.warmup_num_steps": max(1, round(total_steps * args.warmup_ratio)),
+        # one more than there are: the lr is 0 after the last step, not in it
+        "scheduler.params.total_num_steps": total_steps + 1,
+        "zero_optimization.reduce_bucket_size": 200_000_000,
+        "zero_optimization.allgather_bucket_size": 200_000_000,
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+        "zero_optimization.stage3_prefetch_bucket_size": hidden_size * hidden_size,
+    }
+
+
+def train(args) -> None:
+    check_args(args)
+    rank, world_size = start_distributed()
+    set_seed(args.seed)
+
+    tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
+    data = InstructionData(args.train_path, tokenizer, args.max_len, args.max_src_len, args.is_skip)
+    say(f"data: {data.summary()}")
+    split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
+    total_steps = args.num_train_epochs * count_steps(len(data), *split)
+
+    hidden_size = MODE[args.mode].config.from_pretrained(args.model_name_or_path).hidden_size
+    ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, hidden_size))
+    dtype = compute_dtype(ds_config)
+
+    def load(**config):
+        return load_base(args.mode, args.model_name_or_path, dtype, ds_config, **config)
+
+    model = TRAIN_TYPE[args.train_type](args, load)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    groups = parameter_groups(model, args.weight_decay)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
+    every = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    say(f"model: {trained:,} of {every:,} parameters train ({trained / every:.2%}), in {dtype}")
+
+    for bucket in ds_config["zero_optimization"].keys() & {"reduce_bucket_size", "allgather_bucket_size"}:
+        # buffers of this size are allocated, and one larger than all gradients together would only be wasted
+        ds_config["zero_optimization"][bucket] = min(int(ds_config["zero_optimization"][bucket]), trained)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+    engine.lr_scheduler.step(1)  # else the first two steps would have lr 0: DeepSpeed's schedulers count from -1
+    say(f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows")
+
+    log = RunLog(engine, args.output_dir, total_steps, args.show_loss_step)
+    pin = get_accelerator().device_name() != "cpu"
+    engine.train()
+    for epoch in range(1, args.num_train_epochs + 1):
+        plan = plan_epoch(data, *split, args.seed, epoch)
+        for batch in epoch_loader(data, plan, rank, world_size, pin):
+            loss = engine(**batch.to(device())).loss
+            engine.backward(loss)
+            engine.step()
+
+            stepped = log.add(loss, batch.tokens, epoch)
+            last = engine.global_steps == epoch * len(plan)
+            if stepped and not last and args.save_model_step and engine.global_steps % args.save_model_step == 0:
+                save(args, engine, model, tokenizer, epoch, dtype)
+        save(args, engine, model, tokenizer, epoch, dtype)
+    log.close()
+
+
+def save(args, engine, model, tokenizer, epoch: int, dtype) -> None:
+    folder = os.path.join(args.output_dir, f"epoch-{epoch}-step-{engine.global_steps}")
+    save_model(model, tokenizer, args.model_name_or_path, folder, dtype)
+    say(f"saved {folder}")
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    quiet(args.verbose)
+    with clear_errors(DataError):
+        train(args)
+
+
+if __name__ == "__main__":
+    main()

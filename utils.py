@@ -1,0 +1,350 @@
+"""What the scripts share: start-up, the ds file, loading, logging, saving."""
+
+import contextlib
+import logging
+import os
+import random
+import resource
+import shutil
+import socket
+import sys
+import time
+import warnings
+
+import deepspeed
+import torch
+import transformers
+from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
+from transformers.integrations import HfDeepSpeedConfig
+
+from glm_models import MODE, CheckpointError, check_family
+from glm_models.checkpoint import read_json, write_side_files, write_weights
+
+
+class UserError(ValueError):
+    """Something the user can put right; shown as one line, without a traceback."""
+
+
+# Start-up
+
+
+def quiet(verbose: bool) -> None:
+    """Leave the terminal to the run's own lines: what the libraries chatter is dropped, their errors are not."""
+    if verbose:
+        return
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    for name in ("torch.distributed", "torch.utils.cpp_extension", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def start_distributed() -> tuple[int, int]:
+    """Join the launcher's other processes, or be a group of one without a launcher. Returns rank and world size."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(message: str) -> None:
+    """Print on rank 0, above the progress bar if there is one."""
+    if is_main():
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def clear_errors(*kinds: type[Exception]):
+    """End with one line and exit code 2 on errors that the user can put right; others keep their traceback.
+
+    Most such errors meet every rank at once; then rank 0 speaks for all. One that meets a single other rank is told by
+    that rank after a moment, in which the launcher would have ended it if rank 0 had failed too.
+    """
+    try:
+        yield
+    except (UserError, CheckpointError, *kinds) as error:
+        message = str(error)
+    else:
+        return
+    if not is_main():
+        time.sleep(3)
+        message = f"[rank {os.environ['RANK']}] {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    # not sys.exit: a process group whose other ranks wait in a collective would not let the interpreter end
+    os._exit(2)
+
+
+def set_seed(seed: int) -> None:
+    """Seed every generator in use."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    get_accelerator().manual_seed_all(seed)
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+# The ds file
+
+
+def load_ds_config(path: str, values: dict) -> dict:
+    """Read a DeepSpeed config file and fill in its "auto" values.
+
+    Args:
+        path: the file; beside the scripts if it is not in the current folder.
+        values: what the command line says of batch, lr and the rest, by the ds file's dotted key, as
+            "optimizer.params.lr".
+
+    Raises:
+        UserError: unreadable, no zero_optimization, an unknown "auto", a precision that the device cannot do, or a number
+            that contradicts the command line.
+    """
+    if not os.path.exists(path):
+        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.path.basename(path))
+        path = beside if os.path.dirname(path) == "" and os.path.exists(beside) else path
+    config = read_json(path)
+    if not isinstance(config.get("zero_optimization"), dict):
+        raise UserError(f'{path}: "zero_optimization" is missing; start from one of the ds_zero*.json files')
+    _resolve_precision(config, path)
+    _fill_auto(config, values, path)
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
+        if config.setdefault(key, values[key]) != values[key]:
+            raise UserError(f'{path}: "{key}" is {config[key]}, the command line makes it {values[key]}; use "auto"')
+    return config
+
+
+def _resolve_precision(config: dict, path: str) -> None:
+    """Turn "auto" of bf16 and fp16 into true or false: bf16 where a GPU has it, else fp16, and float32 on a CPU."""
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    can = {"bf16": bool(accelerator.is_bf16_supported()), "fp16": bool(accelerator.is_fp16_supported())}
+    wish = {kind: config.setdefault(kind, {}).setdefault("enabled", "auto") for kind in can}
+    for kind, enabled in wish.items():
+        if enabled not in (True, False, "auto"):
+            raise UserError(f'{path}: {kind}.enabled must be true, false or "auto", not {enabled!r}')
+        if enabled is True and not can[kind]:
+            name = "this CPU" if on_cpu else accelerator.device_name()
+            raise UserError(f'{path}: {kind} is enabled, but {name} cannot do it; set it to "auto" or false')
+    if wish["bf16"] is True and wish["fp16"] is True:
+        raise UserError(f"{path}: bf16 and fp16 are both enabled; choose one")
+    if wish["bf16"] == "auto":
+        wish["bf16"] = can["bf16"] and not on_cpu and wish["fp16"] is not True
+    if wish["fp16"] == "auto":
+        wish["fp16"] = can["fp16"] and not on_cpu and not wish["bf16"]
+    for kind, enabled in wish.items():
+        config[kind]["enabled"] = enabled
+
+
+def _fill_auto(config: dict, values: dict, path: str, prefix: str = "") -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _fill_auto(value, values, path, f"{prefix}{key}.")
+        elif value == "auto":
+            if prefix + key not in values:
+                raise UserError(f'{path}: train.py does not know what "auto" means for {prefix}{key}; give a value')
+            config[key] = values[prefix + key]
+
+
+def compute_dtype(ds_config: dict) -> torch.dtype:
+    """The type that weights and activations have during training."""
+    if ds_config["bf16"]["enabled"]:
+        return torch.bfloat16
+    return torch.float16 if ds_config["fp16"]["enabled"] else torch.float32
+
+
+# Loading
+
+
+def load_tokenizer(mode: str, folder: str):
+    """The tokenizer of a checkpoint folder."""
+    check_family(folder, mode)
+    return MODE[mode].tokenizer.from_pretrained(folder)
+
+
+def load_base(mode: str, folder: str, dtype: torch.dtype, ds_config: dict | None = None, **config):
+    """The model of a checkpoint folder, in `dtype`; partitioned over the ranks while it loads under ZeRO-3.
+
+    Args:
+        ds_config: of the training run; None outside training.
+        config: keys of config.json to set differently.
+    """
+    family = MODE[mode]
+    check_family(folder, mode)
+    # transformers partitions while loading as long as this object lives; kept on the model, as long as that does
+    zero3 = HfDeepSpeedConfig(ds_config) if ds_config and ds_config["zero_optimization"].get("stage") == 3 else None
+    model = family.model.from_pretrained(
+        folder, config=family.config.from_pretrained(folder, use_cache=ds_config is None, **config), dtype=dtype
+    )
+    model.zero3 = zero3
+    return model
+
+
+# Saving
+
+
+def gathered(named_parameters):
+    """Yield (name, whole tensor) for parameters that ZeRO-3 may have partitioned; one at a time, on every rank alike."""
+    for name, parameter in named_parameters:
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter.data
+        else:
+            yield name, parameter.data
+
+
+@contextlib.contextmanager
+def new_folder(folder: str):
+    """Write a folder in one step: the block fills a folder beside it, which takes the name once it is on the disk."""
+    partial = folder.rstrip("/") + ".partial"
+    if os.path.isdir(partial):
+        shutil.rmtree(partial)
+    os.makedirs(partial)
+    yield partial
+    for name in os.listdir(partial):
+        with open(os.path.join(partial, name), "rb") as file:
+            os.fsync(file.fileno())
+    if os.path.isdir(folder):
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> None:
+    """Write what training made: the adapter alone for LoRA, else a complete model folder. Called on every rank.
+
+    All ZeRO stages write the same files. One tensor is gathered at a time, and rank 0 holds one shard.
+
+    Args:
+        base: the checkpoint folder that training started from; config, tokenizer and official code come from there.
+    """
+    if hasattr(model, "peft_config"):
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in gathered(trained)}
+        if is_main():
+            with new_folder(folder) as partial:
+                model.save_pretrained(partial, state_dict=tensors, save_embedding_layers=False)
+    else:
+        save_full_model(model, tokenizer, base, folder, dtype)
+    torch.distributed.barrier()
+
+
+def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> None:
+    """Write a complete model folder in the official layout."""
+    parameters = list(model.named_parameters(remove_duplicate=False))  # a tied output layer too: other tools want it
+    buffers = model.official_buffers()
+    count = sum(getattr(p, "ds_numel", p.numel()) for _, p in parameters)
+    total = count * dtype.itemsize + sum(b.numel() * b.element_size() for b in buffers.values())
+    tensors = ((name, tensor.to("cpu", dtype)) for name, tensor in gathered(parameters))
+    if not is_main():
+        for _ in tensors:  # takes part in gathering
+            pass
+        return
+
+    def all_tensors():
+        yield from tensors
+        yield from buffers.items()
+
+    keys = ("pre_seq_len", "prefix_projection") if model.config.pre_seq_len else ()
+    prefix = {key: getattr(model.config, key) for key in keys}
+    with new_folder(folder) as partial:
+        write_weights(partial, all_tensors(), total)
+        write_side_files(partial, base, dtype, tokenizer.stop_token_ids, **prefix)
+
+
+# Logging
+
+
+class RunLog:
+    """Progress of a training run: a bar and lines on rank 0, TensorBoard files under output_dir.
+
+    Args:
+        engine: DeepSpeed's; it counts the steps.
+        total_steps: optimiser steps of the run.
+        every: optimiser steps between two lines.
+    """
+
+    def __init__(self, engine, output_dir: str, total_steps: int, every: int):
+        self.engine, self.every, self.total_steps = engine, every, total_steps
+        self.lr = engine.get_lr()[0]  # of the step under way
+        self.loss = torch.zeros((), device=device(), dtype=torch.float32)  # summed on the device: reading it waits
+        self.tokens = self.micro_batches = self.steps = 0
+        self.start = self.last = time.perf_counter()
+        self.history: list[tuple[int, float]] = []  # (step, loss), every line printed
+        self.writer = self.bar = None
+        if is_main():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"))
+            self.bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
+
+    def add(self, loss: torch.Tensor, tokens: int, epoch: int) -> bool:
+        """Take note of one micro-batch. Returns whether an optimiser step has just ended."""
+        self.loss += loss.detach()
+        self.tokens += tokens
+        self.micro_batches += 1
+        step = self.engine.global_steps
+        if step == self.steps:
+            return False
+        if self.bar is not None:
+            self.bar.update(step - self.steps)
+        self.steps = step
+        if step % self.every == 0 or step == self.total_steps:
+            self._line(epoch)
+        self.lr = self.engine.get_lr()[0]
+        return True
+
+    def _line(self, epoch: int) -> None:
+        """Gather the figures since the last line from all ranks, then print and write them."""
+        totals = torch.stack((self.loss / self.micro_batches, torch.tensor(float(self.tokens), device=device())))
+        torch.distributed.all_reduce(totals)
+        loss, tokens = totals[0].item() / torch.distributed.get_world_size(), totals[1].item()
+        now = time.perf_counter()
+        speed = tokens / (now - self.last)
+        lr = self.lr
+        norm = self.engine.get_global_grad_norm()
+        norm = float(norm) if norm is not None else float("nan")
+        memory = memory_used()
+        self.history.append((self.steps, loss))
+        self.loss.zero_()
+        self.tokens = self.micro_batches = 0
+        self.last = now
+        if self.writer is None:
+            return
+        left = (now - self.start) / self.steps * (self.total_steps - self.steps)
+        say(
+            f"epoch {epoch} step {self.steps}/{self.total_steps} loss {loss:.4f} lr {lr:.3g} grad_norm {norm:.3g} "
+            f"{speed:.0f} tokens/s memory {memory / 2**30:.2f} GiB left {time.strftime('%H:%M:%S', time.gmtime(left))}"
+        )
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.3g}", tokens_s=f"{speed:.0f}")
+        values = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_second": speed, "memory_gib": memory / 2**30}
+        for name, value in values.items():
+            self.writer.add_scalar(f"train/{name}", value, self.steps)
+        self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.bar.close()
+            self.writer.close()
+
+
+def memory_used() -> float:
+    """Most bytes of device memory allocated so far by this process; of main memory on a CPU."""
+    if get_accelerator().device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return get_accelerator().max_memory_allocated()
+
