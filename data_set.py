@@ -3,6 +3,7 @@
 A tokenizer is known here by three things only: `encode_prompt`, `encode_answer` and `eos_token_id`, `pad_token_id`.
 """
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -86,7 +87,7 @@ def _array_rows(path, text):
         position, newlines = skip_space(end)
         line += newlines
         mark = text[position : position + 1]
-        if mark == "," :
+        if mark == ",":
             position, newlines = skip_space(position + 1)
             line += newlines
         elif mark != "]":
@@ -200,7 +201,8 @@ class InstructionData(Dataset):
     def summary(self) -> str:
         """One line on what was read, and what was lost to the length limits."""
         lengths = sorted(len(sample.input_ids) for sample in self.samples)
-        text = f"{len(self)} samples, {sum(lengths)} tokens (median {lengths[len(lengths) // 2]}, longest {lengths[-1]})"
+        median, longest = lengths[len(lengths) // 2], lengths[-1]
+        text = f"{len(self)} samples, {sum(lengths)} tokens (median {median}, longest {longest})"
         if self.skipped:
             return f"{text}; {self.skipped} longer ones skipped (--is_skip)"
         if self.prompts_cut or self.answers_cut:
@@ -279,7 +281,7 @@ def plan_epoch(
         rows = order[start : start + batch_size * parts]
         num_items = data.answer_tokens(rows) / parts
         cuts = [len(rows) * i // parts for i in range(parts + 1)]
-        split = [rows[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        split = [rows[a:b] for a, b in itertools.pairwise(cuts)]
         steps.append([MicroBatch(part or [shortest], num_items, is_filler=not part) for part in split])
     return steps
 

@@ -8,7 +8,13 @@
 import argparse
 import os
 
-from utils import (  # first: it sets up logging before the libraries start to talk
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from peft import LoraConfig, get_peft_model
+
+from data_set import DataError, InstructionData, count_steps, epoch_loader, plan_epoch
+from glm_models import MODE
+from utils import (
     RunLog,
     UserError,
     clear_errors,
@@ -22,14 +28,8 @@ from utils import (  # first: it sets up logging before the libraries start to t
     say,
     set_seed,
     start_distributed,
+    true_or_false,
 )
-
-import deepspeed
-from deepspeed.accelerator import get_accelerator
-from peft import LoraConfig, get_peft_model
-
-from data_set import DataError, InstructionData, count_steps, epoch_loader, plan_epoch
-from glm_models import MODE
 
 # Methods: each takes the arguments and a function that loads the base model, and returns a model in which exactly the
 # parameters to train require gradients.
@@ -107,12 +107,6 @@ def shorten(names: list[str]) -> list[str]:
 # Arguments
 
 
-def true_or_false(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
-
-
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
@@ -141,11 +135,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--lora_dim", type=int, default=8, help="rank")
     group.add_argument("--lora_alpha", type=float, default=30, help="scale: additions are multiplied by alpha / rank")
     group.add_argument("--lora_dropout", type=float, default=0.1, help="dropout on the input of the additions")
-    group.add_argument("--lora_module_name", default="query_key_value", help="names of the linear layers, comma between")
+    group.add_argument(
+        "--lora_module_name", default="query_key_value", help="names of the linear layers, comma between"
+    )
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--num_train_epochs", type=int, default=1, help="passes over the data")
-    group.add_argument("--per_device_train_batch_size", type=int, default=1, help="rows of a micro-batch, on each device")
+    group.add_argument(
+        "--per_device_train_batch_size", type=int, default=1, help="rows of a micro-batch, on each device"
+    )
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimiser step")
     group.add_argument("--learning_rate", type=float, default=1e-4, help="highest learning rate, after warm-up")
     group.add_argument("--weight_decay", type=float, default=0.1, help="AdamW's; none on biases and norms")
@@ -159,7 +157,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     group = parser.add_argument_group("reports and results")
     group.add_argument("--show_loss_step", type=int, default=10, help="optimiser steps between two lines")
-    group.add_argument("--save_model_step", type=int, help="also save every so many optimiser steps (always: each epoch)")
+    group.add_argument(
+        "--save_model_step", type=int, help="also save every so many optimiser steps (always: each epoch)"
+    )
     group.add_argument("--verbose", **flag, help="show what the libraries have to say")
     return parser.parse_args(argv)
 
@@ -221,7 +221,7 @@ def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict
 
 def train(args) -> None:
     check_args(args)
-    rank, world_size = start_distributed()
+    rank, world_size = start_distributed(args.verbose)
     set_seed(args.seed)
 
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)

@@ -1,6 +1,8 @@
 """What the scripts share: start-up, the ds file, loading, logging, saving."""
 
+import argparse
 import contextlib
+import io
 import logging
 import os
 import random
@@ -41,7 +43,7 @@ def quiet(verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def start_distributed() -> tuple[int, int]:
+def start_distributed(verbose: bool) -> tuple[int, int]:
     """Join the launcher's other processes, or be a group of one without a launcher. Returns rank and world size."""
     if "RANK" not in os.environ:
         with socket.socket() as free:
@@ -51,7 +53,8 @@ def start_distributed() -> tuple[int, int]:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):  # "built successfully"
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -95,6 +98,13 @@ def set_seed(seed: int) -> None:
     get_accelerator().manual_seed_all(seed)
 
 
+def true_or_false(text: str) -> bool:
+    """argparse type of flags that take True or False."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
 def device() -> torch.device:
     """The device of this process."""
     return torch.device(get_accelerator().current_device_name())
@@ -112,8 +122,8 @@ def load_ds_config(path: str, values: dict) -> dict:
             "optimizer.params.lr".
 
     Raises:
-        UserError: unreadable, no zero_optimization, an unknown "auto", a precision that the device cannot do, or a number
-            that contradicts the command line.
+        UserError: unreadable, no zero_optimization, an unknown "auto", a precision that the device cannot do, or a
+            number that contradicts the command line.
     """
     if not os.path.exists(path):
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.path.basename(path))
@@ -199,7 +209,7 @@ def load_base(mode: str, folder: str, dtype: torch.dtype, ds_config: dict | None
 
 
 def gathered(named_parameters):
-    """Yield (name, whole tensor) for parameters that ZeRO-3 may have partitioned; one at a time, on every rank alike."""
+    """Yield (name, whole tensor) of parameters that ZeRO-3 may have partitioned, one at a time; on every rank alike."""
     for name, parameter in named_parameters:
         if hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter]):
@@ -347,4 +357,3 @@ def memory_used() -> float:
     if get_accelerator().device_name() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return get_accelerator().max_memory_allocated()
-

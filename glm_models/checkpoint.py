@@ -7,10 +7,12 @@ the tokenizer code that lies beside the weights tell them apart.
 
 import json
 import os
+import pickle
 import re
 import shutil
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -81,6 +83,46 @@ def check_family(folder: str, mode: str, need: tuple[str, ...] = ("config", "voc
     for what in need:
         if not os.path.isfile(os.path.join(folder, wanted[what])):
             raise CheckpointError(f"{folder} has no {wanted[what]}: not a complete {title} folder")
+
+
+def weight_files(folder: str) -> list[str]:
+    """The weight files of a checkpoint folder, safetensors before .bin.
+
+    Raises:
+        CheckpointError: there are none, or one that the index names is missing.
+    """
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        for path, is_index in ((single, False), (single + ".index.json", True)):
+            path = os.path.join(folder, path)
+            if not os.path.isfile(path):
+                continue
+            if not is_index:
+                return [path]
+            names = sorted(set(read_json(path).get("weight_map", {}).values()))
+            files = [os.path.join(folder, os.path.basename(name)) for name in names]
+            missing = [file for file in files if not os.path.isfile(file)]
+            if missing or not files:
+                raise CheckpointError(f"{path} names {missing[0] if missing else 'no file'}, which is not there")
+            return files
+    raise CheckpointError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor an index")
+
+
+def read_weights(folder: str):
+    """Yield (name, tensor) of all weights of a folder, one file open at a time; nothing is unpickled but tensors.
+
+    Raises:
+        CheckpointError: a file is missing or broken.
+    """
+    for path in weight_files(folder):
+        try:
+            if path.endswith(".safetensors"):
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 - not a dict
+                        yield name, file.get_tensor(name)
+            else:
+                yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+        except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(f"{path} is broken or not a weights file: {error}") from None
 
 
 def write_json(path: str, content) -> None:

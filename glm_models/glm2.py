@@ -1,4 +1,4 @@
-"""ChatGLM2-6B: RMSNorm, grouped key/value heads, rotary on half of each head, causal. ChatGLM3-6B is the same network."""
+"""ChatGLM2-6B: RMSNorm, grouped key/value heads, rotary on half of each head. ChatGLM3-6B is the same network."""
 
 from typing import ClassVar
 

@@ -75,6 +75,9 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         # no metadata: the line break that ends an empty one comes first
         return self.encode_text("\n") + self.encode_text(answer)
 
+    def decode_answer(self, ids: list[int]) -> str:
+        return self.decode(ids).removeprefix("\n")
+
     def build_prompt(self, query, history=None):
         raise NotImplementedError("ChatGLM3 prompts are ids, not text: use build_chat_input or encode_prompt")
 
@@ -196,7 +199,7 @@ class ChatGLM3ForConditionalGeneration(ChatGLM2ForConditionalGeneration):
 
 
 def _tool_parameters(content: str) -> dict | None:
-    """Keyword arguments of the one call `tool_call(...)` in a fenced code block, literals only; None if there is none."""
+    """Keyword arguments of the one call `tool_call(...)` in a fenced code block, literals only; None for others."""
     lines = content.strip().split("\n")
     if len(lines) < 3 or not lines[0].startswith("```") or lines[-1].strip() != "```":
         return None

@@ -70,6 +70,10 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         """Ids of an answer as the model is to write it after the prompt, without the end token."""
         raise NotImplementedError
 
+    def decode_answer(self, ids: list[int]) -> str:
+        """The answer that `encode_answer` made these ids of."""
+        return self.decode(ids)
+
     @property
     def stop_token_ids(self) -> list[int]:
         """Ids that end a generated answer."""
@@ -104,9 +108,10 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         ids = self.sp_model.encode(text)
         if max_src_len is None or len(ids) <= max_src_len:
             return ids
-        pieces = self.sp_model.encode(text, out_type="immutable_proto").pieces
-        head = sum(piece.end <= len(before) for piece in pieces) if before else 0
-        tail = sum(piece.end > len(before) + len(query) for piece in pieces) if after else 0
+        pieces = self.sp_model.encode(text, out_type="proto").pieces  # begin and end count bytes
+        query_start, query_end = (len(part.encode()) for part in (before, before + query))
+        head = sum(piece.end <= query_start for piece in pieces) if before else 0
+        tail = sum(piece.end > query_end for piece in pieces) if after else 0
         room = max_src_len - head - tail
         if room < 0:
             raise ValueError(f"max_src_len {max_src_len} is less than the {head + tail} ids of the prompt's template")

@@ -1,0 +1,248 @@
+"""Answer with a trained model: one sample, a chat in the terminal, or a whole file.
+
+    python predict.py --mode glm3 --model_path output-glm3/epoch-2-step-720-merged --predict_path data/spo_1.json
+    python predict.py --mode glm3 --model_path ... --instruction "..." --input "..."
+    python predict.py --mode glm3 --model_path ...            (chat; an empty line ends it)
+
+The folder may be a full model, a P-Tuning result, or a LoRA adapter: which, it finds out by itself.
+"""
+
+import argparse
+import json
+import os
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from peft import PeftModel
+from tqdm import tqdm
+
+from data_set import DataError, read_rows
+from glm_models import MODE
+from glm_models.checkpoint import read_json
+from metrics import are_triples, triple_scores
+from utils import UserError, clear_errors, load_base, load_tokenizer, quiet, set_seed, true_or_false
+
+
+def load(mode: str, folder: str, base: str | None, device: torch.device):
+    """Tokenizer and model of a result of train.py or merge_lora.py, ready to generate.
+
+    Args:
+        base: the base model of an adapter; None for the one that the adapter's config names.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"--model_path {folder}: no such folder")
+    # float32 on a CPU: half precision is slow there
+    dtype = (
+        torch.float32
+        if device.type == "cpu"
+        else torch.bfloat16
+        if get_accelerator().is_bf16_supported()
+        else torch.float16
+    )
+    config_path = os.path.join(folder, "adapter_config.json")
+    if not os.path.isfile(config_path):
+        return load_tokenizer(mode, folder), load_base(mode, folder, dtype).to(device).eval()
+    base = base or read_json(config_path).get("base_model_name_or_path")
+    if not base or not os.path.isdir(base):
+        raise UserError(
+            f"{folder} is a LoRA adapter and its base model {base} is not here; name it with --ori_model_dir"
+        )
+    print(f"{folder} is a LoRA adapter; its base model is {base}")
+    model = PeftModel.from_pretrained(load_base(mode, base, dtype), folder).merge_and_unload()
+    return load_tokenizer(mode, base), model.to(device).eval()
+
+
+@torch.inference_mode()
+def answer(model, tokenizer, queries: list[str], args) -> list[tuple[str, bool]]:
+    """Answers to a batch of queries, each with whether it ended by itself.
+
+    A row's answer does not depend on the rows beside it: --max_length is counted for each row without its padding.
+    """
+    prompts = [tokenizer.encode_prompt(query, max_src_len=args.max_src_len) for query in queries]
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+    sampling = {"do_sample": False}
+    if args.do_sample:
+        sampling = {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature}
+    stop = tokenizer.stop_token_ids
+    output = model.generate(
+        **batch,
+        max_new_tokens=max(1, args.max_length - min(map(len, prompts))),
+        eos_token_id=stop,
+        pad_token_id=tokenizer.pad_token_id,
+        repetition_penalty=args.repetition_penalty,
+        num_beams=args.num_beams,
+        **sampling,
+    )
+    answers = []
+    for prompt, ids in zip(prompts, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+        ids = ids[: args.max_length - len(prompt)]
+        end = next((i for i, token in enumerate(ids) if token in stop), None)
+        answers.append((tokenizer.decode_answer(ids[:end]), end is not None))
+    return answers
+
+
+def predict_file(model, tokenizer, args) -> None:
+    """Answer all rows of --predict_path into --output_path, JSON lines; go on where an earlier run stopped."""
+    rows = list(read_rows(args.predict_path, several_outputs=True))
+    done = read_done(args.output_path, rows)
+    if done:
+        print(f"{args.output_path} holds {len(done)} of {len(rows)} answers; going on from there")
+    with open(args.output_path, "a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(done)) as bar:
+        for start in range(len(done), len(rows), args.batch_size):
+            part = [row for _, row in rows[start : start + args.batch_size]]
+            answers = answer(model, tokenizer, [row["instruction"] + row["input"] for row in part], args)
+            for row, (text, ended) in zip(part, answers, strict=True):
+                done.append({**row, "prediction": text, "ended": ended})
+                file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(part))
+
+    references = [out if isinstance(out := row["output"], list) else [out] for _, row in rows]
+    unended = sum(not row["ended"] for row in done)
+    print(f"answers: {args.output_path}" + (f" ({unended} cut at --max_length {args.max_length})" if unended else ""))
+    if are_triples(text for texts in references for text in texts):
+        scores = triple_scores([row["prediction"] for row in done], references)
+        print("triples, mean over rows: precision {precision:.4f} recall {recall:.4f} F1 {f1:.4f}".format(**scores))
+        micro = "triples, micro:          precision {micro_precision:.4f} recall {micro_recall:.4f} F1 {micro_f1:.4f}"
+        print(micro.format(**scores))
+
+
+def read_done(path: str, rows: list[tuple[int, dict]]) -> list[dict]:
+    """Answers that an earlier run wrote for the same rows; a half-written last line is taken off the file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if not os.path.exists(path):
+        return []
+    done, good = [], 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if row is None or not line.endswith(b"\n"):
+                break
+            asked = rows[len(done)][1] if len(done) < len(rows) else {}
+            same = all(row.get(key) == asked.get(key) for key in ("instruction", "input", "output"))
+            if not same or not isinstance(row.get("prediction"), str):
+                raise UserError(
+                    f"{path} exists and is not an earlier run's answers to this file; remove it or name another"
+                )
+            done.append(row)
+            good += len(line)
+    os.truncate(path, good)
+    return done
+
+
+def chat(model, tokenizer, args) -> None:
+    """Talk in the terminal, answers shown as they come."""
+    print("An empty line ends the chat, /new begins another.")
+    history = None
+    while True:
+        try:
+            query = input("> ")
+        except EOFError:
+            return
+        if not query.strip():
+            return
+        if query.strip() == "/new":
+            history = None
+            continue
+        shown = ""
+        sampling = {"do_sample": args.do_sample, "top_p": args.top_p, "temperature": args.temperature}
+        try:
+            for response, new_history in model.stream_chat(  # noqa: B007
+                tokenizer, query, history, max_length=args.max_length, **sampling
+            ):
+                text = response if isinstance(response, str) else json.dumps(response, ensure_ascii=False)
+                if not text.startswith(shown):  # the clean-up changed what was already on the screen
+                    print()
+                    shown = ""
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        except ValueError as error:  # the conversation is longer than max_length
+            print(f"error: {error}; /new begins another conversation")
+            continue
+        print()
+        history = new_history
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=MODE, required=True, help="model family")
+    parser.add_argument("--model_path", required=True, help="folder of a model, a P-Tuning result or a LoRA adapter")
+    parser.add_argument("--ori_model_dir", help="base model of an adapter (default: the one its config names)")
+    parser.add_argument("--device", help="as cuda, cuda:1 or cpu, or a number (default: the accelerator, else cpu)")
+    group = parser.add_argument_group("what to answer (default: chat in the terminal)")
+    group.add_argument("--predict_path", help="file of instruction, input, output (a string or several references)")
+    group.add_argument(
+        "--output_path", help="where its answers go (default: predictions-NAME.jsonl in the model folder)"
+    )
+    group.add_argument("--batch_size", type=int, default=8, help="rows at a time")
+    group.add_argument("--instruction", default="", help="one sample: its instruction")
+    group.add_argument("--input", default="", help="one sample: its input")
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max_length", type=int, default=2048, help="most tokens of prompt and answer together")
+    group.add_argument(
+        "--max_src_len", type=int, help="most tokens of a prompt, as in training (default: max_length - 16)"
+    )
+    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
+    group.add_argument("--do_sample", **flag, help="draw tokens at random instead of taking the likeliest")
+    group.add_argument("--top_p", type=float, default=0.8, help="with --do_sample: draw from this share of probability")
+    group.add_argument(
+        "--temperature", type=float, default=0.8, help="with --do_sample: above 1 flatter, below sharper"
+    )
+    group.add_argument("--num_beams", type=int, default=1, help="beam search")
+    group.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition")
+    group.add_argument("--seed", type=int, default=1234, help="with --do_sample")
+    group.add_argument("--verbose", **flag, help="show what the libraries have to say")
+    return parser.parse_args(argv)
+
+
+def check_args(args) -> None:
+    wrong = []
+    if args.predict_path and (args.instruction or args.input):
+        wrong.append("--predict_path and --instruction or --input exclude each other")
+    if args.max_src_len is None:
+        args.max_src_len = args.max_length - 16
+    if not 0 < args.max_src_len < args.max_length - 3:
+        wrong.append(f"--max_src_len {args.max_src_len} must be above 0 and well below --max_length {args.max_length}")
+    for name in ("batch_size", "num_beams"):
+        if getattr(args, name) < 1:
+            wrong.append(f"--{name} must be at least 1")
+    if args.temperature <= 0 or not 0 < args.top_p <= 1 or args.repetition_penalty <= 0:
+        wrong.append("--temperature and --repetition_penalty must be above 0, --top_p above 0 and at most 1")
+    if args.predict_path:
+        if not os.path.isfile(args.predict_path):
+            wrong.append(f"--predict_path {args.predict_path}: no such file")
+        name = os.path.splitext(os.path.basename(args.predict_path))[0]
+        args.output_path = args.output_path or os.path.join(args.model_path, f"predictions-{name}.jsonl")
+    try:
+        device = args.device or get_accelerator().current_device_name()
+        args.device = torch.device(f"{get_accelerator().device_name()}:{device}" if device.isdigit() else device)
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError, ValueError):
+        wrong.append(f"--device {args.device} is not there")
+    if wrong:
+        raise UserError("\n       ".join(wrong))
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    quiet(args.verbose)
+    with clear_errors(DataError):
+        check_args(args)
+        set_seed(args.seed)
+        tokenizer, model = load(args.mode, args.model_path, args.ori_model_dir, args.device)
+        if args.predict_path:
+            predict_file(model, tokenizer, args)
+        elif args.instruction or args.input:
+            print(answer(model, tokenizer, [args.instruction + args.input], args)[0][0])
+        else:
+            chat(model, tokenizer, args)
+
+
+if __name__ == "__main__":
+    main()
