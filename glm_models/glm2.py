@@ -337,11 +337,12 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
                 position_ids = torch.arange(cached, cached + tokens, device=input_ids.device)[None]
             else:
                 position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens:]
-        if attention_mask is None and cached and tokens > 1:  # sdpa's own causal flag would align at the first key
+        prefix = self.prefixes(len(input_ids))
+        # more keys than queries: sdpa's own causal flag would align at the first key, and a mask must know of all keys
+        if attention_mask is None and cached and (tokens > 1 or prefix is not None):
             attention_mask = input_ids.new_ones(len(input_ids), cached + tokens)
 
         hidden_states = self.embedding.word_embeddings(input_ids)
-        prefix = self.prefixes(len(input_ids))
         if cached and tokens == 1 and attention_mask is None and prefix is None:
             mask = None  # one new token sees all there is
         else:

@@ -76,7 +76,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         return self.encode_text("\n") + self.encode_text(answer)
 
     def decode_answer(self, ids: list[int]) -> str:
-        return self.decode(ids).removeprefix("\n")
+        return self.decode(ids).removeprefix("\n").removeprefix(" ")  # the line break, and what begins a text
 
     def build_prompt(self, query, history=None):
         raise NotImplementedError("ChatGLM3 prompts are ids, not text: use build_chat_input or encode_prompt")
