@@ -55,7 +55,8 @@ def ptuning(args, load):
     """Train keys and values that stand before the tokens' own in every layer (P-Tuning v2); freeze the model."""
     if args.pre_seq_len < 1:
         raise UserError(f"--pre_seq_len {args.pre_seq_len}: at least 1 is needed")
-    model = load(pre_seq_len=args.pre_seq_len, prefix_projection=args.prefix_projection)
+    prefix = {key: getattr(args, key) for key in ("pre_seq_len", "prefix_projection", "prefix_dropout")}
+    model = load(**prefix)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("prefix_encoder." in name)
     return model
@@ -131,6 +132,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--pre_seq_len", type=int, default=16, help="length of the prefix")
     group.add_argument("--prefix_projection", **{**flag, "default": True}, help="make the prefix by a small network")
 
+    group.add_argument("--prefix_dropout", type=float, default=0.1, help="dropout on the prefix")
+
     group = parser.add_argument_group("lora")
     group.add_argument("--lora_dim", type=int, default=8, help="rank")
     group.add_argument("--lora_alpha", type=float, default=30, help="scale: additions are multiplied by alpha / rank")
@@ -178,6 +181,8 @@ def check_args(args) -> None:
         wrong.append(f"--weight_decay must not be below 0, not {args.weight_decay}")
     if not 0 <= args.warmup_ratio < 1:
         wrong.append(f"--warmup_ratio must be at least 0 and less than 1, not {args.warmup_ratio}")
+    if not 0 <= args.prefix_dropout < 1:
+        wrong.append(f"--prefix_dropout must be at least 0 and less than 1, not {args.prefix_dropout}")
     if not 0 < args.max_src_len < args.max_len:
         wrong.append(f"--max_src_len {args.max_src_len} must be above 0 and less than --max_len {args.max_len}")
     for name, what in (("train_path", os.path.isfile), ("model_name_or_path", os.path.isdir)):
@@ -219,7 +224,8 @@ def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict
     }
 
 
-def train(args) -> None:
+def train(args) -> list[tuple[int, float]]:
+    """The whole run. Returns (step, loss) of every line it showed."""
     check_args(args)
     rank, world_size = start_distributed(args.verbose)
     set_seed(args.seed)
@@ -268,6 +274,7 @@ def train(args) -> None:
                 save(args, engine, model, tokenizer, epoch, dtype)
         save(args, engine, model, tokenizer, epoch, dtype)
     log.close()
+    return log.history
 
 
 def save(args, engine, model, tokenizer, epoch: int, dtype) -> None:

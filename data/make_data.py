@@ -2,6 +2,7 @@
 
     python data/make_data.py            # rewrites spo_0, spo_1, d2q_0 and d2q_1.json
     python data/make_data.py --check    # only checks the files that are there
+    python data/make_data.py --more 6000 FILE   # writes more spo rows, none of them in spo_1
 
 Two tasks are made, both in the row format that the training scripts read
 (JSON lines with the keys "instruction", "input" and "output"):
@@ -822,14 +823,14 @@ def held_out_faults(rng, assemblies, count=60):
     return set(rng.sample(common, count))
 
 
-def make_spo(seed=SEED):
+def make_spo(seed=SEED, train=SPO_TRAIN, test=SPO_TEST):
     """Return (train, test) rows of the triple extraction task."""
     rng = random.Random(seed)
     assemblies = parse_catalogue()
     held_out = held_out_faults(rng, assemblies)
     seen_texts, seen_notes = set(), set()
     rows = []
-    while len(rows) < SPO_TRAIN + SPO_TEST:
+    while len(rows) < train + test:
         long = rng.random() < 0.02
         frame = rng.choice(LONG_FRAMES if long else FRAMES)
         # Large assemblies are picked more often, so that parts occur about equally often.
@@ -838,7 +839,7 @@ def make_spo(seed=SEED):
             note = SpoNote(rng, assembly, frame)
         except LookupError:
             continue
-        if len(rows) < SPO_TRAIN and not held_out.isdisjoint(note.triples):
+        if len(rows) < train and not held_out.isdisjoint(note.triples):
             continue
         if len(note.text) < 38 and rng.random() < 0.6:  # keeps the median at some 50 characters
             continue
@@ -851,7 +852,7 @@ def make_spo(seed=SEED):
         seen_texts.add(note.text)
         seen_notes.add(key)
         rows.append({"instruction": SPO_INSTRUCTION, "input": note.text, "output": "\n".join(note.triples)})
-    return rows[:SPO_TRAIN], rows[SPO_TRAIN:]
+    return rows[:train], rows[train:]
 
 
 # --------------------------------------------------------------------------------------
@@ -1339,7 +1340,15 @@ def check():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="check the files that are there and write nothing")
-    if not parser.parse_args().check:
+    parser.add_argument("--more", nargs=2, metavar=("COUNT", "FILE"), help="write more spo rows, none of spo_1 in them")
+    args = parser.parse_args()
+    if args.more:
+        count, path = args.more
+        test = {row["input"] for row in read_rows("spo_1")}
+        rows, _ = make_spo(SEED + 1, train=int(count), test=0)
+        write_rows(Path(path).resolve(), [row for row in rows if row["input"] not in test])
+        return
+    if not args.check:
         for task, make in (("spo", make_spo), ("d2q", make_d2q)):
             for part, rows in enumerate(make()):
                 write_rows(f"{task}_{part}.json", rows)

@@ -343,7 +343,7 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
             attention_mask = input_ids.new_ones(len(input_ids), cached + tokens)
 
         hidden_states = self.embedding.word_embeddings(input_ids)
-        if cached and tokens == 1 and attention_mask is None and prefix is None:
+        if cached and attention_mask is None:
             mask = None  # one new token sees all there is
         else:
             mask = visible_mask(tokens, attention_mask, self.config, hidden_states.dtype, prefix=prefix)

@@ -1,0 +1,34 @@
+"""Run several trainings in one process a rank: start-up is what takes most of the time of a tiny run.
+
+    deepspeed --num_gpus 2 tests/jobs.py JOBS RESULTS
+
+JOBS is a json file, {name: arguments of train.py}; RESULTS gets {name: [[step, loss], ...]}.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+import train
+import utils
+
+
+def main():
+    torch.set_num_threads(1)
+    jobs, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
+    utils.quiet(verbose=False)
+    done = {}
+    for name, argv in json.loads(jobs.read_text()).items():
+        print("job", name, flush=True)
+        done[name] = train.train(train.parse_args(argv))
+        gc.collect()  # the ZeRO-3 mark of transformers lives as long as the model does
+    if utils.is_main():
+        results.write_text(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main()

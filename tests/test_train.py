@@ -1,0 +1,296 @@
+"""train.py as a whole, with real DeepSpeed on one rank and on two: the same losses however a batch is split, whatever
+the ZeRO stage and with or without checkpointing; the right weights move and no others; four rows are learnt by heart
+and predict.py gives them back; results are complete folders with the same files from every stage.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import merge_lora
+import predict
+from glm_models import MODE
+from train import TRAIN_TYPE
+
+ROOT = Path(__file__).resolve().parent.parent
+DS_FILES = {"z2": "ds_zero2_no_offload.json", "z3": "ds_zero3_no_offload.json", "offload": "ds_zero3_offload.json"}
+METHOD_FLAGS = {
+    "freeze": ["--freeze_module_name", "layers.3.,layers.2."],
+    "ptuning": ["--pre_seq_len", "6", "--prefix_dropout", "0"],
+    "lora": ["--lora_dim", "8", "--lora_dropout", "0", "--lora_module_name", "query_key_value,dense_h_to_4h"],
+    "all": [],
+}
+PAIRS = [(mode, method) for mode in MODE for method in TRAIN_TYPE]
+
+ROWS = [
+    ("抽取故障：", "发动机怠速不稳。", "发动机_性能故障_怠速不稳"),
+    ("抽取故障：", "水泵漏水，需要更换。", "水泵_部件故障_漏水"),
+    ("抽取故障：", "用诊断仪读取故障码，变速箱里的离合器打滑。", "诊断仪_检测工具_故障码\n离合器_部件故障_打滑"),
+    ("写一句话：", "天气", "今天的天气真不错。"),
+    ("问答：", "中国的首都是哪里？", "北京是中国的首都。"),
+    ("抽取故障：", "轮胎磨损不均。", "轮胎_部件故障_磨损不均"),
+]
+
+
+def deepspeed(ranks: int, *command: str, timeout: int = 1500) -> subprocess.CompletedProcess:
+    """Run a script under the launcher."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    launcher += ["--master_port", str(29600 + os.getpid() % 300)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(
+        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def run_jobs(folder: Path, ranks: int, jobs: dict[str, list[str]]) -> dict[str, list[float]]:
+    """Losses of several trainings, by name."""
+    (folder / f"jobs-{ranks}.json").write_text(json.dumps(jobs))
+    results = folder / f"results-{ranks}.json"
+    run = deepspeed(ranks, "tests/jobs.py", folder / f"jobs-{ranks}.json", results)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return {name: [loss for _, loss in history] for name, history in json.loads(results.read_text()).items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    """Two files: six rows of very different lengths; the first four of them."""
+    paths = {}
+    for name, some in (("six", ROWS), ("four", ROWS[:4])):
+        paths[name] = folder / f"{name}.json"
+        lines = [json.dumps(dict(zip(("instruction", "input", "output"), row, strict=True))) for row in some]
+        paths[name].write_text("\n".join(lines) + "\n\n")  # an empty last line is no error
+    return paths
+
+
+def arguments(mode, method, base, data, output, *more) -> list[str]:
+    fixed = f"--mode {mode} --train_type {method} --model_name_or_path {base} --train_path {data} --output_dir {output}"
+    fixed += " --max_len 128 --max_src_len 96 --show_loss_step 1 --seed 7"
+    return [*fixed.split(), *METHOD_FLAGS[method], *more]
+
+
+# How a global batch of four rows is run; six rows make a full step and one of two rows.
+VARIANTS = {
+    "4x1": "--per_device_train_batch_size 4",
+    "2x2": "--per_device_train_batch_size 2 --gradient_accumulation_steps 2",
+    "1x4": "--gradient_accumulation_steps 4",
+    "4x1-checkpointing": "--per_device_train_batch_size 4 --gradient_checkpointing",
+    "4x1-z3": f"--per_device_train_batch_size 4 --ds_file {DS_FILES['z3']}",
+    "2x2-z3-checkpointing": "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --gradient_checkpointing "
+    f"--ds_file {DS_FILES['z3']}",
+    "4x1-offload": f"--per_device_train_batch_size 4 --ds_file {DS_FILES['offload']}",
+}
+TWO_RANKS = {
+    "2x1": "--per_device_train_batch_size 2",
+    "1x2-z3-checkpointing": "--gradient_accumulation_steps 2 --gradient_checkpointing --ds_file " + DS_FILES["z3"],
+}
+
+
+def variant_jobs(tiny, rows, folder, variants, ranks):
+    jobs = {}
+    for mode, method in PAIRS:
+        for name, flags in variants.items():
+            key = f"{mode}-{method}-{name}"
+            more = [*flags.split(), "--num_train_epochs", "3", "--learning_rate", "5e-3"]
+            jobs[key] = arguments(mode, method, tiny[mode], rows["six"], folder / f"{key}-{ranks}", *more)
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def losses(tiny, rows, folder):
+    """Loss lists of every family, method and variant; 4x1 comes first and is what the others are held against."""
+    one = run_jobs(folder, 1, variant_jobs(tiny, rows, folder, VARIANTS, 1))
+    two = run_jobs(folder, 2, variant_jobs(tiny, rows, folder, TWO_RANKS, 2))
+    return one | {f"{name}-two": values for name, values in two.items()}
+
+
+@pytest.mark.parametrize("variant", [*list(VARIANTS)[1:], *(f"{name}-two" for name in TWO_RANKS)])
+@pytest.mark.parametrize(("mode", "method"), PAIRS)
+def test_losses_do_not_depend_on_how_a_batch_is_run(losses, mode, method, variant):
+    expected = losses[f"{mode}-{method}-4x1"]
+    assert len(expected) == 6
+    assert expected[-1] < expected[0]  # it learns, so later losses depend on earlier gradients
+    assert losses[f"{mode}-{method}-{variant}"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("mode", "method"), PAIRS)
+def test_every_stage_saves_the_same_files(losses, folder, mode, method):
+    results = [
+        folder / f"{mode}-{method}-{name}/epoch-3-step-6" for name in ("4x1-1", "4x1-z3-1", "1x2-z3-checkpointing-2")
+    ]
+    names = [sorted(path.name for path in result.iterdir()) for result in results]
+    weights = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    assert weights in names[0]
+    assert names[0] == names[1] == names[2]
+    first, *others = [load_file(result / weights) for result in results]
+    for other in others:
+        assert {n: (t.shape, t.dtype) for n, t in other.items()} == {n: (t.shape, t.dtype) for n, t in first.items()}
+        for name, tensor in other.items():
+            torch.testing.assert_close(tensor, first[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(("mode", "method"), PAIRS)
+def test_exactly_the_right_weights_move(losses, tiny, folder, mode, method):
+    result = folder / f"{mode}-{method}-4x1-z3-1/epoch-3-step-6"
+    if method == "lora":
+        adapter = load_file(result / "adapter_model.safetensors")
+        assert len(adapter) == 2 * 4 * 2  # A and B, layers, modules
+        assert all(tensor.any() for tensor in adapter.values())
+        return
+    base, trained = load_file(f"{tiny[mode]}/model.safetensors"), load_file(result / "model.safetensors")
+    moves = {
+        "freeze": lambda name: "layers.3." in name or "layers.2." in name,
+        "ptuning": lambda name: "prefix_encoder" in name,
+        "all": lambda name: True,
+    }[method]
+    for name, tensor in trained.items():
+        if "inv_freq" in name:
+            continue
+        same = name in base and torch.equal(tensor, base[name])
+        assert same != moves(name), name
+    assert base.keys() <= trained.keys()
+
+
+@pytest.fixture(scope="module")
+def memorised(tiny, rows, folder):
+    """Folders of models that were trained on four rows until they know them, and the last losses."""
+    jobs = {}
+    for mode, method in PAIRS:
+        rate = {"ptuning": "3e-2", "lora": "1e-2"}.get(method, "5e-3")
+        more = f"--per_device_train_batch_size 4 --num_train_epochs 150 --learning_rate {rate} --weight_decay 0"
+        flags = [*more.split(), "--save_model_step", "1000"]
+        jobs[f"{mode}-{method}"] = arguments(
+            mode, method, tiny[mode], rows["four"], folder / f"m-{mode}-{method}", *flags
+        )
+    return run_jobs(folder, 1, jobs)
+
+
+@pytest.mark.parametrize(("mode", "method"), PAIRS)
+def test_four_rows_are_learnt_by_heart_and_predicted(memorised, tiny, rows, folder, mode, method):
+    assert memorised[f"{mode}-{method}"][-1] < 0.05
+    result = folder / f"m-{mode}-{method}/epoch-150-step-150"
+    command = f"--mode {mode} --predict_path {rows['four']} --max_length 128 --batch_size 3"
+    predict.main([*command.split(), "--model_path", str(result)])
+    expected = [row[2] for row in ROWS[:4]]
+    assert predictions(result) == expected
+    if method == "lora":
+        merged = folder / f"merged-{mode}"
+        merge_lora.main(
+            f"--mode {mode} --ori_model_dir {tiny[mode]} --model_dir {result} --output_dir {merged}".split()
+        )
+        predict.main([*command.split(), "--model_path", str(merged)])
+        assert predictions(merged) == expected
+
+
+def predictions(folder: Path) -> list[str]:
+    lines = (folder / "predictions-four.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["ended"] for line in lines)
+    return [json.loads(line)["prediction"] for line in lines]
+
+
+def test_predictions_go_on_where_they_stopped(memorised, rows, folder, capsys):
+    source = folder / "m-glm3-all/epoch-150-step-150"
+    result = folder / "resumed"
+    shutil.copytree(source, result)
+    answers = result / "predictions-four.jsonl"
+    whole = "--mode glm3 --max_length 128 --model_path {} --predict_path {}".format(result, rows["four"]).split()
+    answers.unlink(missing_ok=True)
+    predict.main(whole)
+    text = answers.read_text()
+    lines = text.splitlines(keepends=True)
+    answers.write_text("".join(lines[:2]) + lines[2][:25])  # stopped in the middle of the third
+    predict.main(whole)
+    assert answers.read_text() == text
+    assert "holds 2 of 4 answers" in capsys.readouterr().out
+
+
+def test_merged_model_equals_the_adapter(memorised, tiny, rows, folder):
+    from peft import PeftModel
+
+    for mode in MODE:
+        result = folder / f"m-{mode}-lora/epoch-150-step-150"
+        merged_folder = folder / f"equal-{mode}"
+        merge_lora.merge(mode, str(tiny[mode]), str(result), str(merged_folder))
+        family = MODE[mode]
+        adapter = PeftModel.from_pretrained(family.model.from_pretrained(tiny[mode]), result).eval()
+        merged = family.model.from_pretrained(merged_folder).eval()
+        ids = torch.tensor([family.tokenizer.from_pretrained(tiny[mode]).encode_prompt(ROWS[2][1])])
+        with torch.no_grad():
+            torch.testing.assert_close(merged(ids).logits, adapter(input_ids=ids).logits, rtol=0, atol=1e-4)
+        base = load_file(f"{tiny[mode]}/model.safetensors")
+        assert load_file(merged_folder / "model.safetensors").keys() == base.keys()
+
+
+def test_result_folders_keep_what_other_tools_read(memorised, tiny, folder):
+    for mode in MODE:
+        base = json.loads(Path(tiny[mode], "config.json").read_text())
+        config = json.loads((folder / f"m-{mode}-ptuning/epoch-150-step-150/config.json").read_text())
+        assert config == base | {"pre_seq_len": 6, "prefix_projection": True}
+        generation = json.loads((folder / f"m-{mode}-all/epoch-150-step-150/generation_config.json").read_text())
+        stop = MODE[mode].tokenizer.from_pretrained(tiny[mode]).stop_token_ids
+        assert generation["eos_token_id"] == (stop if len(stop) > 1 else stop[0])
+
+
+def bad_run(tiny, rows, folder, **change):
+    flags = {
+        "mode": "glm3",
+        "model_name_or_path": tiny["glm3"],
+        "train_path": rows["six"],
+        "output_dir": folder / "bad",
+    }
+    flags |= {"max_len": 128, "max_src_len": 96, **change}
+    return deepspeed(
+        2, "train.py", *(part for key, value in flags.items() for part in (f"--{key}", value)), timeout=120
+    )
+
+
+def errors(tiny, folder):
+    """Flags that cannot work, and what the message must say."""
+    bad_rows = folder / "bad_rows.json"
+    good = json.dumps({"instruction": "a", "input": "b", "output": "c"})
+    bad_rows.write_text(good + "\n" + '{"instruction": "a", "input": "b", "output": ["c"]}\n')
+    ds = json.loads((ROOT / DS_FILES["z2"]).read_text())
+    ds["fp16"]["enabled"] = True
+    half = folder / "half.json"
+    half.write_text(json.dumps(ds))
+    return {
+        "mode": ({"mode": "glm"}, "--mode glm3 (ChatGLM3-6B)"),
+        "path": ({"model_name_or_path": folder / "nowhere"}, "nowhere: no such folder"),
+        "data": ({"train_path": bad_rows}, "bad_rows.json line 2: output must be a string, not a list"),
+        "module": ({"lora_module_name": "query_key_value,dence"}, "dence: no such linear layer; there are dense"),
+        "freeze": ({"train_type": "freeze", "freeze_module_name": "layers.99."}, "layers.99.: no parameter has it"),
+        "precision": ({"ds_file": half}, "fp16 is enabled, but this CPU cannot do it"),
+        "contradiction": ({"max_src_len": 200}, "--max_src_len 200 must be above 0 and less than --max_len 128"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["mode", "path", "data", "module", "freeze", "precision", "contradiction"])
+def test_what_cannot_work_ends_with_one_clear_error_on_two_ranks(tiny, rows, folder, kind):
+    change, message = errors(tiny, folder)[kind]
+    run = bad_run(tiny, rows, folder, **change)
+    assert run.returncode != 0
+    output = run.stdout + run.stderr
+    assert "Traceback" not in output
+    lines = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, output
+    assert message in lines[0]
+
+
+def test_python_alone_trains_on_one_device(tiny, rows, folder):
+    command = arguments("glm2", "lora", tiny["glm2"], rows["six"], folder / "alone", "--save_model_step", "2")
+    run = subprocess.run([sys.executable, "train.py", *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    saved = sorted(path.name for path in (folder / "alone").iterdir())
+    assert saved == ["epoch-1-step-2", "epoch-1-step-4", "epoch-1-step-6", "tensorboard"]
+    assert "step 6/6" in run.stdout
