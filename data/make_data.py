@@ -1344,7 +1344,7 @@ def main():
     args = parser.parse_args()
     if args.more:
         count, path = args.more
-        test = {row["input"] for row in read_rows("spo_1")}
+        test = {row["input"] for row in read_rows("spo_1.json")}
         rows, _ = make_spo(SEED + 1, train=int(count), test=0)
         write_rows(Path(path).resolve(), [row for row in rows if row["input"] not in test])
         return

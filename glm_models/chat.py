@@ -112,13 +112,16 @@ class ChatMixin:
         cache = _continue(cache, prompt)
         stop_ids = tokenizer.stop_token_ids
         ids = []
+        held_back = False
         for token in stream_ids(self, stop_ids, cache=cache, **inputs, **kwargs):
             ids.append(token)
             cache.input_ids = prompt + ids
             answer = ids[:-1] if token in stop_ids else ids
             text = tokenizer.decode(answer)
-            if text.endswith("\ufffd") and token not in stop_ids:
-                continue  # in the middle of a character
+            held_back = text.endswith("\ufffd") and token not in stop_ids  # in the middle of a character
+            if not held_back:
+                yield *self.extend_history(history, query, text, **role), cache
+        if held_back:  # max_length came there: the last answer is the one that `chat` gives
             yield *self.extend_history(history, query, text, **role), cache
 
 
@@ -138,5 +141,5 @@ def _continue(cache, prompt: list[int]) -> DynamicCache:
         if mine != theirs:
             break
         common += 1
-    cache.crop(common)
+    cache.crop(common - cache.get_seq_length())  # a negative number: so many tokens less
     return cache

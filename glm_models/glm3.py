@@ -205,7 +205,10 @@ def _tool_parameters(content: str) -> dict | None:
         return None
     try:
         call = ast.parse("\n".join(lines[1:-1]).strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "tool_call":
+            return None
+        names = [word.arg for word in call.keywords]
+        if call.args or None in names or len(set(names)) < len(names):
             return None
         return {word.arg: ast.literal_eval(word.value) for word in call.keywords}
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

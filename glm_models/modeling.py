@@ -1,5 +1,7 @@
 """What the three networks share: loading rules, initialisation, attention, masks, the P-Tuning prefix, the loss."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,6 +32,8 @@ class PrefixEncoder(nn.Module):
         else:
             self.embedding = nn.Embedding(config.pre_seq_len, kv_size)
         self.dropout = nn.Dropout(config.prefix_dropout)
+        for module in self.modules():
+            module.in_prefix = True  # for _init_weights
 
     def forward(self, batch: int, layers: int, head_dim: int) -> torch.Tensor:
         """Keys and values of all layers: [layers, 2, batch, heads, pre_seq_len, head_dim]."""
@@ -73,15 +77,23 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         check_family(folder, cls.mode, need=("config",))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
-            folder, *args, **kwargs, use_safetensors=None, weights_only=True, output_loading_info=True
+            folder,
+            *args,
+            **kwargs,
+            use_safetensors=None,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with all else
         )
+        # only a base checkpoint's lack of a prefix is no error: a trained one must never be lost or made anew
+        info["missing_keys"] = {key for key in info["missing_keys"] if "prefix_encoder." not in key}
         wrong = []
         for kind, what in (
             ("missing_keys", "missing"),
             ("unexpected_keys", "unknown"),
             ("mismatched_keys", "misshapen"),
         ):
-            names = sorted(str(key) for key in info[kind] if "prefix_encoder." not in str(key))
+            names = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
             if names:
                 wrong.append(f"{len(names)} {what} (first: {names[0]})")
         if wrong:
@@ -92,7 +104,14 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         """Every weight that a checkpoint lacks gets a value: prefix encoders, or all of a model made from a config."""
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
+        if hasattr(module, "in_prefix"):
+            # torch's own, as the official models have it: a prefix of 0.02 would hardly move, so deep is it multiplied
+            if isinstance(module, nn.Linear):
+                init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+                init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                init.normal_(module.weight)
+        elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -119,13 +138,12 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
 
 def real_tokens(input_ids: torch.Tensor, pad_token_id: int, cached: int) -> torch.Tensor:
-    """The attention mask of ids that came without one: [batch, cached + tokens]; padding on the left is hidden.
-
-    Padding on the right needs no hiding: no earlier token sees it.
-    """
-    mask = (
-        (input_ids != pad_token_id).long().cummax(1).values if pad_token_id is not None else torch.ones_like(input_ids)
-    )
+    """The attention mask of ids that came without one: [batch, cached + tokens]; padding at both ends is hidden."""
+    if pad_token_id is None:
+        mask = torch.ones_like(input_ids)
+    else:
+        real = (input_ids != pad_token_id).long()
+        mask = real.cummax(1).values * real.flip(1).cummax(1).values.flip(1)
     return F.pad(mask, (cached, 0), value=1)
 
 

@@ -110,8 +110,9 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
             return ids
         pieces = self.sp_model.encode(text, out_type="proto").pieces  # begin and end count bytes
         query_start, query_end = (len(part.encode()) for part in (before, before + query))
-        head = sum(piece.end <= query_start for piece in pieces) if before else 0
-        tail = sum(piece.end > query_end for piece in pieces) if after else 0
+        # (of a character spelled in bytes all pieces but the last are empty, and lie at its beginning)
+        head = sum(piece.begin < query_start for piece in pieces) if before else 0
+        tail = sum(max(piece.begin + 1, piece.end) > query_end for piece in pieces) if after else 0
         room = max_src_len - head - tail
         if room < 0:
             raise ValueError(f"max_src_len {max_src_len} is less than the {head + tail} ids of the prompt's template")
