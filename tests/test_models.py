@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import enliven, write_model
 from safetensors.torch import load_file, save_file
-from transformers import GlmConfig, GlmForCausalLM, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+from transformers import GlmConfig, GlmForCausalLM, LogitsProcessor, TextIteratorStreamer
 
 from glm_models import MODE, CheckpointError
 
@@ -431,6 +431,8 @@ def test_stream_chat_reuses_the_cache(mode, prefix, load, tokenizers):
         assert lengths[1:] == [1] * (len(lengths) - 1)
         if turn_number:
             assert lengths[0] < len(prompt) - 5  # only what is new
+        *_, again = model.stream_chat(tok, query, past_key_values=cache, return_past_key_values=True, **options)
+        assert again[:2] == want  # the same prompt: its last token is computed anew
         history = new_history
 
 
@@ -442,14 +444,17 @@ def test_stream_chat_refuses_a_foreign_cache(mode, load, tokenizers):
         next(model.stream_chat(tok, "你好", past_key_values=foreign))
 
 
-class FailsLater(LogitsProcessor):
-    def __init__(self):
-        self.calls = 0
+class Endless(LogitsProcessor):
+    """Never lets an answer end, and counts its tokens; or fails after `limit` of them."""
+
+    def __init__(self, stop_ids, limit=None):
+        self.stop_ids, self.limit, self.calls = stop_ids, limit, 0
 
     def __call__(self, input_ids, scores):
         self.calls += 1
-        if self.calls > 3:
+        if self.calls == self.limit:
             raise ArithmeticError("from inside generation")
+        scores[:, self.stop_ids] = -torch.inf
         return scores
 
 
@@ -457,11 +462,13 @@ class FailsLater(LogitsProcessor):
 def test_stream_chat_leaves_no_thread(mode, load, tokenizers):
     model, tok = load(mode), tokenizers[mode]
     before = set(threading.enumerate())
-    stream = model.stream_chat(tok, "你好", do_sample=False, max_length=2000)
+    endless = Endless(tok.stop_token_ids)
+    stream = model.stream_chat(tok, "你好", do_sample=False, max_length=2000, logits_processor=[endless])
     next(stream)
     assert set(threading.enumerate()) - before
     stream.close()
     assert set(threading.enumerate()) <= before
+    assert endless.calls < 500  # stopped, not waited for
 
 
 @modes
@@ -470,7 +477,7 @@ def test_errors_inside_generation_reach_the_caller(mode, load, tokenizers):
     before = set(threading.enumerate())
     for chat in (model.chat, lambda *args, **kwargs: list(model.stream_chat(*args, **kwargs))):
         with pytest.raises(ArithmeticError, match="from inside generation"):
-            chat(tok, "你好", max_length=200, do_sample=False, logits_processor=LogitsProcessorList([FailsLater()]))
+            chat(tok, "你好", max_length=200, do_sample=False, logits_processor=[Endless(tok.stop_token_ids, limit=3)])
     assert set(threading.enumerate()) <= before
 
 
@@ -692,6 +699,43 @@ def test_wrong_mode_is_told_the_right_one(mode, wrong, tiny):
         assert f"--mode {mode} " in fits and f"--mode {wrong} " not in fits
 
 
+def without_names(folder):
+    """Drop what the json files say about where the folder came from."""
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+        path = folder / name
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            del content[key]
+            path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@newer_modes
+def test_official_code_tells_the_newer_families_apart(mode, tiny, tmp_path):
+    """ChatGLM2 and ChatGLM3 folders without names hold the same: either mode may be right, unless code lies there."""
+    folder = shutil.copytree(tiny[mode], tmp_path / "copy")
+    without_names(folder)
+    for either in ("glm2", "glm3"):
+        MODE[either].model.from_pretrained(folder)
+    sign = {"glm2": "def build_prompt(self, query, history=None):", "glm3": "def build_single_message(self, role):"}[
+        mode
+    ]
+    (folder / "tokenization_chatglm.py").write_text(f"class ChatGLMTokenizer:\n    {sign}\n        pass\n")
+    MODE[mode].model.from_pretrained(folder)
+    wrong = {"glm2": "glm3", "glm3": "glm2"}[mode]
+    for load_it in (MODE[wrong].model.from_pretrained, MODE[wrong].tokenizer.from_pretrained):
+        with pytest.raises(CheckpointError, match=f"--mode {mode} "):
+            load_it(folder)
+
+
+@pytest.mark.parametrize(("mode", "wrong"), [("glm", "glm2"), ("glm", "glm3"), ("glm2", "glm"), ("glm3", "glm")])
+def test_config_keys_alone_tell_the_first_family(mode, wrong, tiny, tmp_path):
+    folder = shutil.copytree(tiny[mode], tmp_path / "copy", ignore=shutil.ignore_patterns("*.model", "tokenizer*"))
+    without_names(folder)
+    MODE[mode].model.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=f"fits .*--mode {mode} "):
+        MODE[wrong].model.from_pretrained(folder)
+
+
 @modes
 def test_missing_folder_and_missing_files(mode, tiny, tmp_path):
     with pytest.raises(CheckpointError, match="no such model folder"):
@@ -843,20 +887,26 @@ def test_glm_with_image_tokens_in_front(tiny, load, tokenizers, tmp_path):
 # Initialisation.
 
 
-def assert_initialised(named_parameters, std=0.02):
+def assert_initialised(named_parameters):
+    """Of a prefix encoder as torch does it and the official models did, else initializer_range; no bias anywhere."""
     for name, p in named_parameters:
         assert p.isfinite().all(), name
         if "norm" in name and name.endswith("weight"):
             assert (p == 1).all(), name
-        elif name.endswith("bias"):
+            continue
+        if name.endswith("bias"):
             assert (p == 0).all(), name
-        else:
-            assert p.std().item() == pytest.approx(std, rel=0.25) and abs(p.mean()) < std / 4, name
+            continue
+        std = 0.02
+        if "prefix_encoder" in name:
+            std = 1 if "embedding" in name else 1 / math.sqrt(3 * p.shape[1])
+        assert p.std().item() == pytest.approx(std, rel=0.25) and abs(p.mean()) < std / 3, name
 
 
 @modes
 @prefixes
 def test_model_from_a_config(mode, prefix, tiny):
+    torch.manual_seed(0)
     model = MODE[mode].model(MODE[mode].config.from_pretrained(tiny[mode], **prefix))
     assert_initialised(model.named_parameters())
     assert model(torch.tensor([[5, 6, 7, 8]])).logits.isfinite().all()
@@ -866,9 +916,10 @@ def test_model_from_a_config(mode, prefix, tiny):
 @pytest.mark.parametrize("how", [{}, {"low_cpu_mem_usage": True}, {"device_map": "cpu"}, {"dtype": torch.bfloat16}])
 @pytest.mark.parametrize("projection", [True, False])
 def test_new_prefix_on_a_base_checkpoint(mode, projection, how, tiny, load):
+    torch.manual_seed(0)
     config = MODE[mode].config.from_pretrained(tiny[mode], pre_seq_len=8, prefix_projection=projection)
     model = MODE[mode].model.from_pretrained(tiny[mode], config=config, **how)
-    parameters = list(model.transformer.prefix_encoder.named_parameters())
+    parameters = [pair for pair in model.named_parameters() if "prefix_encoder" in pair[0]]
     assert len(parameters) == (5 if projection else 1)
     assert_initialised(parameters)
     if "dtype" not in how:

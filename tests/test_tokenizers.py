@@ -512,6 +512,8 @@ def test_tool_calls_are_never_run(expression, tmp_path):
         fenced("tool_call(1)"),
         fenced("tool_call(**{'x': 1})"),
         fenced("import os"),
+        fenced("print(x=1)"),  # another function
+        fenced("other.tool_call(x=1)"),
         fenced("x = tool_call(y=1)"),
         fenced("tool_call(x=\x00)"),
         fenced("tool_call(x=" + "[" * 500 + "]" * 500 + ")"),
