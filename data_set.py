@@ -77,7 +77,8 @@ def _array_rows(path, text):
 
     position, newlines = skip_space(position)
     line += newlines
-    while text[position : position + 1] != "]":
+    more = text[position : position + 1] != "]"
+    while more:
         try:
             row, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
@@ -87,11 +88,13 @@ def _array_rows(path, text):
         position, newlines = skip_space(end)
         line += newlines
         mark = text[position : position + 1]
-        if mark == ",":
-            position, newlines = skip_space(position + 1)
-            line += newlines
-        elif mark != "]":
+        if mark not in (",", "]"):
             raise DataError(f"{path} line {line}: expected a comma or ] after a row of the array")
+        more = mark == ","
+        position, newlines = skip_space(position + 1)
+        line += newlines
+    if position < len(text):
+        raise DataError(f"{path} line {line}: there is more after the end of the array")
 
 
 def check_row(row, where: str, several_outputs: bool = False) -> None:

@@ -253,12 +253,14 @@ class GLMModel(GLMPreTrainedModel):
         """Index of the `<sop>` that ends the context, row by row: [batch]; tokens before it are seen by all.
 
         It is the `<sop>` right after a [gMASK], as every prompt ends; else (a prompt with [MASK] inside) the first one.
-        A row without any keeps all its tokens in the context.
+        A row without any keeps all its tokens in the context, except for padding on the right.
         """
         sop = input_ids == self.config.bos_token_id
         after_gmask = F.pad(input_ids[:, :-1] == self.config.gmask_token_id, (1, 0)) & sop
         sop = torch.where(after_gmask.any(1, keepdim=True), after_gmask, sop)
-        return torch.where(sop.any(1), sop.int().argmax(1), input_ids.shape[1])
+        pad = input_ids == (-1 if self.config.pad_token_id is None else self.config.pad_token_id)
+        length = input_ids.shape[1] - pad.flip(1).long().cumprod(1).sum(1)
+        return torch.where(sop.any(1), sop.int().argmax(1), length)
 
     def position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Position ids, row by row: [batch, 2, tokens], or [batch, 1, tokens] without position_encoding_2d.

@@ -138,12 +138,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
 
 def real_tokens(input_ids: torch.Tensor, pad_token_id: int, cached: int) -> torch.Tensor:
-    """The attention mask of ids that came without one: [batch, cached + tokens]; padding at both ends is hidden."""
-    if pad_token_id is None:
-        mask = torch.ones_like(input_ids)
-    else:
-        real = (input_ids != pad_token_id).long()
-        mask = real.cummax(1).values * real.flip(1).cummax(1).values.flip(1)
+    """The attention mask of ids that came without one: [batch, cached + tokens]; padding on the left is hidden.
+
+    Padding on the right needs no hiding: no earlier token sees it.
+    """
+    mask = (
+        (input_ids != pad_token_id).long().cummax(1).values if pad_token_id is not None else torch.ones_like(input_ids)
+    )
     return F.pad(mask, (cached, 0), value=1)
 
 

@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    """Files: six rows of very different lengths; the first four of them; these fifty times, for epochs of fifty steps."""
+    """Files: six rows of very different lengths; the first four; these fifty times, for epochs of fifty steps."""
     paths = {}
     for name, some in (("six", ROWS), ("four", ROWS[:4]), ("four50", ROWS[:4] * 50)):
         paths[name] = folder / f"{name}.json"

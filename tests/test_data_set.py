@@ -1,0 +1,239 @@
+"""data_set.py: which files are refused and with what words, which ids are learnt, how rows are dealt out to ranks; and,
+with GLM_GOLDEN_DIR set, the samples and batches of the reference, each deliberate difference named.
+"""
+
+import json
+import os
+
+import pytest
+import torch
+
+from data_set import (
+    IGNORE_INDEX,
+    DataError,
+    InstructionData,
+    MicroBatch,
+    Sample,
+    collate,
+    count_steps,
+    encode_sample,
+    plan_epoch,
+    read_rows,
+)
+from glm_models import MODE
+
+GOOD = {"instruction": "抽取故障：", "input": "水泵漏水。", "output": "水泵_部件故障_漏水"}
+modes = pytest.mark.parametrize("mode", MODE)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="rows.json"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def line(**change):
+    row = {**GOOD, **change}
+    return json.dumps({key: value for key, value in row.items() if value != "gone"}, ensure_ascii=False) + "\n"
+
+
+def test_lines_and_arrays_are_read_with_their_line_numbers(write):
+    lines = line() + "\n" + line(input="另一行\u2028还是这一行") + "\n\n"
+    assert [number for number, _ in read_rows(write(lines))] == [1, 3]
+    array = "[\n" + line().strip() + ",\n\n" + json.dumps(GOOD, indent=2) + "\n]\n"
+    assert list(read_rows(write(array))) == [(2, GOOD), (4, GOOD)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (line() + "{broken\n", "line 2 is not valid JSON"),
+        (line() + line(output="gone"), "line 2: the key 'output' is missing"),
+        (line(output=["a"]), "line 1: output must be a string, not a list"),
+        (line(output=None), "line 1: output must be a string, not null"),
+        (line(output="  "), "line 1: output is empty"),
+        (line(input=3), "line 1: input must be a string, not a number"),
+        (line(instruction="", input=" "), "line 1: instruction and input are both empty"),
+        ("3\n", "line 1: a row must be an object"),
+        ("\n\n", "holds no rows"),
+        ("", "holds no rows"),
+        ("[" + line().strip() + " " + line().strip() + "]", "line 1: expected a comma or ]"),
+        ("[" + line().strip(), "line 1: expected a comma or ]"),
+        ("[" + line().strip() + ",]", "line 1 is not valid JSON"),
+        (line().encode() + b'{"instruction": "\xff"}\n', "is not UTF-8"),
+        ("[" + line().strip() + "]]", "line 1: there is more after the end"),
+        ("[" * 100_000, "is not valid JSON"),
+    ],
+)
+def test_a_broken_file_is_one_clear_error(write, text, message):
+    path = write(text)
+    with pytest.raises(DataError) as error:
+        list(read_rows(path))
+    assert path in str(error.value)
+    assert message in str(error.value)
+
+
+def test_several_references_are_for_predictions_only(write):
+    path = write(line(output=["一", "二"]))
+    assert next(read_rows(path, several_outputs=True))[1]["output"] == ["一", "二"]
+    with pytest.raises(DataError):
+        list(read_rows(path))
+
+
+@modes
+def test_exactly_the_answer_and_its_end_are_learnt(tiny, mode):
+    tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
+    sample = encode_sample(tokenizer, GOOD, 100, 80)
+    prompt = tokenizer.encode_prompt(GOOD["instruction"] + GOOD["input"])
+    assert sample.input_ids[: sample.answer_start] == prompt
+    learnt = [label for label in sample.labels if label != IGNORE_INDEX]
+    assert learnt[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode_answer(learnt[:-1]) == GOOD["output"]
+    assert sample.labels[: sample.answer_start] == [IGNORE_INDEX] * len(prompt)
+    assert not sample.prompt_cut
+    assert not sample.answer_cut
+
+
+@modes
+def test_a_cut_answer_has_no_end_token(tiny, mode):
+    tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
+    whole = encode_sample(tokenizer, GOOD, 100, 80)
+    cut = encode_sample(tokenizer, GOOD, len(whole.input_ids) - 1, 80)
+    assert cut.input_ids == whole.input_ids[:-1]
+    assert cut.answer_cut
+    exact = encode_sample(tokenizer, GOOD, len(whole.input_ids), 80)
+    assert exact == whole
+
+
+@modes
+def test_limits_are_reported_and_impossible_ones_refused(tiny, mode, write):
+    tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
+    path = write(line() + line(input="很长的一段文字，" * 20) + line(output="很长的答案，" * 30))
+    data = InstructionData(path, tokenizer, 120, 60)
+    assert (data.prompts_cut, data.answers_cut) == (1, 1)
+    skipping = InstructionData(path, tokenizer, 120, 60, is_skip=True)
+    assert (len(skipping), skipping.skipped, skipping.lines) == (1, 2, [1])
+    prompt = len(
+        encode_sample(tokenizer, GOOD, 100, 80).input_ids[: encode_sample(tokenizer, GOOD, 100, 80).answer_start]
+    )
+    with pytest.raises(DataError, match=r"rows\.json line 1: the prompt's \d+ tokens leave no room"):
+        InstructionData(path, tokenizer, prompt, 60)
+
+
+class Rows:
+    """Stands for InstructionData where only lengths matter."""
+
+    def __init__(self, count):
+        self.samples = [Sample(list(range(3 + i % 7)), 1 + i % 2, False, False) for i in range(count)]
+
+    def __len__(self):
+        return len(self.samples)
+
+    answer_tokens = InstructionData.answer_tokens
+
+
+@pytest.mark.parametrize("split", [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (3, 2, 4)])
+@pytest.mark.parametrize("count", [1, 4, 10, 23])
+def test_every_row_is_dealt_once_and_all_ranks_get_as_many_batches(split, count):
+    data = Rows(count)
+    batch_size, accumulation, world_size = split
+    steps = plan_epoch(data, *split, seed=1, epoch=1)
+    assert len(steps) == count_steps(count, *split)
+    dealt = [row for step in steps for micro_batch in step if not micro_batch.is_filler for row in micro_batch.rows]
+    assert sorted(dealt) == list(range(count))
+    for step in steps:
+        assert len(step) == accumulation * world_size
+        real = [row for micro_batch in step if not micro_batch.is_filler for row in micro_batch.rows]
+        assert all(1 <= len(micro_batch.rows) <= batch_size for micro_batch in step)
+        for micro_batch in step:
+            assert micro_batch.num_items * len(step) == pytest.approx(data.answer_tokens(real))
+
+
+def test_the_order_is_new_each_epoch_and_the_same_for_a_seed():
+    data = Rows(30)
+    plans = {key: plan_epoch(data, 2, 2, 1, *key) for key in [(1, 1), (1, 2), (2, 1)]}
+    assert plans[1, 1] == plan_epoch(data, 2, 2, 1, 1, 1)
+    assert plans[1, 1] != plans[1, 2] != plans[2, 1]
+    # one batch is one set of rows, however it is split
+    assert [row for m in plans[1, 1][0] for row in m.rows] == plan_epoch(data, 4, 1, 1, 1, 1)[0][0].rows
+
+
+def test_a_filler_batch_teaches_nothing():
+    batch = collate([Sample([5, 6, 7], 1, False, False)], 0, MicroBatch([0], 2.0, is_filler=True))
+    assert batch["labels"].unique().tolist() == [IGNORE_INDEX]
+    assert batch.tokens == 0
+
+
+golden = pytest.mark.skipif("GLM_GOLDEN_DIR" not in os.environ, reason="GLM_GOLDEN_DIR is not set")
+
+
+def golden_sample(mode, tokenizer, row, max_len, max_src_len):
+    """Our sample; for ChatGLM-6B with the reference's own prompt, which its official chat does not use."""
+    if mode != "glm":
+        return encode_sample(tokenizer, row, max_len, max_src_len)
+    texts = ("[Round 1]\n问：", row["instruction"] + row["input"], "\n答：")
+    ids = tokenizer._fit_query(*map(tokenizer._to_pieces_text, texts), max_src_len)
+    prompt = [*ids, tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    answer = [*tokenizer.encode_answer(row["output"]), tokenizer.eos_token_id]
+    room = max_len - len(prompt)
+    return Sample(prompt + answer[:room], len(prompt), False, len(answer) > room)
+
+
+@golden
+@modes
+def test_samples_equal_the_references(mode):
+    """Deliberate differences: a cut answer carries no end token, and for ChatGLM3 three more of its tokens (where the
+    reference reserves six places, three are needed); ChatGLM-6B does not learn `<sop>`, nor ChatGLM3 `<|assistant|>`;
+    a prompt's template is never cut, so a max_src_len below its length is refused; ChatGLM-6B's prompt is its chat's.
+    """
+    folder = os.path.join(os.environ["GLM_GOLDEN_DIR"], mode)
+    tokenizer = MODE[mode].tokenizer.from_pretrained(os.path.join(folder, "checkpoint"))
+    with open(os.path.join(folder, "dataset.json"), encoding="utf-8") as file:
+        content = json.load(file)
+    compared = refused = 0
+    for setting in content["settings"]:
+        for item in setting["items"]:
+            row = content["samples"][item["sample"]]
+            try:
+                sample = golden_sample(mode, tokenizer, row, setting["max_len"], setting["max_src_len"])
+            except ValueError as error:
+                assert "template" in str(error)
+                refused += 1
+                continue
+            expected, labels = item["input_ids"], item["labels"]
+            if item["target_truncated"]:
+                assert sample.input_ids[: len(expected) - 1] == expected[:-1]
+                # the three places that the reference wastes may hold all that it cut
+                assert sample.answer_cut or mode == "glm3"
+                continue
+            assert sample.input_ids == expected
+            start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+            assert sample.answer_start == start + (mode != "glm2")
+            assert sample.labels[sample.answer_start :] == labels[sample.answer_start :]
+            compared += 1
+    assert compared > 30
+    assert refused <= 15
+
+
+@golden
+@modes
+def test_batches_equal_the_references(mode):
+    with open(os.path.join(os.environ["GLM_GOLDEN_DIR"], mode, "dataset.json"), encoding="utf-8") as file:
+        content = json.load(file)
+    for batch in content["collator"]:
+        by_sample = {item["sample"]: item for item in content["settings"][batch["setting"]]["items"]}
+        items = [by_sample[i] for i in batch["items"]]
+        items = (
+            items if None not in items else [content["settings"][batch["setting"]]["items"][i] for i in batch["items"]]
+        )
+        samples = [
+            Sample(item["input_ids"], next(i for i, x in enumerate(item["labels"]) if x != IGNORE_INDEX), False, False)
+            for item in items
+        ]
+        ours = collate(samples, batch["pad_token_id"], MicroBatch([], 1.0))
+        assert torch.equal(ours["input_ids"], torch.tensor(batch["input_ids"]))
+        assert torch.equal(ours["labels"], torch.tensor(batch["labels"]))

@@ -1,0 +1,105 @@
+"""Who imports whom: arrows point one way, nobody imports a script; the 12 scripts are there; metrics count right."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from glm_models import MODE
+from metrics import are_triples, triple_scores
+from train import TRAIN_TYPE, check_args, parse_args
+from utils import UserError, load_ds_config
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {"train", "utils", "data_set", "merge_lora", "predict", "metrics", "glm_models"}
+MAY_IMPORT = {
+    "glm_models": set(),
+    "data_set": set(),
+    "metrics": set(),
+    "utils": {"glm_models"},
+    "train": {"glm_models", "data_set", "utils"},
+    "merge_lora": {"glm_models", "utils"},
+    "predict": {"glm_models", "data_set", "metrics", "utils"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_imports_point_one_way(module):
+    files = list((ROOT / module).glob("*.py")) if module == "glm_models" else [ROOT / f"{module}.py"]
+    for file in files:
+        assert imported(file) & OURS <= MAY_IMPORT[module] | ({module} if module == "glm_models" else set()), file
+
+
+def test_there_is_a_script_for_each_family_and_method():
+    for mode in MODE:
+        for method in TRAIN_TYPE:
+            text = (ROOT / "scripts" / mode / f"{method}.sh").read_text()
+            assert f"launch {mode} {method} " in text
+
+
+def test_triples_are_scored_by_row_and_over_all():
+    scores = triple_scores(["a_r_b\nc_r_d", "", "x_r_y"], [["c_r_d\na_r_b"], ["e_r_f"], ["wrong_r_y", "x_r_y\nz_r_w"]])
+    assert scores["f1"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+    assert scores["micro_precision"] == 1.0
+    assert scores["micro_recall"] == pytest.approx(3 / 5)
+    assert triple_scores(["a_r_b\na_r_b"], [["a_r_b"]])["precision"] == 1.0  # said twice is said once
+    assert are_triples(["a_r_b\nc_r_d"])
+    assert not are_triples(["a_r_b", "什么是水泵？"])
+
+
+FLAGS = ["--mode", "glm3", "--model_name_or_path", ".", "--train_path", __file__]
+
+
+def test_flags_mean_what_they_say():
+    assert parse_args([*FLAGS, "--prefix_projection", "False"]).prefix_projection is False
+    assert parse_args([*FLAGS, "--gradient_checkpointing"]).gradient_checkpointing is True
+    assert parse_args(FLAGS).train_type == "lora"
+    assert (ROOT / parse_args(FLAGS).ds_file).is_file()
+    with pytest.raises(SystemExit):
+        parse_args([*FLAGS, "--prefix_projection", "perhaps"])
+
+
+def test_all_argument_errors_come_at_once():
+    args = parse_args([*FLAGS, "--num_train_epochs", "0", "--warmup_ratio", "1.5", "--max_len", "10"])
+    with pytest.raises(UserError) as error:
+        check_args(args)
+    for name in ("num_train_epochs", "warmup_ratio", "max_src_len"):
+        assert name in str(error.value)
+
+
+VALUES = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"zero_optimization": None}, '"zero_optimization" is missing'),
+        ({"bf16": {"enabled": "yes"}}, "bf16.enabled must be true, false"),
+        ({"train_batch_size": 16}, '"train_batch_size" is 16, the command line makes it 8'),
+        ({"steps_per_print": "auto"}, 'does not know what "auto" means for steps_per_print'),
+    ],
+)
+def test_a_ds_file_that_cannot_be_meant_is_refused(tmp_path, change, message):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **change}))
+    with pytest.raises(UserError, match=message):
+        load_ds_config(str(path), VALUES)
+
+
+def test_ds_files_hold_no_auto_that_train_does_not_know(tmp_path):
+    import train
+
+    for file in ROOT.glob("ds_zero*.json"):
+        values = train.ds_values(parse_args(FLAGS), 1, 10, 64)
+        assert '"auto"' not in json.dumps(load_ds_config(str(file), values))
