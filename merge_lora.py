@@ -1,6 +1,6 @@
 """Merge a LoRA adapter into its base model: a complete model folder that needs no peft.
 
-    python merge_lora.py --mode glm3 --ori_model_dir ChatGLM3-6B/ --model_dir output-glm3/epoch-2-step-720
+    python merge_lora.py --mode glm3 --ori_model_dir ChatGLM3-6B/ --model_dir output-glm3/epoch-2-step-750
 
 Weights go through memory one at a time; each sum is made in float32 and rounded once, to the type of the base.
 """

@@ -1,6 +1,6 @@
 """Answer with a trained model: one sample, a chat in the terminal, or a whole file.
 
-    python predict.py --mode glm3 --model_path output-glm3/epoch-2-step-720-merged --predict_path data/spo_1.json
+    python predict.py --mode glm3 --model_path output-glm3/epoch-2-step-750-merged --predict_path data/spo_1.json
     python predict.py --mode glm3 --model_path ... --instruction "..." --input "..."
     python predict.py --mode glm3 --model_path ...            (chat; an empty line ends it)
 
@@ -58,7 +58,10 @@ def answer(model, tokenizer, queries: list[str], args) -> list[tuple[str, bool]]
 
     A row's answer does not depend on the rows beside it: --max_length is counted for each row without its padding.
     """
-    prompts = [tokenizer.encode_prompt(query, max_src_len=args.max_src_len) for query in queries]
+    try:
+        prompts = [tokenizer.encode_prompt(query, max_src_len=args.max_src_len) for query in queries]
+    except ValueError as error:
+        raise UserError(f"--max_src_len: {error}") from None
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     sampling = {"do_sample": False}
     if args.do_sample:
