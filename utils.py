@@ -122,7 +122,7 @@ def load_ds_config(path: str, values: dict) -> dict:
             "optimizer.params.lr".
 
     Raises:
-        UserError: unreadable, no zero_optimization, an unknown "auto", a precision that the device cannot do, or a
+        UserError: unreadable, a section is missing, an unknown "auto", a precision that the device cannot do, or a
             number that contradicts the command line.
     """
     if not os.path.exists(path):
@@ -136,6 +136,9 @@ def load_ds_config(path: str, values: dict) -> dict:
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
         if config.setdefault(key, values[key]) != values[key]:
             raise UserError(f'{path}: "{key}" is {config[key]}, the command line makes it {values[key]}; use "auto"')
+    for section in ("optimizer", "scheduler"):
+        if section not in config:
+            raise UserError(f'{path}: "{section}" is missing; start from one of the ds_zero*.json files')
     return config
 
 
