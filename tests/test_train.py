@@ -109,7 +109,7 @@ def variant_jobs(tiny, rows, folder, variants, ranks):
     for mode, method in PAIRS:
         for name, flags in variants.items():
             key = f"{mode}-{method}-{name}"
-            # a rate at which Adam, whose first steps have full length however small a gradient is, does not blow up rounding
+            # Adam's first steps have full length however small a gradient is: higher rates blow rounding up
             more = [*flags.split(), "--num_train_epochs", "3", "--learning_rate", "5e-3"]
             jobs[key] = arguments(mode, method, tiny[mode], rows["six"], folder / f"{key}-{ranks}", *more)
     return jobs
