@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import itertools
 import logging
 import os
 import random
@@ -268,14 +269,10 @@ def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype
             pass
         return
 
-    def all_tensors():
-        yield from tensors
-        yield from buffers.items()
-
     keys = ("pre_seq_len", "prefix_projection") if model.config.pre_seq_len else ()
     prefix = {key: getattr(model.config, key) for key in keys}
     with new_folder(folder) as partial:
-        write_weights(partial, all_tensors(), total)
+        write_weights(partial, itertools.chain(tensors, buffers.items()), total)
         write_side_files(partial, base, dtype, tokenizer.stop_token_ids, **prefix)
 
 

@@ -136,31 +136,27 @@ def write_weights(folder: str, tensors, total_bytes: int, max_shard_bytes: int =
     """Write safetensors in the layout that transformers reads: one file, or shards with an index.
 
     Args:
-        tensors: an iterator of (name, tensor); each tensor is on the CPU or None where another process writes it. Only
-            one shard is held at a time.
-        total_bytes: size of all tensors together, which decides between one file and shards.
+        tensors: an iterator of (name, tensor on the CPU). Only one shard is held at a time.
+        total_bytes: size of all tensors together, for the index.
     """
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    names: list[list[str]] = [[]]
+    shard: dict[str, torch.Tensor] = {}
+    names: list[list[str]] = []  # of the tensors in each file written
     size = 0
-    number = max(1, -(-total_bytes // max_shard_bytes))
 
     def flush():
+        names.append(list(shard))
         path = os.path.join(folder, f"shard-{len(names)}")
-        save_file(shards[-1], path, metadata={"format": "pt"})
+        save_file(shard, path, metadata={"format": "pt"})
         os.chmod(path, 0o644)  # save_file makes files that only their owner may read
-        names[-1] = list(shards[-1])
-        shards[-1] = {}
+        shard.clear()
 
     for name, tensor in tensors:
         nbytes = tensor.numel() * tensor.element_size()
-        # a new file once this one is full, or at its even share of the whole
-        if shards[-1] and size + nbytes > max_shard_bytes and number > 1:
+        if shard and size + nbytes > max_shard_bytes:
             flush()
-            names.append([])
             size = 0
         # a copy: save_file refuses views of shared memory, and the caller may reuse a gathered buffer
-        shards[-1][name] = tensor.detach().clone().contiguous()
+        shard[name] = tensor.detach().clone().contiguous()
         size += nbytes
     flush()
 
@@ -168,10 +164,10 @@ def write_weights(folder: str, tensors, total_bytes: int, max_shard_bytes: int =
         os.replace(os.path.join(folder, "shard-1"), os.path.join(folder, "model.safetensors"))
         return
     weight_map = {}
-    for i, shard in enumerate(names, 1):
+    for i, in_file in enumerate(names, 1):
         file = f"model-{i:05d}-of-{len(names):05d}.safetensors"
         os.replace(os.path.join(folder, f"shard-{i}"), os.path.join(folder, file))
-        weight_map.update(dict.fromkeys(shard, file))
+        weight_map.update(dict.fromkeys(in_file, file))
     write_json(
         os.path.join(folder, "model.safetensors.index.json"),
         {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},

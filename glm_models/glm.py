@@ -369,8 +369,6 @@ class GLMForConditionalGeneration(ChatMixin, GLMPreTrainedModel, GenerationMixin
 
     # The official chat.
 
-    chat_defaults = {"max_length": 2048, "top_p": 0.7, "temperature": 0.95}
-
     def chat(
         self,
         tokenizer,

@@ -237,6 +237,17 @@ def load_prefix(mode, kind):
     return model
 
 
+def assert_trains_alike(model, case, grad_norms):
+    """Logits, loss, and the gradients of what trains. Returns the model's output."""
+    output = model(input_ids=case["input_ids"], labels=case["labels"])
+    assert_logits(output.logits, case)
+    torch.testing.assert_close(output.loss, case["loss"], **LOSS)
+    output.loss.backward()
+    assert_norms(model.named_parameters(), grad_norms)
+    assert_gradients(model.named_parameters(), case)
+    return output
+
+
 @modes
 @pytest.mark.parametrize("kind", ["ptuning_proj", "ptuning_noproj"])
 def test_ptuning(mode, kind):
@@ -245,12 +256,7 @@ def test_ptuning(mode, kind):
     case = part(mode, f"{kind}.safetensors", "")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == golden["trainable_parameters"]
 
-    output = model(input_ids=case["input_ids"], labels=case["labels"])
-    assert_logits(output.logits, case)
-    torch.testing.assert_close(output.loss, case["loss"], **LOSS)
-    output.loss.backward()
-    assert_norms(model.named_parameters(), golden["grad_norms"])
-    assert_gradients(model.named_parameters(), case)
+    assert_trains_alike(model, case, golden["grad_norms"])
 
     left = part(mode, f"{kind}.safetensors", "left_pad.")
     with torch.no_grad():
@@ -283,12 +289,7 @@ def test_lora(mode, kind):
     assert sum(p.numel() for p in trainable.values()) == golden["trainable_parameters"]
     assert len(trainable) == 2 * golden["targeted_module_count"]
 
-    output = model(input_ids=case["input_ids"], labels=case["labels"])
-    assert_logits(output.logits, case)
-    torch.testing.assert_close(output.loss, case["loss"], **LOSS)
-    output.loss.backward()
-    assert_norms(model.named_parameters(), golden["grad_norms"])
-    assert_gradients(model.named_parameters(), case)
+    output = assert_trains_alike(model, case, golden["grad_norms"])
 
     merged = model.merge_and_unload()
     with torch.no_grad():
