@@ -42,609 +42,206 @@ PERF, PART, COMP, TOOL = "性能故障", "部件故障", "组成", "检测工具
 # spo: what can go wrong in a vehicle
 # --------------------------------------------------------------------------------------
 # One block for each assembly:
-#   # name | kinds of vehicle that have it
+#   # name
 #   ! subject: symptoms                  -> 性能故障 (how the vehicle or assembly performs)
 #   - part: faults                       -> 部件故障 (state in which a part is found)
 #   ? tool: what is measured with it     -> 检测工具
 # A fault phrase belongs to one relation only, so the words of the note decide.
 CATALOGUE = """
-# 冷却系统 | car truck
-! 冷却系统: 散热不良 循环不畅
-! 发动机: 升温缓慢 暖机时间过长
-- 发动机: 水温高 开锅
-- 节温器: 卡滞 无法开启 关闭不严
-- 水泵: 漏水 异响 叶轮破损
-- 散热器: 堵塞 漏水 渗漏
-- 冷却风扇: 不转 异响 扇叶断裂
+# 冷却系统
+! 发动机: 升温缓慢 水温过高
+! 冷却系统: 散热不良
+- 节温器: 卡滞 关闭不严
+- 水泵: 漏水 异响
+- 散热器: 堵塞 漏水
+- 冷却风扇: 不转 异响
 - 膨胀水壶: 开裂 漏水
-- 散热器盖: 密封不严 密封圈老化
-- 上水管: 鼓包 漏水 开裂
-- 下水管: 老化 漏水 开裂
-- 水温传感器: 信号失准 断路 短路
-- 风扇继电器: 触点烧蚀 短路
-? 红外测温仪: 上水管温度 缸盖温度
+- 水温传感器: 断路 短路
+? 红外测温仪: 缸盖温度 水管温度
 ? 冰点仪: 冷却液冰点
-? 水箱压力表: 冷却系统压力
-# 润滑系统 | car truck
-! 润滑系统: 供油不足 建压缓慢
-- 发动机: 机油压力低 烧机油
-- 机油泵: 磨损 卡滞 泵油压力低
+# 润滑系统
+! 发动机: 烧机油 机油消耗大
+! 润滑系统: 供油不足
+- 机油泵: 磨损 卡滞
 - 机油滤清器: 堵塞 渗油
-- 机油散热器: 渗漏 堵塞
-- 油底壳: 漏油 变形 磕碰破损
-- 集滤器: 堵塞 松脱
+- 油底壳: 漏油 变形
 - 限压阀: 卡滞 弹簧折断
-- 机油压力开关: 漏油 断路
-- 机油尺: 断裂 弯曲
-? 机油压力表: 机油压力 主油道压力
-# 燃油系统 | car
-! 发动机: 加速无力 启动困难 油耗偏高 行驶中熄火
+- 集滤器: 堵塞 松脱
+? 机油压力表: 机油压力
+# 燃油系统
+! 发动机: 加速无力 启动困难 油耗偏高
 ! 燃油系统: 供油不畅
-- 燃油泵: 磨损 不工作 烧毁
+- 燃油泵: 磨损 烧毁
 - 燃油滤清器: 堵塞 渗油
-- 喷油嘴: 积碳 滴漏 雾化不良 堵塞
+- 喷油嘴: 积碳 滴漏
 - 油压调节器: 膜片破裂 卡滞
-- 燃油箱: 渗油 变形
-- 高压油泵: 磨损 泵油压力低 异响
-- 油轨压力传感器: 信号失准 断路
 - 炭罐电磁阀: 卡滞 常开
-- 燃油泵继电器: 触点烧蚀 不吸合
 ? 燃油压力表: 燃油压力 油路残压
-? 万用表: 燃油泵电压 喷油嘴电阻
-# 柴油共轨系统 | truck
-! 柴油机: 动力不足 启动困难 冒黑烟 转速上不去
-- 喷油器: 卡滞 滴漏 针阀磨损
-- 输油泵: 漏油 磨损 泵油压力低
-- 柴油滤清器: 堵塞 进水
-- 高压油管: 漏油 开裂 接头松动
-- 油水分离器: 堵塞 进水
-- 共轨管: 漏油 开裂
-- 燃油计量阀: 卡滞 线圈断路
-? 燃油压力表: 低压油路压力
-? 故障诊断仪: 轨压数据流 故障码
-# 点火系统 | car
-! 发动机: 怠速不稳 缺缸抖动 急加速回火 启动困难
-! 点火系统: 点火能量不足 高压跳火弱
-- 火花塞: 积碳 烧蚀 间隙过大 绝缘体破裂
-- 点火线圈: 漏电 烧毁 内部短路
-- 高压线: 漏电 老化 断路
-- 曲轴位置传感器: 信号失准 断路 松动
-- 凸轮轴位置传感器: 信号失准 断路
+# 点火系统
+! 发动机: 怠速不稳 缺缸抖动 启动困难
+! 点火系统: 点火能量不足
+- 火花塞: 积碳 烧蚀
+- 点火线圈: 漏电 烧毁
+- 高压线: 漏电 老化
+- 曲轴位置传感器: 断路 松动
 - 爆震传感器: 松动 断路
-- 点火模块: 烧毁 内部短路
-? 示波器: 点火波形 初级电压波形
+? 示波器: 点火波形
 ? 塞尺: 火花塞间隙
-? 万用表: 点火线圈电阻 高压线电阻
-# 进气系统 | car
-! 发动机: 怠速不稳 怠速偏高 加速无力 加速迟缓
+# 进气系统
+! 发动机: 怠速偏高 加速迟缓
 ! 进气系统: 进气不足
-- 节气门: 积碳 卡滞 脏污
-- 空气滤清器: 堵塞 脏污 破损
-- 空气流量计: 脏污 信号失准 断路
+- 节气门: 积碳 卡滞
+- 空气滤清器: 堵塞 脏污
+- 空气流量计: 脏污 断路
 - 进气歧管: 漏气 开裂
-- 进气软管: 破裂 漏气 老化
-- 真空管: 脱落 漏气 老化
-- 曲轴箱通风阀: 卡滞 堵塞
-- 节气门位置传感器: 信号失准 短路
-- 进气压力传感器: 信号失准 脏污
-? 真空表: 进气歧管真空度
-? 故障诊断仪: 进气数据流 故障码
-? 烟雾检漏仪: 进气管路密封性
-# 增压系统 | car truck
-! 增压系统: 增压压力不足 增压滞后
-! 发动机: 加速无力 冒蓝烟
-- 涡轮增压器: 漏油 异响 叶轮破损
-- 中冷器: 破损 漏气 堵塞
-- 泄压阀: 卡滞 膜片破裂
-- 废气旁通阀: 卡滞 常开
-- 增压压力传感器: 信号失准 断路
-- 中冷器软管: 脱落 破裂 漏气
-? 增压压力表: 增压压力
-? 百分表: 涡轮轴轴向间隙
-# 排气系统 | car
-! 发动机: 尾气超标 动力不足 排气不畅
-- 三元催化器: 堵塞 烧结 破损
-- 氧传感器: 中毒 信号失准 加热丝断路
-- 消声器: 锈蚀 破损 异响
-- 排气歧管: 漏气 开裂
-- 排气管: 锈蚀 漏气 吊耳脱落
-- EGR阀: 积碳 卡滞
-? 尾气分析仪: 尾气浓度 一氧化碳含量
+- 真空管: 脱落 漏气
+? 真空表: 歧管真空度
+? 烟雾检漏仪: 管路密封性
+# 排气系统
+! 发动机: 尾气超标 动力不足
+! 排气系统: 排气不畅
+- 三元催化器: 堵塞 烧结
+- 氧传感器: 中毒 断路
+- 消声器: 锈蚀 破损
+- 排气管: 锈蚀 漏气
+? 尾气分析仪: 尾气浓度
 ? 排气背压表: 排气背压
-# 尾气后处理系统 | truck
-! 柴油机: 限扭 排放超标 动力不足
-- 尿素泵: 结晶 不建压 堵塞
-- 尿素喷嘴: 结晶 堵塞
-- 尿素箱: 液位传感器失效 破损
-- 氮氧传感器: 信号失准 断路
-- 颗粒捕集器: 堵塞 烧结
-- 尿素管: 结晶 破裂
-? 故障诊断仪: 尿素压力数据流 故障码
-? 尿素浓度计: 尿素浓度
-# 配气机构 | car truck
-! 发动机: 怠速抖动 气缸压力不足 启动困难
-- 气门: 烧蚀 密封不严 弯曲
-- 气门油封: 老化 漏油
-- 气门弹簧: 折断 弹力不足
-- 液压挺柱: 异响 卡滞 磨损
-- 凸轮轴: 磨损 异响
-- 正时皮带: 断裂 跳齿 老化
-- 正时链条: 拉长 异响 跳齿
-- 正时张紧器: 漏油 失效 异响
-- 摇臂: 磨损 断裂
-- 气门室盖垫: 老化 渗油
-? 塞尺: 气门间隙
-? 气缸压力表: 气缸压力
-# 曲柄连杆机构 | car truck
-! 发动机: 动力不足 抖动严重 冒蓝烟
-- 活塞: 拉缸 烧蚀 敲缸
-- 活塞环: 磨损 卡死 断裂
-- 连杆轴承: 烧蚀 异响 磨损
-- 曲轴: 磨损 弯曲 异响
-- 气缸垫: 烧蚀 漏气 渗油
-- 缸体: 开裂 拉伤
-- 缸盖: 变形 开裂
-- 曲轴后油封: 漏油 老化
-- 飞轮: 齿圈磨损 端面烧蚀
-? 气缸压力表: 气缸压力
-? 内窥镜: 缸壁状况
-? 千分尺: 曲轴轴颈直径
-? 百分表: 曲轴轴向间隙
-# 离合器 | car truck
-! 车辆: 起步抖动 加速无力
-! 离合器: 分离不彻底 结合不平顺
-- 离合器片: 磨损 烧蚀 铆钉外露
-- 压盘: 烧蚀 变形 开裂
-- 分离轴承: 异响 磨损 卡滞
-- 分离拨叉: 变形 断裂 磨损
-- 离合器总泵: 漏油 皮碗老化
-- 离合器分泵: 漏油 卡滞
-- 离合器拉线: 卡滞 断裂
-? 钢板尺: 踏板自由行程
+# 离合器
+! 车辆: 起步抖动 加速打滑
+! 离合器: 分离不彻底
+- 离合器片: 磨损 烧蚀
+- 压盘: 变形 开裂
+- 分离轴承: 异响 磨损
+- 分离拨叉: 变形 断裂
 ? 游标卡尺: 离合器片厚度
-# 手动变速箱 | car truck
-! 变速箱: 换挡困难 自动脱挡 乱挡
-- 同步器: 磨损 失效 异响
-- 换挡拨叉: 弯曲 磨损 断裂
-- 输入轴轴承: 异响 磨损
-- 换挡拉线: 松动 断裂 卡滞
-- 自锁弹簧: 折断 弹力不足
-- 二挡齿轮: 崩齿 磨损
-- 倒挡开关: 断路 损坏
-- 输出轴油封: 漏油 老化
-? 百分表: 输入轴径向间隙
-? 塞尺: 同步环间隙
-# 自动变速箱 | car
-! 变速箱: 换挡顿挫 换挡冲击 升挡迟缓 油温过高
-! 车辆: 起步无力 挂挡不走车
-- 变矩器: 锁止失效 漏油 异响
-- 阀体: 磨损 堵塞 卡滞
-- 换挡电磁阀: 卡滞 线圈断路 堵塞
-- 多片离合器: 烧蚀 磨损 打滑
-- 变速箱油泵: 磨损 泵油压力低
-- 行星齿轮: 磨损 崩齿 异响
-- 变速箱油底壳: 渗油 变形
-- 输出轴转速传感器: 信号失准 断路
-- 变速箱控制单元: 进水 内部短路
-? 油压表: 主油路油压 离合器油压
-? 故障诊断仪: 变速箱数据流 故障码
-# 传动系统 | car truck
-! 车辆: 行驶中抖动 起步抖动
-! 传动系统: 传动效率低
-- 传动轴: 弯曲 异响 动不平衡
-- 万向节: 松旷 异响 缺油
-- 差速器: 异响 漏油 齿轮崩齿
-- 半轴: 断裂 弯曲
-- 半轴油封: 漏油 老化
-- 球笼防尘套: 破裂 漏油
-- 外球笼: 异响 松旷
-- 主减速器: 异响 漏油
-- 中间支承轴承: 松旷 异响
-? 百分表: 传动轴径向跳动量 主减速器齿侧间隙
-# 制动系统 | car truck
-! 车辆: 制动跑偏 制动距离长 制动时抖动
-! 制动系统: 制动力不足 制动拖滞
-- 制动盘: 磨损 变形 开裂
-- 制动片: 磨损 偏磨 烧蚀
-- 制动总泵: 漏油 皮碗老化 内部泄压
-- 制动分泵: 漏油 卡滞 回位不良
-- 制动软管: 鼓包 老化 漏油
+# 变速箱
+! 变速箱: 换挡困难 自动脱挡 换挡顿挫
+- 同步器: 磨损 异响
+- 换挡拨叉: 弯曲 断裂
+- 换挡拉线: 松动 断裂
+- 阀体: 磨损 堵塞
+- 换挡电磁阀: 卡滞 断路
+? 油压表: 主油路油压
+# 制动系统
+! 车辆: 制动跑偏 制动距离长
+! 制动系统: 制动力不足
+- 制动盘: 磨损 变形
+- 制动片: 偏磨 烧蚀
+- 制动总泵: 漏油 皮碗老化
+- 制动软管: 鼓包 老化
 - 真空助力器: 漏气 膜片破裂
 - 制动钳: 卡滞 异响
-- 手刹拉线: 卡滞 断裂 拉长
-- 制动踏板: 行程过大 松旷
-- 制动鼓: 磨损 变形
-? 游标卡尺: 制动盘厚度 制动片厚度
-? 百分表: 制动盘端面跳动量
+? 百分表: 制动盘跳动量
 ? 制动试验台: 制动力
-? 制动液检测笔: 制动液含水率
-# 气压制动系统 | truck
-! 车辆: 制动距离长 制动不灵
-! 气压制动系统: 气压上升慢 解除制动缓慢
-- 空压机: 窜油 异响 磨损
-- 干燥器: 漏气 堵塞
-- 制动气室: 漏气 膜片破裂
-- 储气筒: 锈蚀 漏气
-- 继动阀: 卡滞 漏气
-- 制动蹄片: 磨损 烧蚀 断裂
-- 调整臂: 卡滞 失效
-? 气压表: 储气筒气压 制动气室气压
-# ABS系统 | car
-! 车辆: 紧急制动时侧滑 车轮抱死
-! ABS系统: 误触发
-- 轮速传感器: 脏污 断路 间隙过大
-- 轮速齿圈: 脏污 缺齿 松动
-- ABS泵: 不工作 异响 卡滞
-- ABS控制单元: 内部短路 进水
-- 制动灯开关: 失效 短路
-? 示波器: 轮速信号波形
-? 万用表: 轮速传感器电阻
-# 转向系统 | car truck
-! 车辆: 转向沉重 行驶跑偏 高速发飘
-! 方向盘: 回正不良 抖动严重 自由行程过大
-- 转向机: 漏油 异响 齿条磨损
-- 助力泵: 漏油 异响 磨损
-- 转向助力油管: 漏油 老化
+# 转向系统
+! 车辆: 转向沉重 行驶跑偏
+! 方向盘: 回正不良 抖动严重
+- 转向机: 漏油 异响
+- 助力泵: 漏油 磨损
 - 横拉杆球头: 松旷 磨损
 - 转向柱: 异响 松旷
-- 转向节: 变形 开裂
-- 助力电机: 烧毁 不工作 异响
-- 扭矩传感器: 信号失准 断路
-- 转向机防尘套: 破裂 老化
-? 四轮定位仪: 前束值 主销后倾角
+- 助力电机: 烧毁 异响
 ? 弹簧秤: 转向力
-# 悬架系统 | car truck
-! 车辆: 过坎颠簸 车身侧倾 高速发飘
+? 四轮定位仪: 前束值
+# 悬架系统
+! 车辆: 过坎颠簸 高速发飘
 ! 悬架系统: 减振效果差
-- 减振器: 漏油 失效 异响
+- 减振器: 漏油 失效
 - 螺旋弹簧: 断裂 弹力不足
 - 下摆臂: 变形 胶套开裂
-- 下摆臂球头: 松旷 异响
 - 稳定杆: 变形 断裂
-- 稳定杆连杆: 松旷 异响
-- 减振器顶胶: 老化 开裂 异响
-- 空气弹簧: 漏气 开裂
-- 钢板弹簧: 断裂 错位
-? 四轮定位仪: 车轮外倾角 前束值
 ? 钢卷尺: 车身高度
-# 车轮总成 | any
-! 车辆: 行驶跑偏 高速抖动 胎噪过大
-- 轮胎: 鼓包 偏磨 扎钉 漏气
-- 轮毂: 变形 开裂
-- 轮毂轴承: 异响 松旷 烧蚀
-- 轮胎螺栓: 松动 滑丝 断裂
-- 气门嘴: 漏气 老化
-- 胎压传感器: 失效 漏气
-? 胎压表: 轮胎气压
-? 动平衡机: 车轮不平衡量
-? 花纹深度尺: 胎纹深度
-# 启动系统 | car truck
-! 车辆: 无法启动 启动困难
+# 启动系统
+! 车辆: 无法启动
 ! 启动系统: 运转无力
-- 起动机: 不转 烧毁 空转
-- 起动机电磁开关: 触点烧蚀 卡滞
-- 单向离合器: 打滑 卡滞
-- 蓄电池: 亏电 极柱氧化 鼓包
+- 起动机: 不转 烧毁
+- 蓄电池: 亏电 鼓包
 - 点火开关: 接触不良 触点烧蚀
 - 搭铁线: 松动 锈蚀
-- 起动继电器: 触点烧蚀 不吸合
-? 万用表: 蓄电池电压 启动电压降
+? 万用表: 蓄电池电压
 ? 电流钳: 启动电流
-? 蓄电池检测仪: 冷启动电流
-# 充电系统 | car truck
-! 充电系统: 发电量不足 充电电压过高
-! 车辆: 停放后无法启动
-- 发电机: 不发电 异响 线圈烧毁
+# 充电系统
+! 充电系统: 发电量不足 电压过高
+- 发电机: 不发电 线圈烧毁
 - 电压调节器: 损坏 失效
-- 整流器: 二极管击穿 烧毁
-- 发电机皮带: 打滑 断裂 龟裂
-- 皮带张紧轮: 异响 松旷
-- 碳刷: 磨损 卡滞
-- 发电机插头: 氧化 松动
+- 整流器: 击穿 烧毁
+- 发电机皮带: 打滑 断裂
 ? 万用表: 发电电压
-? 电流钳: 静态电流 充电电流
-? 示波器: 发电机输出波形
-# 灯光系统 | any
-! 前照灯: 亮度不足 照射过低 光束偏移 时亮时灭
-- 前照灯总成: 进水 起雾 支架断裂
-- 灯光继电器: 触点烧蚀 不吸合
-- 组合开关: 接触不良 触点烧蚀
-- 车身控制模块: 进水 内部短路
-- 大灯灯泡: 烧毁 发黑
-- 大灯线束: 断路 短路 破皮
-- 灯光保险丝: 熔断
-? 灯光检测仪: 发光强度 光轴偏移量
-? 万用表: 灯光供电电压
-# 空调系统 | any
-! 空调: 不制冷 制冷效果差 出风量小
-- 压缩机: 异响 漏油 不工作
+? 电流钳: 充电电流
+# 空调系统
+! 空调: 不制冷 出风量小
+- 压缩机: 异响 不工作
 - 冷凝器: 脏堵 泄漏
-- 蒸发器: 泄漏 脏堵 结霜
+- 蒸发器: 泄漏 结霜
 - 膨胀阀: 冰堵 卡滞
 - 空调滤芯: 堵塞 发霉
-- 电磁离合器: 打滑 线圈断路 不吸合
-- 空调压力开关: 失效 断路
-- 储液干燥器: 脏堵 泄漏
-? 歧管压力表: 高压侧压力 低压侧压力
+? 歧管压力表: 高压侧压力
 ? 温度计: 出风口温度
-? 电子检漏仪: 制冷剂泄漏量
-# 暖风系统 | car truck
-! 暖风: 制热效果差 不热 风量小
-- 暖风水箱: 漏水 堵塞
-- 鼓风机: 不转 异响 烧毁
-- 鼓风机调速电阻: 烧毁 断路
-- 冷暖风门电机: 卡滞 不工作
-- 暖风水管: 老化 漏水 开裂
-? 温度计: 暖风出风口温度
-? 万用表: 鼓风机电压
-# 电动车窗系统 | any
-! 车窗: 升降缓慢 升降卡顿 升降不到位
-- 玻璃升降器: 卡滞 异响 钢丝绳断裂
-- 升降器电机: 烧毁 不转 异响
+# 电动车窗
+! 车窗: 升降缓慢 升降卡顿
+- 玻璃升降器: 卡滞 异响
+- 升降器电机: 烧毁 不转
 - 车窗开关: 接触不良 触点烧蚀
-- 车窗导槽: 变形 脏污 老化
 - 车窗线束: 断路 破皮
-? 万用表: 升降器电机电压
-# 雨刮系统 | any
-! 雨刮: 刮水不净 刮水缓慢 刮水抖动
-- 雨刮电机: 烧毁 异响 不转
-- 雨刮片: 老化 变形 磨损
-- 雨刮连杆: 脱落 松旷 变形
-- 雨刮开关: 接触不良 触点烧蚀
-- 喷水电机: 不工作 烧毁
-? 万用表: 雨刮电机电压
-# 中控门锁系统 | any
-! 中控锁: 反应迟钝 遥控距离短
-- 门锁电机: 不工作 卡滞
-- 门锁线束: 断路 破皮
-- 门锁控制单元: 进水 内部短路
-- 遥控天线: 断路 松动
-? 万用表: 门锁供电电压
-# 车身电器系统 | any
-- 喇叭: 不响 进水
-- 组合仪表: 黑屏 进水
-- 倒车雷达: 失效 脏污
-- 天窗电机: 烧毁 不转 异响
-- 后视镜电机: 不转 卡滞
-? 万用表: 喇叭供电电压
-# 车身 | any
-! 车身: 漏风 风噪过大
-! 车门: 关闭费力
-- 车门铰链: 松旷 异响 变形
-- 车门限位器: 异响 断裂
-- 车门密封条: 老化 脱落 破损
-- 天窗排水管: 堵塞 脱落
-- 天窗导轨: 缺油 卡滞 变形
-- 前纵梁: 变形 开裂
-? 漆膜仪: 漆膜厚度
-? 车身测量尺: 车架对角线长度
-# 车身附件 | any
-- 发动机盖锁: 卡滞 锈蚀
-- 后备箱撑杆: 漏油 失效
-- 前保险杠: 开裂 卡扣断裂
-- 座椅滑轨: 卡滞 异响
-? 漆膜仪: 保险杠漆膜厚度
-# 安全气囊系统 | any
-! 安全气囊系统: 自检不通过
-- 气囊游丝: 断裂 断路
-- 气囊控制单元: 内部短路 进水
-- 碰撞传感器: 松动 断路
-- 安全带卷收器: 卡滞 回收不良
-- 安全带锁扣: 失效 接触不良
-? 故障诊断仪: 气囊系统故障码
-? 万用表: 气囊线路电阻
-# 动力电池系统 | ev
-! 车辆: 续航里程缩短 动力受限 无法上电
-! 动力电池系统: 充电速度慢 放电功率低
-- 电池模组: 鼓包 过热 漏液
-- 单体电芯: 压差过大 漏液 内阻过大
-- 电池管理系统: 通信中断 采样失准
+# 动力电池系统
+! 车辆: 续航里程缩短 动力受限
+! 动力电池系统: 充电速度慢
+- 电池模组: 鼓包 过热
+- 单体电芯: 漏液 压差过大
 - 主正继电器: 触点粘连 触点烧蚀
-- 预充电阻: 烧毁 断路
-- 电池冷却水板: 渗漏 堵塞
 - 维修开关: 接触不良 烧蚀
-- 电池箱体: 磕碰变形 密封不严
 ? 绝缘测试仪: 绝缘电阻
-? 万用表: 单体电压 总电压
-? 故障诊断仪: 电池数据流 故障码
-# 电驱动系统 | ev
-! 车辆: 加速无力 行驶中抖动 动力中断
+# 电驱动系统
+! 车辆: 动力中断
 ! 电驱动系统: 输出扭矩不足
-- 驱动电机: 异响 过热 轴承磨损
-- 电机控制器: 过热 进水 报警
-- 旋变传感器: 信号失准 松动 断路
+- 驱动电机: 异响 过热
+- 电机控制器: 过热 进水
+- 旋变传感器: 松动 断路
 - 功率模块: 击穿 烧毁
-- 电子水泵: 不转 异响 漏水
-- 减速器: 漏油 异响
-- 三相线束: 破皮 松动
-- 电机冷却管: 漏水 老化
-? 绝缘测试仪: 电机绕组绝缘电阻
-? 毫欧表: 电机绕组电阻
-? 示波器: 旋变信号波形
-# 高压充配电系统 | ev
-! 车辆: 无法充电 充电中断 充电速度慢
-- 车载充电机: 不工作 过热 内部短路
-- 充电口: 烧蚀 进水 松动
-- 直流变换器: 不工作 无输出
-- 高压配电盒: 进水 触点烧蚀
-- 高压线束: 破皮 绝缘下降
-- 充电枪锁止电机: 卡滞 不工作
-- 高压互锁插头: 松动 接触不良
-? 万用表: 充电口对地电压 互锁回路电阻
-? 绝缘测试仪: 高压线束绝缘电阻
-# 混合动力系统 | hybrid
-! 车辆: 模式切换顿挫 纯电续航缩短
-! 混合动力系统: 动力耦合不平顺
-- 集成启动发电机: 异响 过热
-- 动力耦合器: 异响 磨损 漏油
-- 混动电池风扇: 不转 脏堵 异响
-- 逆变器: 过热 击穿
-- 混动控制单元: 通信中断 进水
-- 逆变器水泵: 不转 漏水
-? 故障诊断仪: 混动系统数据流 故障码
-? 绝缘测试仪: 逆变器绝缘电阻
+? 毫欧表: 绕组电阻
 """
 
-VEHICLES = {
-    "car": "轿车 越野车 商务车 面包车 两厢轿车",
-    "truck": "载货车 牵引车 自卸车 轻型货车 客车",
-    "ev": "纯电动轿车 纯电动客车 纯电动物流车",
-    "hybrid": "混合动力轿车 插电混动越野车",
-}
-MAKES = ["远驰", "凌岳", "海岚", "泰翼", "华岭", "朗川", "锐帆"]  # invented
-
-# Whole notes. Slots that carry triples: perf perf0 perf2 part part0 part2 pair comp set2 set3
-# among tool (see SpoNote); slots without: veh say find ok neg step fix.
+# Whole notes. Slots that carry triples: perf part comp tool; slots without: say find ok.
 FRAMES = [
-    "{veh}，{say}{perf}，{find}{part}。",
-    "{veh}，{say}{perf}，{ok}，{find}{part}。",
-    "{veh}，{say}{perf}。{step}，{find}{part}，{fix}。",
-    "{veh}，{perf}，{tool}，{find}{part}。",
-    "{veh}，{say}{perf2}，{find}{part}。",
-    "{veh}，{say}{perf2}，{ok}，{step}，{find}{part}。",
-    "{veh}，{find}{part}，{ok}。",
-    "{veh}，{find}{comp}，{fix}。",
-    "{veh}进厂维修，{find}{comp}，{ok}。",
-    "{veh}进厂保养，{ok}，{find}{part}。",
-    "{veh}进厂保养时，技师{find}{part2}，{fix}。",
-    "{veh}来店检修，{say}{perf}，{neg}，{find}{part}。",
-    "{veh}，{say}{perf}，{tool}，{neg}。",
-    "{veh}，故障现象为{perf}，{find}{part}，{fix}。",
-    "{veh}，故障现象：{perf}。故障原因：{part}。",
-    "{veh}，故障现象：{perf2}。检修过程：{tool}，{ok}。",
-    "故障现象：{perf}。检修过程：{ok}，{tool}。故障原因：{part}。",
-    "故障现象：{perf}。故障分析：{set2}，{find}{part}。",
-    "故障描述：{perf}，{find}{part}，{ok}。处理方法：{fix}。",
-    "{say}{perf}，{ok}，{neg}，{find}{part}。",
-    "{say}{perf}，到店后{step}，{find}{part}，{fix}。",
-    "{say}{perf2}，{find}{part}，{fix}。",
-    "{say}{perf}，{tool}，{find}{part}，{fix}。",
-    "{say}{perf}，{step}，{find}{pair}。",
-    "{say}{perf}，{find}{comp}，{neg}。",
-    "{say}{perf}，{set2}，逐一检查后，{ok}，{find}{part}。",
-    "由于{part0}，导致{perf0}，{fix}。",
-    "由于{part0}，造成{perf0}，{ok}。",
-    "因{part0}，引起{perf0}，{step}，{fix}。",
-    "{veh}因{part0}，出现了{perf0}，{fix}。",
-    "{perf}，多半是{part0}引起的，{fix}。",
-    "{perf0}的原因是{part0}，{neg}。",
-    "{perf}，{find}{part}，{ok}，{fix}。",
-    "{perf}，{tool}，{ok}，{find}{comp}。",
-    "{perf}，{step}，{neg}，{find}{part2}。",
-    "{perf2}，{ok}，{find}{comp}，{fix}。",
-    "{ok}，{find}{part}，{fix}。",
-    "{ok}，{neg}，{find}{part}，故障点确认。",
-    "{ok}，{tool}，{find}{part2}。",
-    "{neg}，{ok}，{find}{comp}，{fix}。",
-    "{neg}，{tool}，{find}{part}，{fix}。",
-    "{step}，{find}{part}，{neg}。",
-    "{step}，{find}{pair}，{ok}，{fix}。",
-    "{step}，{tool}，{ok}，{find}{part}。",
-    "{step}，{find}{comp}，{ok}。",
-    "{tool}，{find}{part}，{ok}。",
-    "{tool}，{neg}，{find}{comp}，{fix}。",
-    "{tool}，{tool}，{find}{part}，{fix}。",
-    "先{tool}，再拆检，{find}{part}，{ok}。",
-    "{set2}，其中{among}，{ok}。",
-    "{say}{perf}，{set3}，其中{among}，{fix}。",
-    "{veh}返厂检修，{say}{perf}，{step}，{tool}，{find}{part}，{fix}。",
-    "{veh}，{say}{perf}，初检时{ok}，{neg}，{step}，{find}{part}，{fix}。",
-    "{set3}，{find}{part}，{fix}。",
-    "{set3}，{veh}在检修时{find}{part}。",
-    "{set2}，{tool}，{find}{part}。",
-    "{set3}，{ok}，{perf}。",
-    "本次故障为{part0}，{neg}，{fix}。",
-    "本次故障为{part2}，{ok}，{step}，{fix}。",
-    "维修记录：{veh}，{part}，{ok}，{fix}。",
-    "维修记录：{veh}，{pair}，{neg}。",
-    "维修记录：{veh}，{perf}，{comp}。",
-    "技师{find}{part}，{neg}，判断这就是{perf0}的原因。",
-    "技师{find}{comp}，{tool}，{fix}。",
-    "技师分析认为{perf0}与{part0}有关，{ok}，{fix}。",
-    "检查要点：{set2}，{tool}，{ok}。",
-    "年检前检查，{veh}，{find}{part}，{tool}。",
-    "试车时{perf}，回厂{find}{part}，{ok}。",
-    "试车时{perf2}，{neg}，{find}{part}，{fix}。",
-    "事故车修复，{find}{part}，{ok}，{neg}。",
-    "接车检查：{perf}。初步判断：{part}。{ok}。",
-    "复检时{find}{part2}，{ok}，{tool}。",
-    "{veh}，上次维修后故障依旧，{say}{perf}，{find}{part}，{ok}。",
+    "{say}{perf}，{find}{part}。",
+    "{say}{perf}，{find}{comp}。",
+    "{say}{perf}，{ok}，{find}{part}。",
+    "{say}{perf}，{tool}。",
+    "{perf}，{find}{part}。",
+    "{perf}，{find}{comp}。",
+    "{perf}，原因是{part}。",
+    "{perf}，{ok}，{find}{comp}。",
+    "{perf}，{tool}，{find}{part}。",
+    "{find}{part}，{ok}。",
+    "{find}{comp}，{ok}。",
+    "{find}{part}和{part}。",
+    "{ok}，{find}{part}。",
+    "{ok}，{find}{comp}。",
+    "{tool}，{find}{part}。",
+    "{tool}，{find}{comp}。",
+    "由于{part}，造成{perf}。",
+    "{part}，导致{perf}。",
 ]
-# A few notes are long reports.
-LONG_FRAMES = [
-    "{veh}，{say}{perf2}，在其他维修店检修多次未能排除。接车后首先确认故障现象，{step}，{ok}，"
-    "{neg}。随后{tool}，与维修手册中的标准值对比后，{find}{comp}，{fix}，"
-    "同时提醒车主按期保养，避免在恶劣路况下长时间高负荷行驶。交车一周后回访，客户表示故障未再出现。",
-    "{veh}，{say}{perf}，该故障时有时无，多在雨天或者颠簸路面出现。{set2}，按照先易后难的原则，{ok}，"
-    "{step}，{find}{part}，{neg}。{fix}，路试二十公里后再次检查，各项数据均在标准范围内，交车。",
-    "故障现象：{perf}，偶尔伴有仪表报警。检修过程：{step}，{ok}，{tool}，{neg}，故障范围逐步缩小，"
-    "{find}{part2}。维修总结：检修此类故障应先看后拆，避免盲目更换零件，{fix}，客户满意离店。",
-]
-
-SAY = ["车主反映", "客户反映", "司机反映", "客户报修称", "车主描述", "驾驶员称", "车主来电称", "客户投诉"]
-FIND = [
-    "检查发现", "拆检发现", "进一步检查发现", "拆解后发现", "仔细检查后发现", "就车检查发现", "最终发现", "排查后确认",
-    "目视检查发现", "经检测发现", "拆下后看到", "逐项排查后发现",
-]  # fmt: skip
-OK = [
-    "检查{a}正常", "{a}工作正常", "{a}无异常", "{a}外观完好", "{a}未见异常", "检测{a}良好", "替换{a}后故障依旧",
-    "{a}和{b}均正常", "检查{a}、{b}，均无异常", "{a}、{b}状态良好", "{a}刚换过，可以排除", "先查{a}，没有问题",
-]  # fmt: skip
-NEG = [
-    "{a}未见{f}", "{a}没有{f}", "{a}并无{f}现象", "{a}不存在{f}的情况", "排除了{a}{f}的可能", "未发现{a}{f}",
-]  # fmt: skip
-STEP = [
-    "查阅维修手册后", "路试{n}公里", "静置{n}分钟后复查", "询问使用情况后", "与同型号车辆对比后", "清洁表面灰尘后",
-    "连续观察{n}天后", "按维修手册要求操作",
-]  # fmt: skip
-STEP_ELECTRIC = ["清除故障码后试车", "检查相关插头", "断开蓄电池负极{n}分钟后", "对照电路图逐段检查"]
-# Assemblies where a circuit diagram is of no use.
-MECHANICAL = [
-    "润滑系统",
-    "增压系统",
-    "配气机构",
-    "曲柄连杆机构",
-    "离合器",
-    "手动变速箱",
-    "传动系统",
-    "制动系统",
-    "气压制动系统",
-    "悬架系统",
-    "车轮总成",
-    "车身",
-    "车身附件",
-]
-FIX = [
-    "更换{a}后故障排除", "更换{a}后试车正常", "换上新的{a}，故障消失", "修复{a}后交车", "建议更换{a}",
-    "更换{a}后一切正常", "处理{a}后故障不再出现", "订购{a}待换", "更换{a}后恢复正常",
-]  # fmt: skip
-TOOL_FORMS = ["用{t}测量{q}", "使用{t}检测{q}", "借助{t}检查{q}", "拿{t}测{q}", "{q}用{t}测量", "通过{t}检测{q}"]
-READ_FORMS = ["用{t}读取{q}", "连接{t}读取{q}", "使用{t}查看{q}", "接上{t}读取{q}"]
-TOOL_ENDS = ["", "", "，结果偏离标准", "，数值正常", "，读数偏低", "，结果不合格", "，记录备查"]
-PART_FORMS = ["{s}{o}"] * 5 + ["{s}出现{o}现象", "{s}存在{o}的情况", "{s}有{o}现象", "{s}有{o}的问题"]
-PERF_FORMS = ["{s}{o}"] * 5 + ["{s}出现{o}现象", "{s}近期{o}", "{s}有{o}的问题"]
-PART2_FORMS = ["{s}{o}、{p}", "{s}{o}且{p}", "{s}{o}并伴有{p}", "{s}{o}，同时{p}"]
-PERF2_FORMS = ["{s}{o}、{p}", "{s}{o}，同时{p}", "{s}{o}且{p}"]
-PAIR_FORMS = ["{s}和{r}均{o}", "{s}、{r}都{o}", "{s}与{r}同时{o}"]
-COMP_FORMS = ["{w}的{s}{o}", "{w}中的{s}{o}", "{w}里的{s}出现{o}现象"]
-SET_FORMS = ["{w}由{s}等组成", "{w}主要由{s}等部件构成", "{w}包括{s}等部件", "{w}包含{s}"]
+SAY = ["车主反映", "客户反映", "司机反映", "报修称"]
+FIND = ["检查发现", "拆检发现", "最终发现", "排查后确认"]
+OK = ["检查{a}正常", "{a}工作正常", "{a}未见异常", "更换{a}无效"]
+TOOL_FORMS = ["用{t}测量{q}", "使用{t}检测{q}"]
 
 
 def parse_catalogue(text=CATALOGUE):
-    """Return a list of assemblies: dicts with name, kinds, perf, parts and tools."""
+    """Return a list of assemblies: dicts with name, perf, parts and tools."""
     assemblies = []
     for line in text.strip().splitlines():
         mark, rest = line[0], line[2:]
         if mark == "#":
-            name, kinds = rest.split(" | ")
-            assemblies.append({"name": name, "kinds": kinds.split(), "perf": [], "parts": {}, "tools": {}})
+            assemblies.append({"name": rest, "perf": [], "parts": {}, "tools": []})
             continue
         head, words = rest.split(": ")
         here = assemblies[-1]
-        if mark == "!":
-            here["perf"].append((head, words.split()))
+        if mark == "-":
+            here["parts"][head] = words.split()
         else:
-            here["parts" if mark == "-" else "tools"][head] = words.split()
+            here["perf" if mark == "!" else "tools"] += [(head, word) for word in words.split()]
     return assemblies
 
 
@@ -655,41 +252,12 @@ class SpoNote:
         self.rng = rng
         self.assembly = assembly
         self.triples = []
-        # The engine as a whole has faults (水温高), but is no part of its own cooling system:
-        # it may be named as faulty, never as "正常", replaced or listed as a part.
-        self.parts = [name for name in assembly["parts"] if name != "发动机"]
-        self.unused = rng.sample(self.parts, len(self.parts))
-        self.blamed = None  # the part that a later "更换..." names
-        self.measured = []
-        self.listed = []  # parts named by the last set2 or set3
+        self.unused = rng.sample(list(assembly["parts"]), len(assembly["parts"]))  # a part is either faulty or normal
         # Left to right, so that the triples come in the order of the text.
         self.text = re.sub(r"{(\w+)}", lambda m: getattr(self, m.group(1))(), frame)
 
-    def take(self):
-        """A part that this note has not named yet (a part is either faulty or normal)."""
-        if not self.unused:
-            raise LookupError("the assembly has too few parts for this frame")
-        return self.unused.pop()
-
     def add(self, *triple):
         self.triples.append("_".join(triple))
-
-    # slots without triples ------------------------------------------------------------
-    def veh(self):
-        rng = self.rng
-        kind = rng.choice(self.assembly["kinds"])
-        kind = rng.choice(["car", "truck", "ev"]) if kind == "any" else kind
-        body = rng.choice(VEHICLES[kind].split())
-        make = rng.choice(MAKES)
-        year = rng.randint(2012 if kind in ("car", "truck") else 2018, 2022)
-        km = f"{rng.randint(2, 30 if kind == 'truck' else 18)}.{rng.randint(1, 9)}万公里"
-        form = rng.choice(
-            [
-                "一辆{make}{body}", "一辆{year}款{make}{body}", "某{year}年产{body}", "一辆行驶{km}的{body}",
-                "{make}{body}，行驶{km}", "{year}款{body}，里程{km}", "一台{make}{body}", "某品牌{body}",
-            ]
-        )  # fmt: skip
-        return form.format(make=make, body=body, year=year, km=km)
 
     def say(self):
         return self.rng.choice(SAY)
@@ -698,159 +266,47 @@ class SpoNote:
         return self.rng.choice(FIND)
 
     def ok(self):
-        form = self.rng.choice(OK)
-        return form.format(a=self.take(), b=self.take() if "{b}" in form else "")
+        return self.rng.choice(OK).format(a=self.unused.pop())
 
-    def neg(self):
-        part = self.take()
-        fault = self.rng.choice(self.assembly["parts"][part])
-        return self.rng.choice(NEG).format(a=part, f=fault)
-
-    def step(self):
-        steps = STEP if self.assembly["name"] in MECHANICAL else STEP + STEP_ELECTRIC
-        return self.rng.choice(steps).format(n=self.rng.choice([3, 5, 8, 10, 15, 20]))
-
-    def fix(self):
-        return self.rng.choice(FIX).format(a=self.blamed or self.take())
-
-    # slots with triples ---------------------------------------------------------------
-    def perf0(self):
-        """The plain form, for frames that build a longer phrase around it."""
-        return self.perf(["{s}{o}"])
-
-    def perf(self, forms=PERF_FORMS):
-        subject, words = self.rng.choice(self.assembly["perf"])
-        symptom = self.rng.choice(words)
+    def perf(self):
+        subject, symptom = self.rng.choice(self.assembly["perf"])
         self.add(subject, PERF, symptom)
-        return self.rng.choice(forms).format(s=subject, o=symptom)
+        return subject + symptom
 
-    def perf2(self):
-        subject, words = self.rng.choice(self.assembly["perf"])
-        if len(words) < 2:
-            raise LookupError("one symptom only")
-        first, second = self.rng.sample(words, 2)
-        self.add(subject, PERF, first)
-        self.add(subject, PERF, second)
-        return self.rng.choice(PERF2_FORMS).format(s=subject, o=first, p=second)
-
-    def part0(self):
-        """The plain form of part."""
-        return self.part(["{s}{o}"])
-
-    def part(self, forms=PART_FORMS):
-        whole = self.assembly["parts"].get("发动机")
-        if whole and self.rng.random() < 0.15:
-            part = "发动机"
-        else:
-            part = self.blamed = self.take()
+    def part(self):
+        part = self.unused.pop()
         fault = self.rng.choice(self.assembly["parts"][part])
         self.add(part, PART, fault)
-        return self.rng.choice(forms).format(s=part, o=fault)
-
-    def among(self):
-        """A fault of one of the parts just listed."""
-        part = self.blamed = self.rng.choice(self.listed)
-        self.unused = [name for name in self.unused if name != part]
-        fault = self.rng.choice(self.assembly["parts"][part])
-        self.add(part, PART, fault)
-        return self.rng.choice(PART_FORMS).format(s=part, o=fault)
-
-    def part2(self):
-        part = self.blamed = self.take()
-        faults = self.assembly["parts"][part]
-        if len(faults) < 2:
-            raise LookupError("one fault only")
-        first, second = self.rng.sample(faults, 2)
-        self.add(part, PART, first)
-        self.add(part, PART, second)
-        return self.rng.choice(PART2_FORMS).format(s=part, o=first, p=second)
-
-    def pair(self):
-        part, other = self.take(), self.take()
-        faults = self.assembly["parts"]
-        common = [fault for fault in faults[part] if fault in faults[other]]
-        if not common:
-            raise LookupError("no fault that both parts can have")
-        self.blamed = part
-        fault = self.rng.choice(common)
-        self.add(part, PART, fault)
-        self.add(other, PART, fault)
-        return self.rng.choice(PAIR_FORMS).format(s=part, r=other, o=fault)
+        return part + fault
 
     def comp(self):
-        part = self.blamed = self.take()
-        fault = self.rng.choice(self.assembly["parts"][part])
-        self.add(self.assembly["name"], COMP, part)
-        self.add(part, PART, fault)
-        return self.rng.choice(COMP_FORMS).format(w=self.assembly["name"], s=part, o=fault)
-
-    def _set(self, count):
-        parts = self.rng.sample(self.parts, count)  # listing a part says nothing about its state
-        for part in parts:
-            self.add(self.assembly["name"], COMP, part)
-        self.listed = parts
-        listed = "、".join(parts[:-1]) + "和" + parts[-1]
-        return self.rng.choice(SET_FORMS).format(w=self.assembly["name"], s=listed)
-
-    def set2(self):
-        return self._set(2)
-
-    def set3(self):
-        return self._set(3)
+        self.add(self.assembly["name"], COMP, self.unused[-1])
+        return self.assembly["name"] + "的" + self.part()
 
     def tool(self):
-        pairs = [(t, q) for t, words in self.assembly["tools"].items() for q in words if q not in self.measured]
-        if not pairs:
-            raise LookupError("nothing left to measure")
-        tool, quantity = self.rng.choice(pairs)
-        self.measured.append(quantity)
+        tool, quantity = self.rng.choice(self.assembly["tools"])
         self.add(tool, TOOL, quantity)
-        forms = READ_FORMS if quantity.endswith(("数据流", "故障码")) else TOOL_FORMS
-        ends = TOOL_ENDS if forms is TOOL_FORMS else [""]
-        return self.rng.choice(forms).format(t=tool, q=quantity) + self.rng.choice(ends)
-
-
-def held_out_faults(rng, assemblies, count=60):
-    """Pick triples (part, fault) that only test rows may hold, to see whether a model generalises.
-
-    Only faults that many parts share are picked, and parts with other faults: the model
-    meets both words in training, but never together.
-    """
-    pairs = [(part, fault) for a in assemblies for part, words in a["parts"].items() for fault in words]
-    faults = [fault for _, fault in pairs]
-    parts = [part for part, _ in pairs]
-    common = [f"{p}_{PART}_{f}" for p, f in pairs if faults.count(f) >= 8 and parts.count(p) >= 2]
-    return set(rng.sample(common, count))
+        return self.rng.choice(TOOL_FORMS).format(t=tool, q=quantity)
 
 
 def make_spo(seed=SEED, train=SPO_TRAIN, test=SPO_TEST):
     """Return (train, test) rows of the triple extraction task."""
     rng = random.Random(seed)
     assemblies = parse_catalogue()
-    held_out = held_out_faults(rng, assemblies)
-    seen_texts, seen_notes = set(), set()
-    rows = []
+    # Large assemblies are picked more often, so that parts occur about equally often.
+    weights = [len(assembly["parts"]) for assembly in assemblies]
+    rows, seen = [], set()
     while len(rows) < train + test:
-        long = rng.random() < 0.02
-        frame = rng.choice(LONG_FRAMES if long else FRAMES)
-        # Large assemblies are picked more often, so that parts occur about equally often.
-        assembly = rng.choices(assemblies, [len(a["parts"]) for a in assemblies])[0]
-        try:
-            note = SpoNote(rng, assembly, frame)
-        except LookupError:
+        assembly, frame = rng.choices(assemblies, weights)[0], rng.choice(FRAMES)
+        if "{tool}" in frame and not assembly["tools"]:
             continue
-        if len(rows) < train and not held_out.isdisjoint(note.triples):
-            continue
-        if len(note.text) < 38 and rng.random() < 0.6:  # keeps the median at some 50 characters
-            continue
+        note = SpoNote(rng, assembly, frame)
         # A row of the same frame with the same triples would be a near copy: never made twice,
         # hence no test row is a training row in other clothes.
         key = (frame, tuple(note.triples))
-        fits = 15 <= len(note.text) <= (250 if long else 120) and 1 <= len(note.triples) <= 5
-        if not fits or note.text in seen_texts or key in seen_notes or len(set(note.triples)) < len(note.triples):
+        if key in seen:
             continue
-        seen_texts.add(note.text)
-        seen_notes.add(key)
+        seen.add(key)
         rows.append({"instruction": SPO_INSTRUCTION, "input": note.text, "output": "\n".join(note.triples)})
     return rows[:train], rows[train:]
 
