@@ -22,11 +22,12 @@ class DataError(ValueError):
 # Rows
 
 
-def read_rows(path: str, several_outputs: bool = False) -> Iterator[tuple[int, dict]]:
+def read_rows(path: str, several_outputs: bool = False, empty_outputs: bool = False) -> Iterator[tuple[int, dict]]:
     """Read an instruction file: JSON lines, or one JSON array of objects.
 
     Args:
         several_outputs: a row's output may also be a list of strings (references to compare a prediction with).
+        empty_outputs: an output may be empty (nothing to extract).
 
     Yields:
         Line number (of the row's start, from 1) and the row, a dict with strings under instruction, input and output.
@@ -45,7 +46,7 @@ def read_rows(path: str, several_outputs: bool = False) -> Iterator[tuple[int, d
             empty = True
             for line, row in rows:
                 empty = False
-                check_row(row, f"{path} line {line}", several_outputs)
+                check_row(row, f"{path} line {line}", several_outputs, empty_outputs)
                 yield line, row
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
@@ -97,7 +98,7 @@ def _array_rows(path, text):
         raise DataError(f"{path} line {line}: there is more after the end of the array")
 
 
-def check_row(row, where: str, several_outputs: bool = False) -> None:
+def check_row(row, where: str, several_outputs: bool = False, empty_outputs: bool = False) -> None:
     """Make sure that a row has what training needs.
 
     Raises:
@@ -117,8 +118,8 @@ def check_row(row, where: str, several_outputs: bool = False) -> None:
     if not outputs or not all(isinstance(output, str) for output in outputs):
         wanted = "a string or a list of strings" if several_outputs else "a string"
         raise DataError(f"{where}: output must be {wanted}, not {_kind(row['output'])}")
-    if not all(output.strip() for output in outputs):
-        raise DataError(f"{where}: output is empty")
+    if not empty_outputs and not all(output.strip() for output in outputs):
+        raise DataError(f"{where}: output is empty; --allow_empty_output trains such rows to answer nothing")
 
 
 def _kind(value) -> str:
@@ -173,17 +174,20 @@ class InstructionData(Dataset):
         max_len: most tokens of a sample.
         max_src_len: most tokens of its prompt.
         is_skip: drop samples that would be cut.
+        empty_outputs: an empty output is an answer too: the end token alone.
 
     Raises:
         DataError: a row is broken or its prompt leaves no room for an answer; or no sample is left.
     """
 
-    def __init__(self, path: str, tokenizer, max_len: int, max_src_len: int, is_skip: bool = False):
+    def __init__(
+        self, path: str, tokenizer, max_len: int, max_src_len: int, is_skip: bool = False, empty_outputs: bool = False
+    ):
         self.pad_token_id = tokenizer.pad_token_id
         self.samples: list[Sample] = []
         self.lines: list[int] = []  # where each sample comes from
         self.prompts_cut = self.answers_cut = self.skipped = 0
-        for line, row in read_rows(path):
+        for line, row in read_rows(path, empty_outputs=empty_outputs):
             try:
                 sample = encode_sample(tokenizer, row, max_len, max_src_len)
             except ValueError as error:

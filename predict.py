@@ -86,7 +86,7 @@ def answer(model, tokenizer, queries: list[str], args) -> list[tuple[str, bool]]
 
 def predict_file(model, tokenizer, args) -> None:
     """Answer all rows of --predict_path into --output_path, JSON lines; go on where an earlier run stopped."""
-    rows = list(read_rows(args.predict_path, several_outputs=True))
+    rows = list(read_rows(args.predict_path, several_outputs=True, empty_outputs=True))
     done = read_done(args.output_path, rows)
     if done:
         print(f"{args.output_path} holds {len(done)} of {len(rows)} answers; going on from there")

@@ -119,6 +119,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--max_len", type=int, default=1024, help="most tokens of a sample; longer answers are cut")
     group.add_argument("--max_src_len", type=int, default=512, help="most tokens of its prompt; longer queries are cut")
     group.add_argument("--is_skip", **flag, help="leave out samples that would be cut")
+    group.add_argument("--allow_empty_output", **flag, help="train rows with an empty output to answer nothing")
     group.add_argument("--output_dir", default="./output", help="where results go")
 
     group = parser.add_argument_group("method")
@@ -231,7 +232,9 @@ def train(args) -> list[tuple[int, float]]:
     set_seed(args.seed)
 
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
-    data = InstructionData(args.train_path, tokenizer, args.max_len, args.max_src_len, args.is_skip)
+    data = InstructionData(
+        args.train_path, tokenizer, args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output
+    )
     say(f"data: {data.summary()}")
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
     total_steps = args.num_train_epochs * count_steps(len(data), *split)

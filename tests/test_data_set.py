@@ -77,6 +77,18 @@ def test_a_broken_file_is_one_clear_error(write, text, message):
     assert message in str(error.value)
 
 
+@modes
+def test_an_empty_output_can_be_an_answer(tiny, mode, write):
+    tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
+    path = write(line() + line(output=""))
+    data = InstructionData(path, tokenizer, 120, 60, empty_outputs=True)
+    *answer, end = data.samples[1].input_ids[data.samples[1].answer_start :]
+    assert end == tokenizer.eos_token_id
+    assert tokenizer.decode_answer(answer) == ""
+    with pytest.raises(DataError, match="line 2: output is empty; --allow_empty_output"):
+        InstructionData(path, tokenizer, 120, 60)
+
+
 def test_several_references_are_for_predictions_only(write):
     path = write(line(output=["一", "二"]))
     assert next(read_rows(path, several_outputs=True))[1]["output"] == ["一", "二"]
