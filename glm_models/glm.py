@@ -1,5 +1,6 @@
 """ChatGLM-6B: LayerNorm blocks with scaled residuals, 2-D rotary positions, a bidirectional context before `<sop>`."""
 
+import itertools
 import math
 import re
 from typing import ClassVar
@@ -12,16 +13,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .attention import Segment, attend, real_tokens, split_heads, visible_mask
 from .chat import ChatMixin
-from .modeling import (
-    ChatGLMPreTrainedModel,
-    PrefixEncoder,
-    attend,
-    causal_lm_output,
-    real_tokens,
-    split_heads,
-    visible_mask,
-)
+from .modeling import ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
+from .ops import OutputLayer, rotary
 from .tokenization import ChatGLMTokenizerBase
 
 
@@ -105,6 +100,12 @@ class GLMTokenizer(ChatGLMTokenizerBase):
     def encode_answer(self, answer: str) -> list[int]:
         return self.encode_text(answer)
 
+    def context_length(self, ids: list[int]) -> int:
+        # as GLMModel.context_lengths
+        end = (self.gmask_token_id, self.bos_token_id)
+        ends = (i for i, pair in enumerate(itertools.pairwise(ids), 1) if pair == end)
+        return next(ends, ids.index(end[1]) if end[1] in ids else len(ids))
+
     @staticmethod
     def _template(history) -> tuple[str, str]:
         """The official chat: a first question goes in bare, later ones with numbered rounds before them."""
@@ -167,11 +168,19 @@ def rotary_angles(config: GLMConfig, position_ids: torch.Tensor, dtype: torch.dt
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads x [batch, tokens, heads, head_dim]: along each axis the first half pairs with the second."""
-    axes = cos.shape[-2]
-    first, second = x.unflatten(-1, (axes, 2, -1)).unbind(-2)  # [batch, tokens, heads, axes, head_dim / axes / 2]
-    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-3)
+def rotate(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the queries and keys of mixed [batch, tokens, heads * 3 * head_dim], laid out head by head [q | k | v].
+
+    Along each axis the first half of its share of a head pairs with the second.
+    """
+    *_, axes, half = cos.shape
+    rotated = mixed.clone()
+    old, new = (x.unflatten(-1, (-1, 3, axes, 2, half))[:, :, :, :2] for x in (mixed, rotated))
+    (first, second), (new_first, new_second) = old.unbind(-2), new.unbind(-2)
+    cos, sin = cos[:, :, None], sin[:, :, None]  # [batch, tokens, 1, 1, axes, half]
+    torch.sub(first * cos, second * sin, out=new_first)
+    torch.add(second * cos, first * sin, out=new_second)
+    return rotated
 
 
 class GLMAttention(nn.Module):
@@ -187,10 +196,10 @@ class GLMAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, rotary, mask, prefix=None, cache=None):
-        # head by head [q | k | v]
-        q, k, v = split_heads(self.query_key_value(hidden_states), 3 * self.head_dim).chunk(3, dim=-1)
-        return self.dense(attend(self, rotate(q, *rotary), rotate(k, *rotary), v, mask, prefix, cache))
+    def forward(self, hidden_states, angles, mask, prefix=None, cache=None):
+        mixed = rotary(self.query_key_value(hidden_states), *angles, rotate)
+        q, k, v = split_heads(mixed, 3 * self.head_dim).chunk(3, dim=-1)
+        return self.dense(attend(self, q, k, v, mask, prefix, cache))
 
 
 class GLMMLP(nn.Module):
@@ -214,9 +223,9 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = GLMMLP(config)
 
-    def forward(self, hidden_states, rotary, mask, prefix=None, cache=None):
+    def forward(self, hidden_states, angles, mask, prefix=None, cache=None):
         normed = self.input_layernorm(hidden_states)
-        hidden_states = normed * self.alpha + self.attention(normed, rotary, mask, prefix, cache)
+        hidden_states = normed * self.alpha + self.attention(normed, angles, mask, prefix, cache)
         normed = self.post_attention_layernorm(hidden_states)
         return normed * self.alpha + self.mlp(normed)
 
@@ -289,9 +298,13 @@ class GLMModel(GLMPreTrainedModel):
         cache: DynamicCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
+        segments: list[tuple[int, int]] | None = None,  # of the one row there is: tokens, and of them context
     ) -> BaseModelOutputWithPast:
         cache, cached = self.prepare_cache(cache, use_cache)
-        if attention_mask is None:
+        if segments is not None:
+            parts = input_ids.split([tokens for tokens, _ in segments], dim=1)
+            position_ids = torch.cat([self.position_ids(part, torch.ones_like(part)) for part in parts], dim=2)
+        elif attention_mask is None:
             attention_mask = real_tokens(input_ids, self.config.pad_token_id, cached)
         if position_ids is None:
             if cached:
@@ -299,18 +312,22 @@ class GLMModel(GLMPreTrainedModel):
             position_ids = self.position_ids(input_ids, attention_mask)
 
         hidden_states = self.word_embeddings(input_ids)
-        prefix = self.prefixes(len(input_ids))
-        # an answer token sees what lies before it; only whole prompts have a context to see in both directions
-        context = None if cached else self.context_lengths(input_ids)
-        mask = visible_mask(
-            input_ids.shape[1], attention_mask, self.config, hidden_states.dtype, prefix=prefix, context=context
-        )
-        rotary = rotary_angles(self.config, position_ids, hidden_states.dtype)
+        prefix = self.prefixes(len(segments or input_ids))
+        if segments is not None:
+            mask = [Segment(*segment) for segment in segments]
+        else:
+            # an answer token sees what lies before it; only whole prompts have a context to see in both directions
+            context = None if cached else self.context_lengths(input_ids)
+            mask = visible_mask(
+                input_ids.shape[1], attention_mask, self.config, hidden_states.dtype, prefix=prefix, context=context
+            )
+        angles = rotary_angles(self.config, position_ids, hidden_states.dtype)
 
         all_hidden_states = []
         for i, layer in enumerate(self.layers):
-            all_hidden_states.append(hidden_states)
-            hidden_states = layer(hidden_states, rotary, mask, prefix[i] if prefix is not None else None, cache)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            hidden_states = layer(hidden_states, angles, mask, prefix[i] if prefix is not None else None, cache)
         hidden_states = self.final_layernorm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -327,7 +344,7 @@ class GLMForConditionalGeneration(ChatMixin, GLMPreTrainedModel, GenerationMixin
     def __init__(self, config: GLMConfig):
         super().__init__(config)
         self.transformer = GLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputLayer(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self):
@@ -347,11 +364,17 @@ class GLMForConditionalGeneration(ChatMixin, GLMPreTrainedModel, GenerationMixin
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool = False,
         num_items_in_batch: torch.Tensor | float | None = None,
+        segments: list[tuple[int, int]] | None = None,
+        answer_positions: torch.Tensor | None = None,
         **_,
     ):
-        """See `causal_lm_output` for labels and loss."""
-        outputs = self.transformer(input_ids, attention_mask, position_ids, cache, use_cache, output_hidden_states)
-        return causal_lm_output(self, outputs, self.lm_head, labels, logits_to_keep, num_items_in_batch)
+        """See `causal_lm_output` for labels and loss; `segments` are the samples of a row that holds several."""
+        outputs = self.transformer(
+            input_ids, attention_mask, position_ids, cache, use_cache, output_hidden_states, segments
+        )
+        return causal_lm_output(
+            self, outputs, self.lm_head, labels, logits_to_keep, num_items_in_batch, answer_positions
+        )
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         # All ids are here, whatever the cache holds: the only place where later positions can be told.

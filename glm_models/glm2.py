@@ -1,18 +1,20 @@
 """ChatGLM2-6B: RMSNorm, grouped key/value heads, rotary on half of each head. ChatGLM3-6B is the same network."""
 
+import functools
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .attention import Segment, attend, split_heads, visible_mask
 from .chat import ChatMixin
 from .checkpoint import CheckpointError
-from .modeling import ChatGLMPreTrainedModel, PrefixEncoder, attend, causal_lm_output, split_heads, visible_mask
+from .modeling import ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
+from .ops import OutputLayer, rms_norm, rotary, swiglu
 from .tokenization import ChatGLMTokenizerBase
 
 
@@ -194,8 +196,7 @@ class RMSNorm(nn.Module):
         self.eps = config.layernorm_epsilon
 
     def forward(self, x):
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_frequencies(config: ChatGLM2Config) -> torch.Tensor:
@@ -217,12 +218,24 @@ def rotary_angles(config: ChatGLM2Config, position_ids: torch.Tensor, dtype: tor
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first half of each head of x [batch, tokens, heads, head_dim], neighbours paired; the rest passes."""
-    turned, passed = x.chunk(2, dim=-1)
-    even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((turned, passed), dim=-1)
+def rotate(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, config: ChatGLM2Config) -> torch.Tensor:
+    """Rotate the queries and keys of mixed [batch, tokens, size].
+
+    Of each head the first half is rotated, neighbours paired; the second passes.
+    """
+    rotated = mixed.clone()
+    if config.multi_query_attention:  # [all q heads | k groups | v groups]
+        heads = config.num_attention_heads + config.num_groups
+        old, new = (split_heads(x, config.kv_channels)[:, :, :heads] for x in (mixed, rotated))
+    else:  # head by head [q | k | v]
+        old, new = (x.unflatten(-1, (-1, 3, config.kv_channels))[:, :, :, :2] for x in (mixed, rotated))
+        cos, sin = cos[:, :, None], sin[:, :, None]
+    (even, odd), (new_even, new_odd) = (
+        x[..., : config.kv_channels // 2].unflatten(-1, (-1, 2)).unbind(-1) for x in (old, new)
+    )
+    torch.sub(even * cos, odd * sin, out=new_even)
+    torch.add(odd * cos, even * sin, out=new_odd)
+    return rotated
 
 
 class SelfAttention(nn.Module):
@@ -236,6 +249,7 @@ class SelfAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.num_heads = config.num_attention_heads
         self.num_groups = config.num_groups
+        self.rotate = functools.partial(rotate, config=config)
         self.num_key_value_groups = self.num_heads // self.num_groups  # query heads a key/value head, for the registry
         size = self.num_heads * self.head_dim
         self.query_key_value = nn.Linear(
@@ -243,14 +257,14 @@ class SelfAttention(nn.Module):
         )
         self.dense = nn.Linear(size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, rotary, mask, prefix=None, cache=None):
-        mixed = self.query_key_value(hidden_states)
-        if self.config.multi_query_attention:  # [all q heads | k groups | v groups]
+    def forward(self, hidden_states, angles, mask, prefix=None, cache=None):
+        mixed = rotary(self.query_key_value(hidden_states), *angles, self.rotate)
+        if self.config.multi_query_attention:  # see rotate
             heads = split_heads(mixed, self.head_dim)
             q, k, v = heads.split([self.num_heads, self.num_groups, self.num_groups], dim=2)
-        else:  # head by head [q | k | v]
+        else:
             q, k, v = split_heads(mixed, 3 * self.head_dim).chunk(3, dim=-1)
-        return self.dense(attend(self, rotate(q, *rotary), rotate(k, *rotary), v, mask, prefix, cache))
+        return self.dense(attend(self, q, k, v, mask, prefix, cache))
 
 
 class MLP(nn.Module):
@@ -260,8 +274,7 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states):
-        gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
-        return self.dense_4h_to_h(F.silu(gate) * up)
+        return self.dense_4h_to_h(swiglu(self.dense_h_to_4h(hidden_states)))
 
 
 class ChatGLM2Block(GradientCheckpointingLayer):
@@ -272,8 +285,8 @@ class ChatGLM2Block(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states, rotary, mask, prefix=None, cache=None):
-        attended = self.self_attention(self.input_layernorm(hidden_states), rotary, mask, prefix, cache)
+    def forward(self, hidden_states, angles, mask, prefix=None, cache=None):
+        attended = self.self_attention(self.input_layernorm(hidden_states), angles, mask, prefix, cache)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -309,7 +322,7 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         super().__init__(config)
         self.embedding = Embedding(config)
         self.encoder = Encoder(config)
-        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.output_layer = OutputLayer(config.hidden_size, config.padded_vocab_size, bias=False)
         if config.pre_seq_len is not None:
             kv_size = config.num_layers * config.kv_channels * config.num_groups * 2
             self.prefix_encoder = PrefixEncoder(config, kv_size, embedding_size=kv_size)
@@ -329,30 +342,36 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         cache: DynamicCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
+        segments: list[tuple[int, int]] | None = None,  # of the one row there is: tokens, and 0
     ) -> BaseModelOutputWithPast:
         cache, cached = self.prepare_cache(cache, use_cache)
         tokens = input_ids.shape[1]
+        if segments is not None:
+            position_ids = torch.cat([torch.arange(length, device=input_ids.device) for length, _ in segments])[None]
         if position_ids is None:
             if attention_mask is None:
                 position_ids = torch.arange(cached, cached + tokens, device=input_ids.device)[None]
             else:
                 position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens:]
-        prefix = self.prefixes(len(input_ids))
+        prefix = self.prefixes(len(segments or input_ids))
         # more keys than queries: sdpa's own causal flag would align at the first key, and a mask must know of all keys
         if attention_mask is None and cached and (tokens > 1 or prefix is not None):
             attention_mask = input_ids.new_ones(len(input_ids), cached + tokens)
 
         hidden_states = self.embedding.word_embeddings(input_ids)
-        if cached and attention_mask is None:
+        if segments is not None:
+            mask = [Segment(*segment) for segment in segments]
+        elif cached and attention_mask is None:
             mask = None  # one new token sees all there is
         else:
             mask = visible_mask(tokens, attention_mask, self.config, hidden_states.dtype, prefix=prefix)
-        rotary = rotary_angles(self.config, position_ids, hidden_states.dtype)
+        angles = rotary_angles(self.config, position_ids, hidden_states.dtype)
 
         all_hidden_states = []
         for i, layer in enumerate(self.encoder.layers):
-            all_hidden_states.append(hidden_states)
-            hidden_states = layer(hidden_states, rotary, mask, prefix[i] if prefix is not None else None, cache)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            hidden_states = layer(hidden_states, angles, mask, prefix[i] if prefix is not None else None, cache)
         return BaseModelOutputWithPast(
             last_hidden_state=self.encoder.final_layernorm(hidden_states),
             cache=cache,
@@ -385,12 +404,16 @@ class ChatGLM2ForConditionalGeneration(ChatMixin, ChatGLM2PreTrainedModel, Gener
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool = False,
         num_items_in_batch: torch.Tensor | float | None = None,
+        segments: list[tuple[int, int]] | None = None,
+        answer_positions: torch.Tensor | None = None,
         **_,
     ):
-        """See `causal_lm_output` for labels and loss."""
-        outputs = self.transformer(input_ids, attention_mask, position_ids, cache, use_cache, output_hidden_states)
+        """See `causal_lm_output` for labels and loss; `segments` are the samples of a row that holds several."""
+        outputs = self.transformer(
+            input_ids, attention_mask, position_ids, cache, use_cache, output_hidden_states, segments
+        )
         head = self.transformer.output_layer
-        return causal_lm_output(self, outputs, head, labels, logits_to_keep, num_items_in_batch)
+        return causal_lm_output(self, outputs, head, labels, logits_to_keep, num_items_in_batch, answer_positions)
 
     def official_buffers(self) -> dict[str, torch.Tensor]:
         """Tensors that official files hold and this model computes: written on export for the official code."""

@@ -3,15 +3,14 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .checkpoint import CheckpointError, check_family
+from .ops import summed_cross_entropy
 
 IGNORE_INDEX = -100  # the label of a token that the loss leaves out, as in torch and transformers
 
@@ -137,101 +136,9 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return self.prefix_encoder(batch, self.config.num_layers, head_dim)
 
 
-def real_tokens(input_ids: torch.Tensor, pad_token_id: int, cached: int) -> torch.Tensor:
-    """The attention mask of ids that came without one: [batch, cached + tokens]; padding on the left is hidden.
-
-    Padding on the right needs no hiding: no earlier token sees it.
-    """
-    mask = (
-        (input_ids != pad_token_id).long().cummax(1).values if pad_token_id is not None else torch.ones_like(input_ids)
-    )
-    return F.pad(mask, (cached, 0), value=1)
-
-
-def visible_mask(
-    queries: int,
-    attention_mask: torch.Tensor | None,
-    config,
-    dtype: torch.dtype,
-    prefix: torch.Tensor | None = None,
-    context: torch.Tensor | None = None,
-) -> torch.Tensor | None:
-    """Which key each query may see, one mask for all layers.
-
-    Args:
-        queries: number of query tokens, the last of the keys.
-        attention_mask: [batch, keys], 1 real, 0 padding; None where no key is hidden.
-        prefix: the P-Tuning prefix; seen by every query.
-        context: [batch], so many first tokens are seen by every query.
-
-    Returns:
-        [batch or 1, 1, queries, pre_seq_len + keys]: bool for sdpa, additive of `dtype` for eager; None where plain
-        causal attention is meant.
-    """
-    if attention_mask is None and prefix is None and context is None:
-        return None
-    keys = queries if attention_mask is None else attention_mask.shape[1]
-    device = next(t.device for t in (attention_mask, context, prefix) if t is not None)
-    key = torch.arange(keys, device=device)
-    query = key[keys - queries :, None]
-    mask = (key <= query)[None]  # [1, queries, keys]
-    if context is not None:
-        mask = mask | (key < context[:, None, None])
-    if attention_mask is not None:
-        mask = mask & attention_mask[:, None].bool()
-        # a padding query sees itself: softmax over nothing would be NaN
-        mask = mask | (key == query)
-    mask = mask[:, None]
-    if prefix is not None:
-        mask = F.pad(mask, (prefix.shape[-2], 0), value=True)
-    if config._attn_implementation == "eager":
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    return mask
-
-
-def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """[batch, tokens, heads * head_dim] -> [batch, tokens, heads, head_dim]."""
-    return x.unflatten(-1, (-1, head_dim))
-
-
-def attend(module, q, k, v, mask, prefix, cache) -> torch.Tensor:
-    """Attention of one layer through transformers' registry of implementations.
-
-    Args:
-        module: has config, layer_idx, scaling, is_causal.
-        q, k, v: [batch, tokens, heads, head_dim]; k and v may have fewer heads (groups).
-        mask: of `visible_mask`.
-        prefix: [2, batch, groups, pre_seq_len, head_dim] or None. It goes in front of the keys and values here, and
-            never through the cache: transformers drops a cache under gradient checkpointing, and its gradient with it.
-        cache: updated with k and v.
-
-    Returns:
-        [batch, tokens, heads * head_dim].
-    """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if cache is not None:
-        k, v = cache.update(k, v, module.layer_idx)
-    if prefix is not None:
-        k, v = torch.cat((prefix[0], k), dim=2), torch.cat((prefix[1], v), dim=2)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
-    return function(module, q, k, v, mask, scaling=module.scaling, dropout=0.0)[0].flatten(2)
-
-
-def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, **_):
-    """Attention spelled out, for --attn_implementation eager; arguments as the registry's other functions take them."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if mask is None and query.shape[2] > 1:
-        mask = torch.full(scores.shape[-2:], torch.finfo(scores.dtype).min, device=scores.device)
-        mask = mask.triu(1 + scores.shape[-1] - scores.shape[-2])
-    if mask is not None:
-        scores = scores + mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def causal_lm_output(model, outputs, head, labels, logits_to_keep, num_items_in_batch) -> CausalLMOutputWithPast:
+def causal_lm_output(
+    model, outputs, head, labels, logits_to_keep, num_items_in_batch, answer_positions
+) -> CausalLMOutputWithPast:
     """Logits, and the loss where there are labels.
 
     Args:
@@ -240,6 +147,7 @@ def causal_lm_output(model, outputs, head, labels, logits_to_keep, num_items_in_
         labels: [batch, tokens], IGNORE_INDEX where there is nothing to learn; shifted here, so labels align with ids.
         logits_to_keep: the last so many positions, or their indices; 0 for all.
         num_items_in_batch: what the summed loss is divided by; None for this batch's own number of labels.
+        answer_positions: see `answer_loss`.
 
     Returns:
         In training with labels, `logits` is None: only the answer's positions ever see the output layer.
@@ -247,24 +155,27 @@ def causal_lm_output(model, outputs, head, labels, logits_to_keep, num_items_in_
     hidden_states = outputs.last_hidden_state
     loss = logits = None
     if labels is not None:
-        loss = answer_loss(hidden_states, labels, head, num_items_in_batch)
-    if labels is None or not model.training:
+        loss = answer_loss(hidden_states, labels, head, num_items_in_batch, answer_positions)
+    if labels is None or not (model.training or answer_positions is not None):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = head(hidden_states[:, keep])
     return CausalLMOutputWithPast(loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states)
 
 
-def answer_loss(hidden_states, labels, head, num_items=None) -> torch.Tensor:
+def answer_loss(hidden_states, labels, head, num_items=None, answer_positions=None) -> torch.Tensor:
     """Cross entropy of the labelled positions, in float32.
 
     Args:
         hidden_states: [batch, tokens, hidden].
         labels: [batch, tokens].
         num_items: the divisor; None for the number of labels here.
+        answer_positions: [answer tokens], where in the flattened labels they are; searched if None, for which a GPU
+            must be waited for.
     """
-    targets = labels[:, 1:]
-    answer = targets != IGNORE_INDEX
-    targets = targets[answer]  # [answer tokens]
-    logits = head(hidden_states[:, :-1][answer]).float()
-    total = F.cross_entropy(logits, targets, reduction="sum")
-    return total / (num_items if num_items is not None else max(1, len(targets)))
+    if answer_positions is None:
+        labelled = labels != IGNORE_INDEX
+        labelled[:, 0] = False  # nothing comes before it that could predict it
+        answer_positions = labelled.flatten().nonzero()[:, 0]
+    before = hidden_states.flatten(0, 1).index_select(0, answer_positions - 1)
+    total = summed_cross_entropy(head, before, labels.flatten().index_select(0, answer_positions))
+    return total / (num_items if num_items is not None else max(1, len(answer_positions)))

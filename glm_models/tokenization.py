@@ -70,6 +70,10 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         """Ids of an answer as the model is to write it after the prompt, without the end token."""
         raise NotImplementedError
 
+    def context_length(self, ids: list[int]) -> int:
+        """How many first tokens of a sample are seen by all its tokens, later ones too."""
+        return 0
+
     def decode_answer(self, ids: list[int]) -> str:
         """The answer that `encode_answer` made these ids of."""
         return self.decode(ids)

@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from glm_models import MODE
-from glm_models.modeling import visible_mask
+from glm_models.attention import visible_mask
 
 if not os.environ.get("GLM_GOLDEN_DIR"):
     pytest.skip("GLM_GOLDEN_DIR does not name the folder of golden data", allow_module_level=True)

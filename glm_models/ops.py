@@ -1,0 +1,160 @@
+"""Steps of the networks whose plain autograd would keep more for the backward pass than it needs.
+
+Each computes in its forward pass just what the plain expression beside it computes, keeps one tensor of its input at
+most, and computes the rest again in the backward pass, where that costs a few passes over memory and no matrix product.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x32 = x.float()
+        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (x32 * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            toward = (grad * weight).float()
+            # the part of the gradient along the normed vector is lost: its length is always the same
+            along = (toward * normed).mean(-1, keepdim=True)
+            grad_x = toward.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.float() * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        return grad_x, grad_weight, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, the quotient in float32; keeps x."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        grad_x = torch.empty_like(x)
+        to_gate, to_up = grad_x.chunk(2, dim=-1)
+        to_up.copy_(F.silu(gate).mul_(grad))
+        to_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return grad_x
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(first half) * second half of the last dimension; keeps x."""
+    return _SwiGLU.apply(x)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mixed, cos, sin, rotate):
+        ctx.save_for_backward(cos, sin)
+        ctx.rotate = rotate
+        return rotate(mixed, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return ctx.rotate(grad, cos, -sin), None, None, None  # turned back: the inverse of a rotation
+
+
+def rotary(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate) -> torch.Tensor:
+    """Queries, keys and values as they come from their projection, with queries and keys rotated; keeps the angles.
+
+    One tensor comes out, so that what attention keeps of queries, keys and values is this one and not the projection's.
+
+    Args:
+        mixed: [batch, tokens, size].
+        rotate: the family's rotation of such a tensor, a linear map: (mixed, cos, sin) -> [batch, tokens, size].
+    """
+    return _Rotary.apply(mixed, cos, sin, rotate)
+
+
+# Loss
+
+CHUNK = 2**25  # logits at a time: 128 MiB in float32
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """The gradients are computed with the loss, chunk by chunk, so that logits are never kept nor computed again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        to_hidden, to_weight, _ = ctx.needs_input_grad
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)  # of maybe a million tokens
+        grad_hidden = torch.empty_like(hidden) if to_hidden else None
+        grad_weight = torch.zeros_like(weight) if to_weight else None
+        rows = max(1, CHUNK // len(weight))
+        for start in range(0, len(hidden), rows):
+            part = hidden[start : start + rows]
+            target = targets[start : start + rows, None]
+            logits = (part @ weight.t()).float()
+            logits -= logits.amax(-1, keepdim=True)
+            wanted = logits.gather(-1, target)
+            odds = logits.exp_()
+            whole = odds.sum(-1, keepdim=True)
+            total += (whole.log() - wanted).sum(dtype=torch.float64)
+            if not (to_hidden or to_weight):
+                continue
+            # probability, less 1 at the target; in float32, for the difference is small where the model is sure
+            grad = odds.div_(whole).scatter_add_(-1, target, whole.new_full((1, 1), -1.0).expand_as(target))
+            grad = grad.to(hidden.dtype)
+            if to_hidden:
+                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+            if to_weight:
+                grad_weight.addmm_(grad.t(), part)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *(saved if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None
+
+
+class OutputLayer(nn.Linear):
+    """From hidden states to logits; given targets, to the summed loss without ever holding all logits."""
+
+    def forward(self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [..., vocabulary] of hidden states [..., hidden]; with targets [n] of hidden states [n, hidden] the
+        cross entropy in float32, summed."""
+        if targets is None:
+            return super().forward(hidden_states)
+        return _SummedCrossEntropy.apply(hidden_states, self.weight, targets)
+
+
+def summed_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in float32, summed, of what `head` makes of hidden_states [n, hidden], in chunks.
+
+    A head that is not an OutputLayer (one with LoRA on it) is a function that only autograd knows: its chunks are
+    computed again in the backward pass.
+    """
+    if isinstance(head, OutputLayer):
+        return head(hidden_states, targets)
+
+    def loss(part, target):
+        return F.cross_entropy(head(part).float(), target, reduction="sum")
+
+    rows = max(1, CHUNK // head.out_features)
+    parts = zip(hidden_states.split(rows), targets.split(rows), strict=True)
+    return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
