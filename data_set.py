@@ -1,12 +1,12 @@
 """From an instruction file to batches: rows are read and checked, turned into ids and labels, and dealt out to ranks.
 
-A tokenizer is known here by three things only: `encode_prompt`, `encode_answer` and `eos_token_id`, `pad_token_id`.
+A tokenizer is known here by four things only: `encode_prompt`, `encode_answer`, `context_length` and `eos_token_id`.
 """
 
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -183,7 +183,7 @@ class InstructionData(Dataset):
     def __init__(
         self, path: str, tokenizer, max_len: int, max_src_len: int, is_skip: bool = False, empty_outputs: bool = False
     ):
-        self.pad_token_id = tokenizer.pad_token_id
+        self.context_length = tokenizer.context_length
         self.samples: list[Sample] = []
         self.lines: list[int] = []  # where each sample comes from
         self.prompts_cut = self.answers_cut = self.skipped = 0
@@ -216,12 +216,20 @@ class InstructionData(Dataset):
             text += f"; cut to fit: {self.prompts_cut} prompts (--max_src_len), {self.answers_cut} answers (--max_len)"
         return text
 
+    def length(self, row: int) -> int:
+        """Tokens of one sample."""
+        return len(self.samples[row].input_ids)
+
+    def tokens(self, rows: list[int]) -> int:
+        """Tokens of some samples together."""
+        return sum(map(self.length, rows))
+
     def answer_tokens(self, rows: list[int]) -> int:
-        """Number of tokens with a label."""
+        """Tokens with a label."""
         return sum(len(self.samples[i].input_ids) - self.samples[i].answer_start for i in rows)
 
     def __getitem__(self, micro_batch: "MicroBatch") -> "Batch":
-        return collate([self.samples[i] for i in micro_batch.rows], self.pad_token_id, micro_batch)
+        return collate([self.samples[i] for i in micro_batch.rows], self.context_length, micro_batch)
 
 
 # Batches
@@ -236,27 +244,60 @@ class MicroBatch(NamedTuple):
 
 
 class Batch(dict):
-    """Arguments of the model: input_ids and labels [rows, tokens], num_items_in_batch; and how many tokens are real."""
+    """Arguments of the model: whole samples end to end in one row, nothing is padding.
 
-    tokens: int
+    input_ids and labels [1, tokens]; segments, each sample's tokens and how many of them are context;
+    answer_positions [answer tokens], where labels are; num_items_in_batch.
+    """
+
+    tokens: int  # that are learnt from or read: none in a filler
+    samples: int
 
     def to(self, device) -> dict:
         """The arguments with their tensors on `device`."""
         return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in self.items()}
 
 
-def collate(samples: list[Sample], pad_token_id: int, micro_batch: MicroBatch) -> Batch:
-    """Pad on the right, where no real token sees it, so no attention mask is needed."""
-    longest = max(len(sample.input_ids) for sample in samples)
-    input_ids = torch.full((len(samples), longest), pad_token_id)
-    labels = torch.full((len(samples), longest), IGNORE_INDEX)
-    for i, sample in enumerate(samples):
-        input_ids[i, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
-        if not micro_batch.is_filler:
-            labels[i, : len(sample.input_ids)] = torch.tensor(sample.labels)
-    batch = Batch(input_ids=input_ids, labels=labels, num_items_in_batch=micro_batch.num_items)
-    batch.tokens = 0 if micro_batch.is_filler else sum(len(sample.input_ids) for sample in samples)
+def collate(samples: list[Sample], context_length: Callable[[list[int]], int], micro_batch: MicroBatch) -> Batch:
+    """Put samples end to end; context_length is the tokenizer's."""
+    labels = [label for sample in samples for label in sample.labels]
+    if micro_batch.is_filler:
+        labels = [IGNORE_INDEX] * len(labels)
+    batch = Batch(
+        input_ids=torch.tensor([[i for sample in samples for i in sample.input_ids]]),
+        labels=torch.tensor([labels]),
+        segments=[(len(sample.input_ids), context_length(sample.input_ids)) for sample in samples],
+        # counted here, since to count on a GPU is to wait for it
+        answer_positions=torch.tensor([i for i, label in enumerate(labels) if label != IGNORE_INDEX], dtype=torch.long),
+        num_items_in_batch=micro_batch.num_items,
+    )
+    batch.tokens, batch.samples = (0, 0) if micro_batch.is_filler else (len(labels), len(samples))
     return batch
+
+
+def pack_rows(data: InstructionData, max_len: int, seed: int) -> list[list[int]]:
+    """Put samples together, up to max_len tokens: the longest first, each where it leaves the least room."""
+    packs: list[list[int]] = []
+    room: dict[int, list[int]] = {}  # packs by the tokens that still fit
+    rooms = 0  # bit n is set where room[n] holds a pack
+    order = list(range(len(data)))
+    random.Random(seed).shuffle(order)  # so that chance says which of equal length come together
+    for i in sorted(order, key=data.length, reverse=True):
+        tokens = data.length(i)
+        fitting = rooms >> tokens
+        if fitting:
+            left = tokens + (fitting & -fitting).bit_length() - 1
+            pack = room[left].pop()
+            if not room[left]:
+                rooms &= ~(1 << left)
+        else:
+            left, pack = max_len, len(packs)
+            packs.append([])
+        packs[pack].append(i)
+        left -= tokens
+        room.setdefault(left, []).append(pack)
+        rooms |= 1 << left
+    return packs
 
 
 def count_steps(rows: int, batch_size: int, accumulation: int, world_size: int) -> int:
@@ -265,7 +306,14 @@ def count_steps(rows: int, batch_size: int, accumulation: int, world_size: int) 
 
 
 def plan_epoch(
-    data: InstructionData, batch_size: int, accumulation: int, world_size: int, seed: int, epoch: int
+    data: InstructionData,
+    packs: list[list[int]],
+    batch_size: int,
+    accumulation: int,
+    world_size: int,
+    seed: int,
+    epoch: int,
+    by_length: bool = False,
 ) -> list[list[MicroBatch]]:
     """Deal an epoch's rows out to optimiser steps, micro-batches and ranks; the same on every rank.
 
@@ -276,21 +324,48 @@ def plan_epoch(
     The engine divides by accumulation and averages over ranks. With num_items = answer tokens of the step /
     (accumulation x world_size), the step's loss is the mean over all its answer tokens, however they are split.
 
+    The first epoch begins with the longest rows of all, so that a lack of memory shows at once. In each step the
+    largest micro-batches come first, so that ranks have about as much to do at the same time.
+
+    Args:
+        packs: what takes the place of a row: one sample each, or several with `pack_rows`.
+        by_length: put rows of about the same length into a step.
+
     Returns:
         steps, each a list of micro-batches; rank r takes those at r, r + world_size, ...
     """
-    order = list(range(len(data)))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    shortest = min(order, key=lambda i: len(data.samples[i].input_ids))
+    rng = random.Random(f"{seed} {epoch}")
+    order = list(range(len(packs)))
+    rng.shuffle(order)
     parts = accumulation * world_size
-    steps = []
-    for start in range(0, len(order), batch_size * parts):
-        rows = order[start : start + batch_size * parts]
-        num_items = data.answer_tokens(rows) / parts
-        cuts = [len(rows) * i // parts for i in range(parts + 1)]
-        split = [rows[a:b] for a, b in itertools.pairwise(cuts)]
-        steps.append([MicroBatch(part or [shortest], num_items, is_filler=not part) for part in split])
+    size = batch_size * parts
+
+    def longest_first(some):
+        return sorted(some, key=lambda i: data.tokens(packs[i]), reverse=True)
+
+    if epoch == 1:
+        first = longest_first(order)[:size]
+        taken = set(first)
+        order = first + [i for i in order if i not in taken]
+    if by_length:
+        window = 50 * size  # sorted within, so that chance still says who meets whom
+        order = [i for a in range(0, len(order), window) for i in longest_first(order[a : a + window])]
+
+    steps = [_deal_step(data, [packs[i] for i in order[a : a + size]], parts) for a in range(0, len(order), size)]
+    if by_length:
+        middle = steps[1 : len(order) // size]  # but the first, and a last one with fewer rows
+        rng.shuffle(middle)
+        steps[1 : 1 + len(middle)] = middle
     return steps
+
+
+def _deal_step(data: InstructionData, packs: list[list[int]], parts: int) -> list[MicroBatch]:
+    """One optimiser step as `parts` micro-batches, the largest first."""
+    num_items = sum(map(data.answer_tokens, packs)) / parts
+    cuts = [len(packs) * i // parts for i in range(parts + 1)]
+    split = [[row for pack in packs[a:b] for row in pack] for a, b in itertools.pairwise(cuts)]
+    split.sort(key=data.tokens, reverse=True)
+    return [MicroBatch(rows or split[0][:1], num_items, is_filler=not rows) for rows in split]
 
 
 def epoch_loader(data: InstructionData, steps: list[list[MicroBatch]], rank: int, world_size: int, pin: bool):

@@ -9,10 +9,11 @@ import argparse
 import os
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
 
-from data_set import DataError, InstructionData, count_steps, epoch_loader, plan_epoch
+from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch
 from glm_models import MODE
 from utils import (
     RunLog,
@@ -68,7 +69,7 @@ def lora(args, load):
         raise UserError("--lora_dim must be at least 1 and --lora_dropout at least 0 and less than 1")
     model = load()
     wanted = split_names(args.lora_module_name, "--lora_module_name")
-    linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if m.__class__.__name__ == "Linear"})
+    linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
     unknown = [name for name in wanted if name not in linear]
     if unknown:
         raise UserError(f"--lora_module_name {', '.join(unknown)}: no such linear layer; there are {', '.join(linear)}")
@@ -120,6 +121,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--max_src_len", type=int, default=512, help="most tokens of its prompt; longer queries are cut")
     group.add_argument("--is_skip", **flag, help="leave out samples that would be cut")
     group.add_argument("--allow_empty_output", **flag, help="train rows with an empty output to answer nothing")
+    group.add_argument("--packing", **flag, help="a row of a batch is several samples, up to max_len tokens together")
+    group.add_argument("--group_by_length", **flag, help="steps of rows of about the same length: ranks wait less")
     group.add_argument("--output_dir", default="./output", help="where results go")
 
     group = parser.add_argument_group("method")
@@ -189,6 +192,8 @@ def check_args(args) -> None:
     for name, what in (("train_path", os.path.isfile), ("model_name_or_path", os.path.isdir)):
         if not what(getattr(args, name)):
             wrong.append(f"--{name} {getattr(args, name)}: no such {'file' if what is os.path.isfile else 'folder'}")
+    if args.packing and args.group_by_length:
+        wrong.append("--packing and --group_by_length exclude each other: packed rows are all about max_len long")
     if wrong:
         raise UserError("\n       ".join(wrong))
 
@@ -237,7 +242,8 @@ def train(args) -> list[tuple[int, float]]:
     )
     say(f"data: {data.summary()}")
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
-    total_steps = args.num_train_epochs * count_steps(len(data), *split)
+    packs = pack_rows(data, args.max_len, args.seed) if args.packing else [[i] for i in range(len(data))]
+    total_steps = args.num_train_epochs * count_steps(len(packs), *split)
 
     hidden_size = MODE[args.mode].config.from_pretrained(args.model_name_or_path).hidden_size
     ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, hidden_size))
@@ -265,7 +271,7 @@ def train(args) -> list[tuple[int, float]]:
     pin = get_accelerator().device_name() != "cpu"
     engine.train()
     for epoch in range(1, args.num_train_epochs + 1):
-        plan = plan_epoch(data, *split, args.seed, epoch)
+        plan = plan_epoch(data, packs, *split, args.seed, epoch, args.group_by_length)
         for batch in epoch_loader(data, plan, rank, world_size, pin):
             loss = engine(**batch.to(device())).loss
             engine.backward(loss)

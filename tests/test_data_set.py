@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from data_set import (
     IGNORE_INDEX,
@@ -17,6 +18,7 @@ from data_set import (
     collate,
     count_steps,
     encode_sample,
+    pack_rows,
     plan_epoch,
     read_rows,
 )
@@ -140,44 +142,111 @@ class Rows:
     """Stands for InstructionData where only lengths matter."""
 
     def __init__(self, count):
-        self.samples = [Sample(list(range(3 + i % 7)), 1 + i % 2, False, False) for i in range(count)]
+        self.samples = [Sample(list(range(3 + i * 5 % 17)), 1 + i % 2, False, False) for i in range(count)]
 
     def __len__(self):
         return len(self.samples)
 
+    length = InstructionData.length
+    tokens = InstructionData.tokens
     answer_tokens = InstructionData.answer_tokens
 
 
+def singly(data):
+    return [[i] for i in range(len(data))]
+
+
+@pytest.mark.parametrize("by_length", [False, True])
 @pytest.mark.parametrize("split", [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (3, 2, 4)])
 @pytest.mark.parametrize("count", [1, 4, 10, 23])
-def test_every_row_is_dealt_once_and_all_ranks_get_as_many_batches(split, count):
+def test_every_row_is_dealt_once_and_all_ranks_get_as_many_batches(split, count, by_length):
     data = Rows(count)
     batch_size, accumulation, world_size = split
-    steps = plan_epoch(data, *split, seed=1, epoch=1)
-    assert len(steps) == count_steps(count, *split)
-    dealt = [row for step in steps for micro_batch in step if not micro_batch.is_filler for row in micro_batch.rows]
-    assert sorted(dealt) == list(range(count))
-    for step in steps:
-        assert len(step) == accumulation * world_size
-        real = [row for micro_batch in step if not micro_batch.is_filler for row in micro_batch.rows]
-        assert all(1 <= len(micro_batch.rows) <= batch_size for micro_batch in step)
-        for micro_batch in step:
-            assert micro_batch.num_items * len(step) == pytest.approx(data.answer_tokens(real))
+    for epoch in (1, 2):
+        steps = plan_epoch(data, singly(data), *split, seed=1, epoch=epoch, by_length=by_length)
+        assert len(steps) == count_steps(count, *split)
+        dealt = [row for step in steps for micro_batch in step if not micro_batch.is_filler for row in micro_batch.rows]
+        assert sorted(dealt) == list(range(count))
+        for step in steps:
+            assert len(step) == accumulation * world_size
+            real = [row for micro_batch in step if not micro_batch.is_filler for row in micro_batch.rows]
+            assert all(1 <= len(micro_batch.rows) <= batch_size for micro_batch in step)
+            for micro_batch in step:
+                assert micro_batch.num_items * len(step) == pytest.approx(data.answer_tokens(real))
 
 
 def test_the_order_is_new_each_epoch_and_the_same_for_a_seed():
     data = Rows(30)
-    plans = {key: plan_epoch(data, 2, 2, 1, *key) for key in [(1, 1), (1, 2), (2, 1)]}
-    assert plans[1, 1] == plan_epoch(data, 2, 2, 1, 1, 1)
-    assert plans[1, 1] != plans[1, 2] != plans[2, 1]
-    # one batch is one set of rows, however it is split
-    assert [row for m in plans[1, 1][0] for row in m.rows] == plan_epoch(data, 4, 1, 1, 1, 1)[0][0].rows
+
+    def plan(*split_seed_epoch):
+        return plan_epoch(data, singly(data), *split_seed_epoch)
+
+    plans = {key: plan(2, 2, 1, *key) for key in [(1, 1), (1, 2), (2, 1), (2, 2)]}
+    assert plans[1, 1] == plan(2, 2, 1, 1, 1)
+    assert plans[1, 1] != plans[1, 2] != plans[2, 2]
+    # a step is one set of rows, however it is split
+    for one, other in zip(plans[1, 2], plan(4, 1, 1, 1, 2), strict=True):
+        assert sorted(row for m in one for row in m.rows) == sorted(row for m in other for row in m.rows)
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_the_largest_batch_comes_first(by_length):
+    data = Rows(40)
+    steps = plan_epoch(data, singly(data), 2, 2, 1, seed=1, epoch=1, by_length=by_length)
+    assert data.tokens(steps[0][0].rows) == max(data.tokens(m.rows) for step in steps for m in step)
+    assert sorted(steps[0][0].rows) == sorted(sorted(range(40), key=data.length)[-2:])
+
+
+def test_steps_by_length_differ_little_within():
+    data = Rows(400)
+
+    def spread(by_length):
+        steps = plan_epoch(data, singly(data), 2, 2, 1, seed=1, epoch=2, by_length=by_length)
+        lengths = [[data.length(row) for m in step for row in m.rows] for step in steps]
+        return sum(max(step) - min(step) for step in lengths)
+
+    assert spread(True) < spread(False) / 5
+
+
+@pytest.mark.parametrize("max_len", [20, 50, 333])
+def test_packs_hold_every_row_once_and_are_nearly_full(max_len):
+    data = Rows(500)
+    packs = pack_rows(data, max_len, seed=1)
+    assert sorted(row for pack in packs for row in pack) == list(range(500))
+    assert max(map(data.tokens, packs)) <= max_len
+    assert len(packs) <= 1.05 * data.tokens(range(500)) / max_len + 1
+    assert packs != pack_rows(data, max_len, seed=2)
+    steps = plan_epoch(data, packs, 1, 2, 2, seed=1, epoch=1)
+    assert len(steps) == count_steps(len(packs), 1, 2, 2)
+    assert sorted(row for step in steps for m in step if not m.is_filler for row in m.rows) == list(range(500))
+
+
+def test_a_batch_is_its_samples_end_to_end():
+    samples = [Sample([5, 6, 7], 1, False, False), Sample([8, 9, 5, 4], 3, False, False)]
+    batch = collate(samples, lambda ids: ids.index(5), MicroBatch([0, 1], 2.0))
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 5, 4]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100, -100, 4]]
+    assert batch["answer_positions"].tolist() == [1, 2, 6]
+    assert batch["segments"] == [(3, 0), (4, 2)]
+    assert (batch.tokens, batch.samples) == (7, 2)
 
 
 def test_a_filler_batch_teaches_nothing():
-    batch = collate([Sample([5, 6, 7], 1, False, False)], 0, MicroBatch([0], 2.0, is_filler=True))
+    batch = collate([Sample([5, 6, 7], 1, False, False)], len, MicroBatch([0], 2.0, is_filler=True))
     assert batch["labels"].unique().tolist() == [IGNORE_INDEX]
-    assert batch.tokens == 0
+    assert len(batch["answer_positions"]) == 0
+    assert (batch.tokens, batch.samples) == (0, 0)
+
+
+@modes
+def test_the_context_is_what_the_model_takes_for_it(tiny, mode):
+    tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
+    sample = encode_sample(tokenizer, GOOD, 100, 80)
+    expected = sample.answer_start - 1 if mode == "glm" else 0
+    assert tokenizer.context_length(sample.input_ids) == expected
+    if mode == "glm":
+        model = MODE[mode].model(MODE[mode].config.from_pretrained(tiny[mode], num_layers=1))
+        assert model.transformer.context_lengths(torch.tensor([sample.input_ids])).tolist() == [expected]
 
 
 golden = pytest.mark.skipif("GLM_GOLDEN_DIR" not in os.environ, reason="GLM_GOLDEN_DIR is not set")
@@ -246,6 +315,9 @@ def test_batches_equal_the_references(mode):
             Sample(item["input_ids"], next(i for i, x in enumerate(item["labels"]) if x != IGNORE_INDEX), False, False)
             for item in items
         ]
-        ours = collate(samples, batch["pad_token_id"], MicroBatch([], 1.0))
-        assert torch.equal(ours["input_ids"], torch.tensor(batch["input_ids"]))
-        assert torch.equal(ours["labels"], torch.tensor(batch["labels"]))
+        ours = collate(samples, len, MicroBatch([], 1.0))
+        lengths = [tokens for tokens, _ in ours["segments"]]
+        for name, padding in (("input_ids", batch["pad_token_id"]), ("labels", IGNORE_INDEX)):
+            rows = ours[name][0].split(lengths)  # the reference's batches are padded on the right
+            padded = pad_sequence(rows, batch_first=True, padding_value=padding)
+            assert torch.equal(padded, torch.tensor(batch[name]))
