@@ -160,6 +160,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("memory and devices")
     group.add_argument("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed config; see the README")
     group.add_argument("--gradient_checkpointing", **flag, help="keep one activation a layer, recompute the rest")
+    group.add_argument("--tiled_mlp", **flag, help="MLPs of long rows take some tokens at a time")
+    group.add_argument(
+        "--offload_inputs", **flag, help="what gradient checkpointing keeps of long rows waits in main memory"
+    )
+    group.add_argument(
+        "--attn_implementation",
+        choices=("sdpa", "eager", "flash_attention_2"),
+        default="sdpa",
+        help="torch's own kernels, plain operations, or the flash-attn package's kernels",
+    )
     group.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
 
     group = parser.add_argument_group("reports and results")
@@ -192,6 +202,8 @@ def check_args(args) -> None:
     for name, what in (("train_path", os.path.isfile), ("model_name_or_path", os.path.isdir)):
         if not what(getattr(args, name)):
             wrong.append(f"--{name} {getattr(args, name)}: no such {'file' if what is os.path.isfile else 'folder'}")
+    if args.offload_inputs and not args.gradient_checkpointing:
+        wrong.append("--offload_inputs needs --gradient_checkpointing: it moves what that keeps")
     if args.packing and args.group_by_length:
         wrong.append("--packing and --group_by_length exclude each other: packed rows are all about max_len long")
     if wrong:
@@ -250,7 +262,9 @@ def train(args) -> list[tuple[int, float]]:
     dtype = compute_dtype(ds_config)
 
     def load(**config):
-        return load_base(args.mode, args.model_name_or_path, dtype, ds_config, **config)
+        model = load_base(args.mode, args.model_name_or_path, dtype, ds_config, args.attn_implementation, **config)
+        model.save_memory(args.tiled_mlp, args.offload_inputs)
+        return model
 
     model = TRAIN_TYPE[args.train_type](args, load)
     if args.gradient_checkpointing:

@@ -191,20 +191,25 @@ def load_tokenizer(mode: str, folder: str):
     return MODE[mode].tokenizer.from_pretrained(folder)
 
 
-def load_base(mode: str, folder: str, dtype: torch.dtype, ds_config: dict | None = None, **config):
+def load_base(
+    mode: str, folder: str, dtype: torch.dtype, ds_config: dict | None = None, attention: str = "sdpa", **config
+):
     """The model of a checkpoint folder, in `dtype`; partitioned over the ranks while it loads under ZeRO-3.
 
     Args:
         ds_config: of the training run; None outside training.
+        attention: implementation in transformers' registry.
         config: keys of config.json to set differently.
     """
     family = MODE[mode]
     check_family(folder, mode)
     # transformers partitions while loading as long as this object lives; kept on the model, as long as that does
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config and ds_config["zero_optimization"].get("stage") == 3 else None
-    model = family.model.from_pretrained(
-        folder, config=family.config.from_pretrained(folder, use_cache=ds_config is None, **config), dtype=dtype
-    )
+    config = family.config.from_pretrained(folder, use_cache=ds_config is None, **config)
+    try:
+        model = family.model.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
+    except ImportError as error:  # a package that the attention implementation needs
+        raise UserError(f"--attn_implementation {attention}: {error}") from None
     model.zero3 = zero3
     return model
 

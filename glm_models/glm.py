@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention import Segment, attend, real_tokens, split_heads, visible_mask
 from .chat import ChatMixin
-from .modeling import ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
+from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
 from .ops import OutputLayer, rotary
 from .tokenization import ChatGLMTokenizerBase
 
@@ -212,7 +211,7 @@ class GLMMLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
 
 
-class GLMBlock(GradientCheckpointingLayer):
+class GLMBlock(Block):
     """Both residuals take the normalised tensor, scaled by alpha = sqrt(2 * num_layers)."""
 
     def __init__(self, config: GLMConfig, layer_idx: int):
@@ -224,10 +223,10 @@ class GLMBlock(GradientCheckpointingLayer):
         self.mlp = GLMMLP(config)
 
     def forward(self, hidden_states, angles, mask, prefix=None, cache=None):
-        normed = self.input_layernorm(hidden_states)
+        normed = self.input_layernorm(hidden_states.to(angles[0].device, non_blocking=True))
         hidden_states = normed * self.alpha + self.attention(normed, angles, mask, prefix, cache)
         normed = self.post_attention_layernorm(hidden_states)
-        return normed * self.alpha + self.mlp(normed)
+        return normed * self.alpha + self.run_mlp(normed)
 
 
 class GLMPreTrainedModel(ChatGLMPreTrainedModel):
@@ -323,11 +322,9 @@ class GLMModel(GLMPreTrainedModel):
             )
         angles = rotary_angles(self.config, position_ids, hidden_states.dtype)
 
-        all_hidden_states = []
-        for i, layer in enumerate(self.layers):
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
-            hidden_states = layer(hidden_states, angles, mask, prefix[i] if prefix is not None else None, cache)
+        hidden_states, all_hidden_states = self.run_layers(
+            self.layers, hidden_states, angles, mask, prefix, cache, output_hidden_states
+        )
         hidden_states = self.final_layernorm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,

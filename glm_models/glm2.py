@@ -7,13 +7,12 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention import Segment, attend, split_heads, visible_mask
 from .chat import ChatMixin
 from .checkpoint import CheckpointError
-from .modeling import ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
+from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
 from .ops import OutputLayer, rms_norm, rotary, swiglu
 from .tokenization import ChatGLMTokenizerBase
 
@@ -277,7 +276,7 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(swiglu(self.dense_h_to_4h(hidden_states)))
 
 
-class ChatGLM2Block(GradientCheckpointingLayer):
+class ChatGLM2Block(Block):
     def __init__(self, config: ChatGLM2Config, layer_idx: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config)
@@ -286,9 +285,10 @@ class ChatGLM2Block(GradientCheckpointingLayer):
         self.mlp = MLP(config)
 
     def forward(self, hidden_states, angles, mask, prefix=None, cache=None):
+        hidden_states = hidden_states.to(angles[0].device, non_blocking=True)
         attended = self.self_attention(self.input_layernorm(hidden_states), angles, mask, prefix, cache)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.run_mlp(self.post_attention_layernorm(hidden_states))
 
 
 class ChatGLM2PreTrainedModel(ChatGLMPreTrainedModel):
@@ -367,11 +367,9 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
             mask = visible_mask(tokens, attention_mask, self.config, hidden_states.dtype, prefix=prefix)
         angles = rotary_angles(self.config, position_ids, hidden_states.dtype)
 
-        all_hidden_states = []
-        for i, layer in enumerate(self.encoder.layers):
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
-            hidden_states = layer(hidden_states, angles, mask, prefix[i] if prefix is not None else None, cache)
+        hidden_states, all_hidden_states = self.run_layers(
+            self.encoder.layers, hidden_states, angles, mask, prefix, cache, output_hidden_states
+        )
         return BaseModelOutputWithPast(
             last_hidden_state=self.encoder.final_layernorm(hidden_states),
             cache=cache,

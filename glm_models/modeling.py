@@ -7,10 +7,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .checkpoint import CheckpointError, check_family
-from .ops import summed_cross_entropy
+from .ops import in_tiles, summed_cross_entropy, to_cpu
 
 IGNORE_INDEX = -100  # the label of a token that the loss leaves out, as in torch and transformers
 
@@ -44,6 +45,17 @@ class PrefixEncoder(nn.Module):
         return self.dropout(prefix[:, :, None].expand(-1, -1, batch, -1, -1, -1))  # dropout differs from row to row
 
 
+class Block(GradientCheckpointingLayer):
+    """One layer of a network, with the choices that `save_memory` makes."""
+
+    tiled_mlp = False
+    offload_input = False
+
+    def run_mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """self.mlp of x [batch, tokens, hidden]."""
+        return in_tiles(self.mlp, x) if self.tiled_mlp and self.training else self.mlp(x)
+
+
 class ChatGLMPreTrainedModel(PreTrainedModel):
     """Loading, initialisation and what transformers wants to know about a ChatGLM."""
 
@@ -51,6 +63,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True  # of the rows of samples that training has; not of padded batches
     _supports_attention_backend = True
     # computed here, never read: some official files hold them, some do not
     _keys_to_ignore_on_load_unexpected = [r"\.inv_freq$"]
@@ -127,6 +140,32 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache()
         return cache, cache.get_seq_length() if cache is not None else 0
+
+    def save_memory(self, tiled_mlp: bool = False, offload_inputs: bool = False) -> None:
+        """Trade time for memory in training, for long rows.
+
+        Args:
+            tiled_mlp: the MLPs take some tokens at a time and are computed again in the backward pass.
+            offload_inputs: what gradient checkpointing keeps, one hidden state a layer, waits in main memory.
+        """
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.tiled_mlp, module.offload_input = tiled_mlp, offload_inputs
+
+    def run_layers(self, layers, hidden_states, angles, mask, prefix, cache, output_hidden_states):
+        """All blocks, one after the other.
+
+        Returns:
+            The last hidden states [batch, tokens, hidden], and the input of every block if wanted, else nothing.
+        """
+        all_hidden_states = []
+        for i, layer in enumerate(layers):
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            if layer.offload_input and layer.gradient_checkpointing and self.training:
+                hidden_states = to_cpu(hidden_states)
+            hidden_states = layer(hidden_states, angles, mask, prefix[i] if prefix is not None else None, cache)
+        return hidden_states, all_hidden_states
 
     def prefixes(self, batch: int) -> torch.Tensor | None:
         """The P-Tuning prefix of every layer: [layers, 2, batch, heads, pre_seq_len, head_dim], or None."""

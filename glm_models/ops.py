@@ -90,6 +90,35 @@ def rotary(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate) ->
     return _Rotary.apply(mixed, cos, sin, rotate)
 
 
+# Long rows
+
+TILE = 1024  # tokens
+
+
+def in_tiles(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What `module` makes of x [batch, tokens, size] token by token, some tokens at a time; keeps x alone."""
+    parts = x.split(TILE, dim=1)
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return module(x)
+    return torch.cat([checkpoint(module, part, use_reentrant=False) for part in parts], dim=1)
+
+
+class _ToCpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.device = x.device
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.device)
+
+
+def to_cpu(x: torch.Tensor) -> torch.Tensor:
+    """x in pinned main memory, from where `x.to(device)` brings it back; gradients pass through both."""
+    return x if x.device.type == "cpu" else _ToCpu.apply(x)
+
+
 # Loss
 
 CHUNK = 2**25  # logits at a time: 128 MiB in float32

@@ -5,6 +5,7 @@ written here. Then come the promises that hold whatever the numbers are: padding
 key/value cache, gradient checkpointing or the attention implementation; checkpoints load completely or not at all.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -19,7 +20,8 @@ from conftest import enliven, write_model
 from safetensors.torch import load_file, save_file
 from transformers import GlmConfig, GlmForCausalLM, LogitsProcessor, TextIteratorStreamer
 
-from glm_models import MODE, CheckpointError
+from data_set import MicroBatch, Sample, collate
+from glm_models import MODE, CheckpointError, modeling, ops
 
 EXACT = {"atol": 0, "rtol": 0}
 CLOSE = {"atol": 2e-5, "rtol": 0}  # float32 rounding at logits of about 1.5
@@ -581,6 +583,107 @@ def test_loss_is_the_mean_over_labelled_positions(mode, load, tokenizers):
         assert training.logits is None  # only the answer's positions see the output layer
         assert training.loss.item() == pytest.approx(output.loss.item(), abs=1e-6)
         assert model(batch["input_ids"]).logits.shape == output.logits.shape
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_training(model, batch, other_model, other_batch):
+    (loss, gradients), (other_loss, others) = (
+        loss_and_gradients(model, batch),
+        loss_and_gradients(other_model, other_batch),
+    )
+    torch.testing.assert_close(loss, other_loss, atol=0, rtol=1e-5)
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], atol=1e-5 * others[name].abs().max().item(), rtol=0)
+
+
+def packed_batch(tokenizer):
+    rows = [Sample(prompt + answer, len(prompt), False, False) for prompt, answer in samples(tokenizer)]
+    return collate(rows, tokenizer.context_length, MicroBatch([], 5.0))
+
+
+@modes
+@prefixes
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_samples_end_to_end_train_as_padded_ones(mode, prefix, attention, load, tokenizers):
+    model = load(mode, **prefix, prefix_dropout=0.0).train()
+    model.set_attn_implementation(attention)
+    padded = {**training_batch(tokenizers[mode]), "num_items_in_batch": 5.0}
+    assert_same_training(model, packed_batch(tokenizers[mode]), model, padded)
+
+
+@modes
+def test_other_samples_of_a_row_are_not_seen(mode, load, tokenizers):
+    model, batch = load(mode).train(), packed_batch(tokenizers[mode])
+    first = batch["segments"][0][0]
+    hidden = model.transformer(batch["input_ids"], segments=batch["segments"]).last_hidden_state[:, :first]
+    batch["input_ids"][:, first:] = 7
+    others = model.transformer(batch["input_ids"], segments=batch["segments"]).last_hidden_state
+    torch.testing.assert_close(others[:, :first], hidden, **EXACT)
+
+
+@modes
+@prefixes
+@pytest.mark.parametrize(
+    "options", [{"tiled_mlp": True}, {"offload_inputs": True}, {"tiled_mlp": True, "offload_inputs": True}]
+)
+def test_ways_to_save_memory_change_nothing(mode, prefix, options, load, tokenizers, monkeypatch):
+    monkeypatch.setattr(ops, "TILE", 7)
+    monkeypatch.setattr(ops, "CHUNK", 3 * 1000)  # a few rows of logits
+    batch = packed_batch(tokenizers[mode])
+    plain, saving = (load(mode, **prefix, prefix_dropout=0.0).train() for _ in range(2))
+    saving.save_memory(**options)
+    saving.gradient_checkpointing_enable({"use_reentrant": False})
+    monkeypatch.setattr(modeling, "to_cpu", lambda x: ops._ToCpu.apply(x))  # else a CPU would have nothing to do
+    monkeypatch.setattr(torch, "empty", functools.partial(_unpinned, torch.empty))
+    assert_same_training(saving, batch, plain, batch)
+
+
+def _unpinned(empty, *size, pin_memory=False, **kwargs):
+    return empty(*size, **kwargs)
+
+
+@modes
+@pytest.mark.parametrize("trained", ["head", "body", "all"])
+def test_loss_in_chunks(mode, trained, load, tokenizers, monkeypatch):
+    monkeypatch.setattr(ops, "CHUNK", 3 * 1000)
+    model, batch = load(mode, tie_word_embeddings=False).train(), packed_batch(tokenizers[mode])
+    head = model.get_output_embeddings()
+    model.requires_grad_(trained != "head")
+    head.requires_grad_(trained != "body")
+    model.set_output_embeddings(plain := torch.nn.Linear(head.in_features, head.out_features, bias=False))
+    plain.weight = head.weight
+    want = loss_and_gradients(model, batch)
+    model.set_output_embeddings(head)
+    loss, gradients = loss_and_gradients(model, batch)
+    torch.testing.assert_close(loss, want[0], atol=0, rtol=1e-6)
+    assert gradients.keys() == want[1].keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, want[1][name], atol=1e-5 * want[1][name].abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_hand_written_gradients(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(8, dtype=dtype, requires_grad=True)
+    for mine, plain, inputs in (
+        (lambda x, w: ops.rms_norm(x, w, 1e-5), lambda x, w: F.rms_norm(x, (8,), w, 1e-5), (x, weight)),
+        (ops.swiglu, lambda x: F.silu(x[..., :4]) * x[..., 4:], (x,)),
+    ):
+        results = []
+        for function in (mine, plain):
+            out = function(*inputs)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+        for one, other in zip(*results, strict=True):
+            tolerance = 1e-5 if dtype == torch.float64 else 0.05  # (the norm itself is in float32)
+            torch.testing.assert_close(one, other, atol=tolerance * other.abs().max().item(), rtol=0)
 
 
 @modes
