@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch
 from glm_models import MODE
+from throughput import matmul_peak, needed_flops
 from utils import (
     RunLog,
     UserError,
@@ -281,7 +282,7 @@ def train(args) -> list[tuple[int, float]]:
     engine.lr_scheduler.step(1)  # else the first two steps would have lr 0: DeepSpeed's schedulers count from -1
     say(f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows")
 
-    log = RunLog(engine, args.output_dir, total_steps, args.show_loss_step)
+    log = RunLog(engine, args.output_dir, total_steps, args.show_loss_step, needed_flops(model), matmul_peak(dtype))
     pin = get_accelerator().device_name() != "cpu"
     engine.train()
     for epoch in range(1, args.num_train_epochs + 1):
@@ -291,7 +292,7 @@ def train(args) -> list[tuple[int, float]]:
             engine.backward(loss)
             engine.step()
 
-            stepped = log.add(loss, batch.tokens, epoch)
+            stepped = log.add(loss, batch, epoch)
             last = engine.global_steps == epoch * len(plan)
             if stepped and not last and args.save_model_step and engine.global_steps % args.save_model_step == 0:
                 save(args, engine, model, tokenizer, epoch, dtype)

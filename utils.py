@@ -21,8 +21,10 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
 
+from data_set import Batch
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.checkpoint import read_json, write_side_files, write_weights
+from throughput import Flops
 
 
 class UserError(ValueError):
@@ -291,13 +293,17 @@ class RunLog:
         engine: DeepSpeed's; it counts the steps.
         total_steps: optimiser steps of the run.
         every: optimiser steps between two lines.
+        flops: what the method needs.
+        peak: operations a second that a device can do; utilisation is a share of it.
     """
 
-    def __init__(self, engine, output_dir: str, total_steps: int, every: int):
-        self.engine, self.every, self.total_steps = engine, every, total_steps
+    def __init__(self, engine, output_dir: str, total_steps: int, every: int, flops: Flops, peak: float):
+        self.engine, self.every, self.total_steps, self.flops, self.peak = engine, every, total_steps, flops, peak
         self.lr = engine.get_lr()[0]  # of the step under way
         self.loss = torch.zeros((), device=device(), dtype=torch.float32)  # summed on the device: reading it waits
-        self.tokens = self.micro_batches = self.steps = 0
+        self.work = torch.zeros(3, dtype=torch.float64)  # tokens, samples, operations since the last line
+        self.whole = torch.zeros(3, dtype=torch.float64)  # of the run, all ranks together
+        self.micro_batches = self.steps = 0
         self.start = self.last = time.perf_counter()
         self.history: list[tuple[int, float]] = []  # (step, loss), every line printed
         self.writer = self.bar = None
@@ -307,10 +313,12 @@ class RunLog:
             self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"))
             self.bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
 
-    def add(self, loss: torch.Tensor, tokens: int, epoch: int) -> bool:
+    def add(self, loss: torch.Tensor, batch: Batch, epoch: int) -> bool:
         """Take note of one micro-batch. Returns whether an optimiser step has just ended."""
         self.loss += loss.detach()
-        self.tokens += tokens
+        if batch.samples:
+            flops = self.flops.of(batch["segments"], len(batch["answer_positions"]))
+            self.work += torch.tensor((batch.tokens, batch.samples, flops), dtype=torch.float64)
         self.micro_batches += 1
         step = self.engine.global_steps
         if step == self.steps:
@@ -325,36 +333,52 @@ class RunLog:
 
     def _line(self, epoch: int) -> None:
         """Gather the figures since the last line from all ranks, then print and write them."""
-        totals = torch.stack((self.loss / self.micro_batches, torch.tensor(float(self.tokens), device=device())))
+        ranks = torch.distributed.get_world_size()
+        totals = torch.cat(((self.loss / self.micro_batches)[None], self.work.to(device(), torch.float32)))
         torch.distributed.all_reduce(totals)
-        loss, tokens = totals[0].item() / torch.distributed.get_world_size(), totals[1].item()
+        loss = totals[0].item() / ranks
+        work = totals[1:].cpu().double()
+        self.whole += work
         now = time.perf_counter()
-        speed = tokens / (now - self.last)
+        speed, samples, flops = (work / (now - self.last)).tolist()
+        used = flops / ranks / self.peak
         lr = self.lr
         norm = self.engine.get_global_grad_norm()
         norm = float(norm) if norm is not None else float("nan")
         memory = memory_used()
         self.history.append((self.steps, loss))
         self.loss.zero_()
-        self.tokens = self.micro_batches = 0
+        self.work.zero_()
+        self.micro_batches = 0
         self.last = now
         if self.writer is None:
             return
         left = (now - self.start) / self.steps * (self.total_steps - self.steps)
         say(
             f"epoch {epoch} step {self.steps}/{self.total_steps} loss {loss:.4f} lr {lr:.3g} grad_norm {norm:.3g} "
-            f"{speed:.0f} tokens/s memory {memory / 2**30:.2f} GiB left {time.strftime('%H:%M:%S', time.gmtime(left))}"
+            f"{speed:.0f} tokens/s {samples:.3g} samples/s {used:.0%} of peak memory {memory / 2**30:.2f} GiB "
+            f"left {time.strftime('%H:%M:%S', time.gmtime(left))}"
         )
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.3g}", tokens_s=f"{speed:.0f}")
-        values = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_second": speed, "memory_gib": memory / 2**30}
+        values = {"loss": loss, "lr": lr, "grad_norm": norm, "memory_gib": memory / 2**30}
+        values |= {"tokens_per_second": speed, "samples_per_second": samples, "utilisation": used}
         for name, value in values.items():
             self.writer.add_scalar(f"train/{name}", value, self.steps)
         self.writer.flush()
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.bar.close()
-            self.writer.close()
+        if self.writer is None:
+            return
+        self.bar.close()
+        self.writer.close()
+        seconds = time.perf_counter() - self.start
+        tokens, samples, flops = self.whole.tolist()
+        ranks = torch.distributed.get_world_size()
+        say(
+            f"done: {samples:.0f} samples, {tokens:.0f} tokens in {time.strftime('%H:%M:%S', time.gmtime(seconds))}, "
+            f"{tokens / seconds:.0f} tokens/s, {flops / seconds / ranks / 1e12:.3g} TFLOP/s a device, "
+            f"{flops / seconds / ranks / self.peak:.0%} of its {self.peak / 1e12:.3g} in a matrix product"
+        )
 
 
 def memory_used() -> float:

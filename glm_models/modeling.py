@@ -112,6 +112,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             raise CheckpointError(f"the weights in {folder} do not fit its config.json: {', '.join(wrong)}")
         return (model, info) if wants_info else model
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers looks for attend's call of the registry in the source of each family's module only
+
     @torch.no_grad()
     def _init_weights(self, module):
         """Every weight that a checkpoint lacks gets a value: prefix encoders, or all of a model made from a config."""

@@ -15,11 +15,13 @@ import torch
 
 import train
 import utils
+from glm_models import ops
 
 
 def main():
     torch.set_num_threads(1)
     jobs, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
+    ops.TILE, ops.CHUNK = 16, 10_000  # else tiny rows would fit in one
     utils.quiet(verbose=False)
     done = {}
     for name, argv in json.loads(jobs.read_text()).items():

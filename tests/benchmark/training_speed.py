@@ -1,0 +1,248 @@
+"""LoRA training of a middle-sized random model: this project's loop against transformers' Trainer, on the same rows.
+
+    python tests/benchmark/training_speed.py --data data/spo_0.json --json speed.json
+
+For ChatGLM2 and ChatGLM3 the Trainer has transformers' own GlmForCausalLM with the same weights, and peft; ChatGLM-6B
+has no such peer, so there it is the same model with plain attention and all logits. Both get the same batches of four
+rows, the Trainer's padded to the longest. Each figure is from a process of its own; runs alternate, and ratios are
+medians. Tokens are the real ones, padding is not counted.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+WARM_UP = 3  # steps that are not timed
+BATCH = 4
+OURS = {"ours": [], "ours, by length": ["--group_by_length"], "ours, packed": ["--packing"]}
+KINDS = ("trainer", *OURS)
+
+
+def status(key: str) -> int:
+    """Bytes of this process, by its name in /proc/self/status."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024
+
+
+class Clock:
+    """Times steps, and the peak of memory above that of the loaded model."""
+
+    def start(self) -> None:
+        """Call once the model is loaded."""
+        self.ends, self.tokens = [], []
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        self.loaded = status("VmRSS")
+
+    def step(self, tokens: int) -> None:
+        self.ends.append(time.perf_counter())
+        self.tokens.append(tokens)
+
+    def result(self) -> dict:
+        seconds = self.ends[-1] - self.ends[WARM_UP - 1]
+        return {
+            "tokens_per_second": sum(self.tokens[WARM_UP:]) / seconds,
+            "peak_gib_above_model": (status("VmHWM") - self.loaded) / 2**30,
+        }
+
+
+def arguments(mode: str, folder: str, data: str, output: str, max_len: int, more=()) -> list[str]:
+    return (
+        f"--mode {mode} --model_name_or_path {folder} --train_path {data} --allow_empty_output --output_dir {output} "
+        f"--max_len {max_len} --max_src_len {max_len - 256} --train_type lora --lora_dim 8 --lora_alpha 16 "
+        "--lora_dropout 0 --lora_module_name query_key_value,dense,dense_h_to_4h,dense_4h_to_h "
+        f"--per_device_train_batch_size {BATCH} --learning_rate 1e-4 --show_loss_step 1000000"
+    ).split() + list(more)
+
+
+def run_ours(argv: list[str], packed: bool) -> dict:
+    import train
+    import utils
+
+    clock = Clock()
+    groups, add = train.parameter_groups, utils.RunLog.add
+    flops = []
+
+    def loaded(*args):
+        clock.start()
+        return groups(*args)
+
+    def timed(log, loss, batch, epoch):
+        clock.step(batch.tokens)
+        flops.append(log.flops.of(batch["segments"], len(batch["answer_positions"])))
+        timed.peak = log.peak
+        return add(log, loss, batch, epoch)
+
+    train.parameter_groups, utils.RunLog.add = loaded, timed
+    utils.quiet(verbose=False)
+    train.save = lambda *_: None
+    if packed:  # as many tokens a row as four rows have on average, so that a step is as large
+        argv += ["--per_device_train_batch_size", "1"]
+    train.train(train.parse_args(argv))
+    seconds = clock.ends[-1] - clock.ends[WARM_UP - 1]
+    return clock.result() | {"flops": sum(flops[WARM_UP:]) / seconds, "peak_flops": timed.peak}
+
+
+def run_trainer(argv: list[str]) -> dict:
+    import torch
+    from native import native_model
+    from peft import LoraConfig, get_peft_model
+    from torch.nn.utils.rnn import pad_sequence
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    import train
+    from data_set import IGNORE_INDEX, InstructionData, plan_epoch
+    from glm_models import MODE
+
+    args = train.parse_args(argv)
+    family = MODE[args.mode]
+    tokenizer = family.tokenizer.from_pretrained(args.model_name_or_path)
+    data = InstructionData(args.train_path, tokenizer, args.max_len, args.max_src_len, empty_outputs=True)
+    plan = plan_epoch(data, [[i] for i in range(len(data))], BATCH, 1, 1, args.seed, 1)
+
+    def padded(rows):
+        some = [data.samples[i] for i in rows]
+        pads = {"input_ids": tokenizer.pad_token_id, "labels": IGNORE_INDEX}
+        batch = {
+            name: pad_sequence([torch.tensor(getattr(s, name)) for s in some], batch_first=True, padding_value=pad)
+            for name, pad in pads.items()
+        }
+        if args.mode != "glm":
+            lengths = torch.tensor([len(s.input_ids) for s in some])
+            batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        return batch
+
+    model = family.model.from_pretrained(args.model_name_or_path, dtype=torch.float32, use_cache=False)
+    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    if args.mode == "glm":
+        model.set_attn_implementation("eager")
+        plain = model.forward
+
+        def all_logits(input_ids, labels, **_):
+            output = plain(input_ids)
+            logits, wanted = output.logits[:, :-1].float(), labels[:, 1:]
+            output.loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+            return output
+
+        model.forward = all_logits
+    else:
+        model = native_model(model)
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets))
+    clock = Clock()
+
+    class Timer(TrainerCallback):
+        def on_step_end(self, _, state, control, **__):
+            clock.step(data.tokens(plan[state.global_step - 1][0].rows))
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_):
+            return SequentialSampler(self.train_dataset)
+
+    with tempfile.TemporaryDirectory() as output:
+        settings = TrainingArguments(
+            output_dir=output,
+            per_device_train_batch_size=1,  # an item is a batch
+            num_train_epochs=1,
+            learning_rate=1e-4,
+            use_cpu=not torch.cuda.is_available(),
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        trainer = InOrder(
+            model,
+            settings,
+            train_dataset=[padded(step[0].rows) for step in plan],
+            data_collator=lambda items: items[0],
+            callbacks=[Timer()],
+        )
+        clock.start()
+        trainer.train()
+    return clock.result()
+
+
+def make_base(mode: str, folder: str, data: str, hidden: int, layers: int) -> None:
+    """A random model with the real number of vocabulary rows."""
+    from glm_models.tiny import make_tiny_checkpoint, read_lines
+
+    rows = {"vocab_size": 130528} if mode == "glm" else {"padded_vocab_size": 65024}
+    make_tiny_checkpoint(mode, folder, read_lines([data]), layers, hidden, hidden // 64, 4000, **rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=str(ROOT / "data/spo_0.json"), help="instruction file")
+    parser.add_argument("--rows", type=int, default=160, help="so many rows of it")
+    parser.add_argument("--max_len", type=int, default=768, help="most tokens of a row")
+    parser.add_argument("--modes", nargs="+", default=["glm2", "glm3", "glm"], help="families")
+    parser.add_argument("--hidden", type=int, default=512, help="width of the model")
+    parser.add_argument("--layers", type=int, default=6, help="its layers")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind")
+    parser.add_argument("--json", help="write all figures here")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        kind, mode, folder, data = args.worker
+        with tempfile.TemporaryDirectory() as output:
+            argv = arguments(mode, folder, data, output, args.max_len, OURS.get(kind, ()))
+            result = run_trainer(argv) if kind == "trainer" else run_ours(argv, kind.endswith("packed"))
+        print("RESULT", json.dumps(result), flush=True)
+        os._exit(0)
+
+    everything = {}
+    with tempfile.TemporaryDirectory() as work:
+        data = Path(work, "rows.json")
+        data.write_text("".join(Path(args.data).open(encoding="utf-8").readlines()[: args.rows]), encoding="utf-8")
+        for mode in args.modes:
+            folder = str(Path(work, mode))
+            make_base(mode, folder, args.data, args.hidden, args.layers)
+            runs = {kind: [] for kind in KINDS}
+            for _ in range(args.repeats):
+                for kind in KINDS:
+                    command = [sys.executable, __file__, "--max_len", str(args.max_len)]
+                    command += ["--worker", kind, mode, folder, str(data)]
+                    done = subprocess.run(command, capture_output=True, text=True)
+                    line = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
+                    if not line:
+                        sys.exit(f"{kind} of {mode} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+                    runs[kind].append(json.loads(line[0].removeprefix("RESULT ")))
+            everything[mode] = runs
+            show(mode, runs)
+    if args.json:
+        Path(args.json).write_text(json.dumps(everything, indent=2) + "\n")
+
+
+def show(mode: str, runs: dict[str, list[dict]]) -> None:
+    """A markdown table of one family."""
+    print(f"\n| {mode} | tokens/s | against Trainer | memory above the model, GiB | against Trainer | of matmul peak |")
+    print("|---|---|---|---|---|---|")
+    for kind, results in runs.items():
+        middle = {
+            key: statistics.median(r[key] for r in results) for key in ("tokens_per_second", "peak_gib_above_model")
+        }
+        ratios = [
+            statistics.median(mine[key] / theirs[key] for mine, theirs in zip(results, runs["trainer"], strict=True))
+            for key in ("tokens_per_second", "peak_gib_above_model")
+        ]
+        used = [r["flops"] / r["peak_flops"] for r in results if "flops" in r]
+        print(
+            f"| {kind} | {middle['tokens_per_second']:.0f} | {ratios[0]:.2f} x | {middle['peak_gib_above_model']:.2f} "
+            f"| {ratios[1]:.2f} x | {f'{statistics.median(used):.0%}' if used else ''} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

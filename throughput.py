@@ -1,0 +1,73 @@
+"""How much arithmetic a training needs, and how much of it the device could do: utilisation, for the log."""
+
+import functools
+import time
+from typing import NamedTuple
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from glm_models.modeling import Block, PrefixEncoder
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of forward and backward pass that a method needs; recomputation is not among them."""
+
+    token: float
+    answer_token: float  # in the output layer
+    pair: float  # of a token and one that it attends to
+    prefix: int  # tokens of a prefix, that every token attends to
+
+    def of(self, segments: list[tuple[int, int]], answer_tokens: int) -> float:
+        """Of one micro-batch; segments are its samples: tokens, and how many of them are context."""
+        tokens = sum(length for length, _ in segments)
+        # context sees all of itself, any other token itself and what lies before it
+        pairs = sum(c * c + (n * (n + 1) - c * (c + 1)) / 2 for n, c in segments) + tokens * self.prefix
+        return self.token * tokens + self.answer_token * answer_tokens + self.pair * pairs
+
+
+def needed_flops(model: nn.Module) -> Flops:
+    """Of a model in which the parameters to train require gradients.
+
+    A product with a weight matrix takes 2 x inputs x outputs operations a token, as many again for the gradient of its
+    input where something before it trains, and for its own where it trains. Attention has two products of 2 x heads x
+    head_dim operations a pair, and four for its gradients.
+    """
+    prefixes = [module for module in model.modules() if isinstance(module, PrefixEncoder)]
+    trained_prefix = any(p.requires_grad for prefix in prefixes for p in prefix.parameters())
+    reached = any(p.requires_grad for p in model.get_input_embeddings().parameters())  # does anything so far train?
+    token = pair = 0.0
+
+    def product(module) -> float:
+        return 2.0 * module.in_features * module.out_features * (1 + reached + module.weight.requires_grad)
+
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        for name, module in block.named_modules():  # in the order of their use
+            if name.endswith("attention.dense"):  # what attention found goes in
+                attention = block.get_submodule(name.rpartition(".")[0])
+                reached = reached or trained_prefix
+                pair += 4.0 * attention.num_heads * attention.head_dim * (1 + 2 * reached)
+            if isinstance(module, nn.Linear):
+                token += product(module)
+            reached = reached or any(p.requires_grad for p in module.parameters(recurse=False))
+    answer_token = sum(product(m) for m in model.get_output_embeddings().modules() if isinstance(m, nn.Linear))
+    return Flops(token, answer_token, pair, sum(prefix.embedding.num_embeddings for prefix in prefixes))
+
+
+@functools.cache
+def matmul_peak(dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """Operations a second of this device in the product of two large square matrices, the best of several."""
+    accelerator = get_accelerator()
+    size = 2048 if accelerator.device_name() == "cpu" else 8192
+    device = accelerator.current_device_name()
+    own = torch.Generator(device).manual_seed(0)  # the training's own random numbers stay as they are
+    a, b = (torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        accelerator.synchronize()
+        start = time.perf_counter()
+        torch.mm(a, b)
+        accelerator.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
