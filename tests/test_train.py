@@ -107,8 +107,8 @@ TWO_RANKS = {
 # All four rows in one step, alone or packed; LoRA on the output layer, which takes the loss another way.
 ONE_STEP = {
     "rows": "--per_device_train_batch_size 4",
-    "packed": "--per_device_train_batch_size 2 --packing --max_len 80",
-    "packed-z3-saving": "--gradient_accumulation_steps 2 --packing --max_len 80 --gradient_checkpointing --tiled_mlp "
+    "packed": "--per_device_train_batch_size 2 --packing --max_len 100",
+    "packed-z3-saving": "--gradient_accumulation_steps 2 --packing --max_len 100 --gradient_checkpointing --tiled_mlp "
     f"--offload_inputs --ds_file {DS_FILES['z3']}",
 }
 ONE_STEP_TWO_RANKS = {"packed-z3-saving": ONE_STEP["packed-z3-saving"].removeprefix("--gradient_accumulation_steps 2 ")}
