@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch
 from glm_models import MODE
+from glm_models.ops import TiledMLP
 from throughput import matmul_peak, needed_flops
 from utils import (
     RunLog,
@@ -270,6 +271,8 @@ def train(args) -> list[tuple[int, float]]:
     model = TRAIN_TYPE[args.train_type](args, load)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if args.tiled_mlp and model.zero3:
+        deepspeed.utils.set_z3_leaf_modules(model, [TiledMLP])  # see there
     groups = parameter_groups(model, args.weight_decay)
     trained = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
     every = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

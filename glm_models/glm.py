@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .attention import Segment, attend, real_tokens, split_heads, visible_mask
 from .chat import ChatMixin
 from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
-from .ops import OutputLayer, rotary
+from .ops import OutputLayer, TiledMLP, rotary
 from .tokenization import ChatGLMTokenizerBase
 
 
@@ -201,13 +201,13 @@ class GLMAttention(nn.Module):
         return self.dense(attend(self, q, k, v, mask, prefix, cache))
 
 
-class GLMMLP(nn.Module):
+class GLMMLP(TiledMLP):
     def __init__(self, config: GLMConfig):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
         self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states):
+    def transform(self, hidden_states):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
 
 
@@ -226,7 +226,7 @@ class GLMBlock(Block):
         normed = self.input_layernorm(hidden_states.to(angles[0].device, non_blocking=True))
         hidden_states = normed * self.alpha + self.attention(normed, angles, mask, prefix, cache)
         normed = self.post_attention_layernorm(hidden_states)
-        return normed * self.alpha + self.run_mlp(normed)
+        return normed * self.alpha + self.mlp(normed)
 
 
 class GLMPreTrainedModel(ChatGLMPreTrainedModel):

