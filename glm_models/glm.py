@@ -4,6 +4,7 @@ import math
 import re
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,7 +23,7 @@ from .modeling import (
     split_heads,
     visible_mask,
 )
-from .tokenization import ChatGLMTokenizerBase
+from .tokenization import ChatGLMTokenizerBase, Prompt
 
 
 class GLMConfig(PreTrainedConfig):
@@ -94,16 +95,18 @@ class GLMTokenizer(ChatGLMTokenizerBase):
         text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
         return re.sub(r"<\|blank_(\d+)\|>", lambda run: " " * int(run[1]), text)
 
-    def encode_text(self, text: str) -> list[int]:
-        return [i + self.num_image_tokens for i in self.sp_model.encode(self._to_pieces_text(text))]
+    def encode_texts(self, texts, threads=1) -> list[np.ndarray]:
+        texts = [self._to_pieces_text(text) for text in texts]
+        return [ids + self.num_image_tokens for ids in self._encode_pieces(texts, threads)]
 
-    def encode_prompt(self, query, history=None, max_src_len=None) -> list[int]:
-        before, after = self._template(history)
-        ids = self._fit_query(*map(self._to_pieces_text, (before, query, after)), max_src_len)
-        return [i + self.num_image_tokens for i in ids] + [self.gmask_token_id, self.bos_token_id]
-
-    def encode_answer(self, answer: str) -> list[int]:
-        return self.encode_text(answer)
+    def encode_prompts(self, queries, history=None, max_src_len=None, threads=1) -> list[Prompt]:
+        before, after = map(self._to_pieces_text, self._template(history))
+        queries = [self._to_pieces_text(query) for query in queries]
+        end = np.array([self.gmask_token_id, self.bos_token_id], np.int32)
+        return [
+            Prompt(np.concatenate((ids + self.num_image_tokens, end)), cut)
+            for ids, cut in self._fit_queries(before, queries, after, max_src_len, threads)
+        ]
 
     @staticmethod
     def _template(history) -> tuple[str, str]:

@@ -188,8 +188,9 @@ def golden_sample(mode, tokenizer, row, max_len, max_src_len):
     if mode != "glm":
         return encode_sample(tokenizer, row, max_len, max_src_len)
     texts = ("[Round 1]\n问：", row["instruction"] + row["input"], "\n答：")
-    ids = tokenizer._fit_query(*map(tokenizer._to_pieces_text, texts), max_src_len)
-    prompt = [*ids, tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    before, query, after = map(tokenizer._to_pieces_text, texts)
+    (fitted,) = tokenizer._fit_queries(before, [query], after, max_src_len, threads=1)
+    prompt = [*fitted.ids.tolist(), tokenizer.gmask_token_id, tokenizer.bos_token_id]
     answer = [*tokenizer.encode_answer(row["output"]), tokenizer.eos_token_id]
     room = max_len - len(prompt)
     return Sample(prompt + answer[:room], len(prompt), False, len(answer) > room)
