@@ -154,7 +154,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
     def _fit_queries(
         self, before: str, queries: list[str], after: str, max_src_len: int | None, threads: int
     ) -> list[Prompt]:
-        """Ids of before + query + after, encoded as one string, with the end of each `query` dropped to fit max_src_len.
+        """Ids of before + query + after, each encoded as one string, with the end of `query` dropped to fit.
 
         The string is encoded whole because pieces may reach across the seams, as they do in the official chat. A piece
         that holds any character of the template counts as template.

@@ -5,6 +5,7 @@ with GLM_GOLDEN_DIR set, the samples and batches of the reference, each delibera
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,7 +129,7 @@ def test_limits_are_reported_and_impossible_ones_refused(tiny, mode, write):
     data = InstructionData(path, tokenizer, 120, 60)
     assert (data.prompts_cut, data.answers_cut) == (1, 1)
     skipping = InstructionData(path, tokenizer, 120, 60, is_skip=True)
-    assert (len(skipping), skipping.skipped, skipping.lines) == (1, 2, [1])
+    assert (len(skipping), skipping.skipped, skipping.lines.tolist()) == (1, 2, [1])
     prompt = len(
         encode_sample(tokenizer, GOOD, 100, 80).input_ids[: encode_sample(tokenizer, GOOD, 100, 80).answer_start]
     )
@@ -140,10 +141,11 @@ class Rows:
     """Stands for InstructionData where only lengths matter."""
 
     def __init__(self, count):
-        self.samples = [Sample(list(range(3 + i % 7)), 1 + i % 2, False, False) for i in range(count)]
+        self.lengths = 3 + np.arange(count) % 7
+        self.answer_lengths = self.lengths - 1 - np.arange(count) % 2
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.lengths)
 
     answer_tokens = InstructionData.answer_tokens
 
