@@ -3,7 +3,7 @@
     header (one JSON object, padded with spaces to HEADER bytes) | ids, int32 | records, RECORD
 
 Files are named by a key that holds all that decides what is in them, written beside and renamed, and trusted only when
-size and hash are right. So they can be shared by runs, and deleted whenever no run is starting.
+size and checksum are right. So they can be shared by runs, and deleted whenever no run is starting.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import re
 import tempfile
 import time
 import uuid
+import zlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -82,20 +83,19 @@ def is_whole(path: str) -> bool:
     """Whether there is such a file, and each byte of it as it was written."""
     try:
         header = _read_header(path)
-        digest = hashlib.sha256()
+        checksum = 0
         with open(path, "rb") as file:
             file.seek(HEADER)
             while block := file.read(BLOCK):
-                digest.update(block)
-        return header.pop("sha256") == _seal(digest, header)
+                checksum = zlib.crc32(block, checksum)
+        return header.pop("crc32") == _seal(checksum, header)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _seal(digest, header: dict) -> str:
-    """Hash of content and header together."""
-    digest.update(json.dumps(header, sort_keys=True).encode())
-    return digest.hexdigest()
+def _seal(checksum: int, header: dict) -> int:
+    """Checksum of content and header together."""
+    return zlib.crc32(json.dumps(header, sort_keys=True).encode(), checksum)
 
 
 def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], counts: dict[str, int]) -> None:
@@ -116,21 +116,21 @@ def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], coun
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     try:
         with open(partial, "xb", opener=_private) as file, tempfile.TemporaryFile(dir=folder) as tail:
-            digest, tokens, samples = hashlib.sha256(), 0, 0
+            checksum = tokens = samples = 0
             file.seek(HEADER)
             for ids, records in chunks:
-                content = ids.astype("<i4", copy=False).tobytes()
+                content = ids.astype("<i4", copy=False).data
                 file.write(content)
-                digest.update(content)
+                checksum = zlib.crc32(content, checksum)
                 records["end"] += tokens
                 tail.write(records.tobytes())
                 tokens, samples = tokens + len(ids), samples + len(records)
             tail.seek(0)
             while block := tail.read(BLOCK):
                 file.write(block)
-                digest.update(block)
+                checksum = zlib.crc32(block, checksum)
             header = {"tokens": tokens, "samples": samples, "counts": counts}
-            header["sha256"] = _seal(digest, header)
+            header["crc32"] = _seal(checksum, header)
             file.seek(0)
             file.write(json.dumps(header).encode().ljust(HEADER))
             file.flush()

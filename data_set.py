@@ -22,7 +22,7 @@ from tqdm import tqdm
 import data_cache
 
 IGNORE_INDEX = -100
-CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 4_000_000  # most that is read and encoded at once
+CHUNK_ROWS, CHUNK_CHARACTERS = 500, 1_000_000  # most that is read and encoded at once
 PROMPT_CUT, ANSWER_CUT = 1, 2  # bits of a record's `cut`
 
 
@@ -190,16 +190,20 @@ def encode_samples(tokenizer, rows: list[dict], max_len: int, max_src_len: int, 
     prompts = tokenizer.encode_prompts(queries, max_src_len=max_src_len, threads=threads)
     answers = tokenizer.encode_answers([row["output"] for row in rows], threads=threads)
     end_token = np.array([tokenizer.eos_token_id], np.int32)
-    parts, records, end = [], [], 0
-    for (prompt, prompt_cut), answer in zip(prompts, answers, strict=True):
-        room = max_len - len(prompt)
+    parts, lengths, starts, cuts = [], [], [], []
+    for (*prompt, prompt_cut), answer in zip(prompts, answers, strict=True):
+        start = sum(map(len, prompt))
+        room = max_len - start
         if room < 1:
-            raise ValueError(f"the prompt's {len(prompt)} tokens leave no room for an answer in max_len {max_len}")
+            raise ValueError(f"the prompt's {start} tokens leave no room for an answer in max_len {max_len}")
         answer_cut = len(answer) >= room  # the end token needs room too
-        parts += (prompt, answer[:room]) if answer_cut else (prompt, answer, end_token)
-        end += max_len if answer_cut else len(prompt) + len(answer) + 1
-        records.append((end, 0, len(prompt), prompt_cut * PROMPT_CUT + answer_cut * ANSWER_CUT))
-    return Samples(np.concatenate(parts), np.array(records, data_cache.RECORD))
+        parts += (*prompt, answer[:room]) if answer_cut else (*prompt, answer, end_token)
+        lengths.append(max_len if answer_cut else start + len(answer) + 1)
+        starts.append(start)
+        cuts.append(prompt_cut * PROMPT_CUT + answer_cut * ANSWER_CUT)
+    records = np.zeros(len(rows), data_cache.RECORD)
+    records["end"], records["answer_start"], records["cut"] = np.cumsum(lengths), starts, cuts
+    return Samples(np.concatenate(parts), records)
 
 
 def encode_sample(tokenizer, row: dict, max_len: int, max_src_len: int) -> Sample:
@@ -252,7 +256,7 @@ def prepare(
         rows = read_rows(path, empty_outputs=empty_outputs)
         chunks = _encode_chunks(path, rows, tokenizer, max_len, max_src_len, is_skip, counts, bar)
         try:
-            data_cache.write_cache(file, chunks, counts)
+            data_cache.write_cache(file, _ahead(chunks), counts)
         except OSError as error:
             where = f"cannot write the data cache in {os.path.dirname(file)}: {error.strerror}"
             raise DataError(f"{where}; --data_cache names another folder") from None

@@ -23,7 +23,7 @@ from .modeling import (
     split_heads,
     visible_mask,
 )
-from .tokenization import ChatGLMTokenizerBase, Prompt
+from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 
 
 class GLMConfig(PreTrainedConfig):
@@ -87,6 +87,8 @@ class GLMTokenizer(ChatGLMTokenizerBase):
     def _to_pieces_text(self, text: str) -> str:
         """White space that SentencePiece would lose, written as the vocabulary's own pieces for it."""
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        if "  " not in text:
+            return text
         # longest run first: 83 spaces are <|blank_80|><|blank_3|>
         return re.sub(f" {{2,{self.MAX_BLANKS}}}", lambda run: f"<|blank_{len(run[0])}|>", text)
 
@@ -104,7 +106,7 @@ class GLMTokenizer(ChatGLMTokenizerBase):
         queries = [self._to_pieces_text(query) for query in queries]
         end = np.array([self.gmask_token_id, self.bos_token_id], np.int32)
         return [
-            Prompt(np.concatenate((ids + self.num_image_tokens, end)), cut)
+            Prompt(NO_IDS, ids + self.num_image_tokens, end, cut)
             for ids, cut in self._fit_queries(before, queries, after, max_src_len, threads)
         ]
 

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .chat import ChatMixin
 from .checkpoint import CheckpointError
 from .modeling import ChatGLMPreTrainedModel, PrefixEncoder, attend, causal_lm_output, split_heads, visible_mask
-from .tokenization import ChatGLMTokenizerBase, Prompt
+from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 
 
 class ChatGLM2Config(PreTrainedConfig):
@@ -132,7 +132,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
         before, after = self._template(history)
         begin = np.array(self.get_prefix_tokens(), np.int32)
         return [
-            Prompt(np.concatenate((begin, ids)), cut)
+            Prompt(begin, ids, NO_IDS, cut)
             for ids, cut in self._fit_queries(before, queries, after, max_src_len, threads)
         ]
 

@@ -72,7 +72,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         begin = np.array(self.get_prefix_tokens() + ids, np.int32)
         end = np.array([self.get_command("<|assistant|>")], np.int32)
         return [
-            Prompt(np.concatenate((begin, text[:room], end)), room is not None and len(text) > room)
+            Prompt(begin, text[:room], end, room is not None and len(text) > room)
             for text in self.encode_texts(queries, threads)
         ]
 

@@ -23,14 +23,23 @@ from .checkpoint import check_family
 # Part of `fingerprint`: raise it when a change of the code here gives other ids for the same text.
 ENCODING = 1
 
-SEAM = 16  # characters of a query at each end of it that decide how its pieces lie at the template
+SEAM = 8  # characters of a query at each end of it that decide how its pieces lie at the template
+
+
+NO_IDS = np.zeros(0, np.int32)
 
 
 class Prompt(NamedTuple):
-    """What the model sees before it answers."""
+    """What the model sees before it answers: three arrays, int32 [tokens]. Many prompts share the first and the last."""
 
-    ids: np.ndarray  # int32 [tokens]
+    begin: np.ndarray
+    text: np.ndarray
+    end: np.ndarray
     cut: bool  # the query lost its end to max_src_len
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.concatenate((self.begin, self.text, self.end))
 
 
 class ChatGLMTokenizerBase(PreTrainedTokenizer):
@@ -153,16 +162,15 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
 
     def _fit_queries(
         self, before: str, queries: list[str], after: str, max_src_len: int | None, threads: int
-    ) -> list[Prompt]:
-        """Ids of before + query + after, each encoded as one string, with the end of `query` dropped to fit.
+    ) -> list[tuple[np.ndarray, bool]]:
+        """Ids of before + query + after, each encoded as one string, with the end of `query` dropped to fit; and whether it was.
 
         The string is encoded whole because pieces may reach across the seams, as they do in the official chat. A piece
         that holds any character of the template counts as template.
         """
-        prompts = []
-        for query, ids in zip(
-            queries, self._encode_pieces([before + query + after for query in queries], threads), strict=True
-        ):
+        fitted = []
+        texts = [before + query + after for query in queries]
+        for query, ids in zip(queries, self._encode_pieces(texts, threads), strict=True):
             cut = max_src_len is not None and len(ids) > max_src_len
             if cut:
                 head, tail = self._template_pieces(before, query, after, ids)
@@ -172,8 +180,8 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
                         f"max_src_len {max_src_len} is less than the {head + tail} ids of the prompt's template"
                     )
                 ids = np.concatenate((ids[: head + room], ids[len(ids) - tail :]))
-            prompts.append(Prompt(ids, cut))
-        return prompts
+            fitted.append((ids, cut))
+        return fitted
 
     def _template_pieces(self, before: str, query: str, after: str, ids: np.ndarray) -> tuple[int, int]:
         """How many of the `ids` of before + query + after hold characters of `before`, and how many of `after`.

@@ -192,7 +192,7 @@ def golden_sample(mode, tokenizer, row, max_len, max_src_len):
     texts = ("[Round 1]\n问：", row["instruction"] + row["input"], "\n答：")
     before, query, after = map(tokenizer._to_pieces_text, texts)
     (fitted,) = tokenizer._fit_queries(before, [query], after, max_src_len, threads=1)
-    prompt = [*fitted.ids.tolist(), tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    prompt = [*fitted[0].tolist(), tokenizer.gmask_token_id, tokenizer.bos_token_id]
     answer = [*tokenizer.encode_answer(row["output"]), tokenizer.eos_token_id]
     room = max_len - len(prompt)
     return Sample(prompt + answer[:room], len(prompt), False, len(answer) > room)
