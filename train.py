@@ -125,7 +125,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--is_skip", **flag, help="leave out samples that would be cut")
     group.add_argument("--allow_empty_output", **flag, help="train rows with an empty output to answer nothing")
     group.add_argument(
-        "--data_cache", help="folder for encoded data (default: ~/.cache/chatglm-tuning); none: keep none"
+        "--data_cache", help="folder that keeps encoded data (default: ~/.cache/chatglm-tuning), or none"
     )
     group.add_argument("--output_dir", default="./output", help="where results go")
 

@@ -30,7 +30,7 @@ NO_IDS = np.zeros(0, np.int32)
 
 
 class Prompt(NamedTuple):
-    """What the model sees before it answers: three arrays, int32 [tokens]. Many prompts share the first and the last."""
+    """What the model sees before it answers, in three arrays, int32 [tokens]; many share the first and the last."""
 
     begin: np.ndarray
     text: np.ndarray
@@ -163,7 +163,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
     def _fit_queries(
         self, before: str, queries: list[str], after: str, max_src_len: int | None, threads: int
     ) -> list[tuple[np.ndarray, bool]]:
-        """Ids of before + query + after, each encoded as one string, with the end of `query` dropped to fit; and whether it was.
+        """Ids of before + query + after, with the end of `query` dropped to fit max_src_len, and whether it was.
 
         The string is encoded whole because pieces may reach across the seams, as they do in the official chat. A piece
         that holds any character of the template counts as template.

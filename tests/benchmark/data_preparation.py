@@ -19,12 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from data_set import InstructionData, available_cpus, prepare, read_rows
 from glm_models import MODE
 from glm_models.tiny import make_tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def texts_of(tokenizer, path: str) -> list[list[str]]:
