@@ -1,18 +1,29 @@
 """From an instruction file to batches: rows are read and checked, turned into ids and labels, and dealt out to ranks.
 
-A tokenizer is known here by four things only: `encode_prompt`, `encode_answer`, `context_length` and `eos_token_id`.
+A tokenizer is known here by these only: `encode_prompts`, `encode_answers`, `context_length`, `fingerprint` and
+`eos_token_id`. Where the ids lie on disk is the matter of data_cache.py.
 """
 
 import itertools
 import json
+import os
 import random
-from collections.abc import Callable, Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data_cache
 
 IGNORE_INDEX = -100
+CHUNK_ROWS, CHUNK_CHARACTERS = 500, 1_000_000  # most that is read and encoded at once
+PROMPT_CUT, ANSWER_CUT = 1, 2  # bits of a record's `cut`
 
 
 class DataError(ValueError):
@@ -145,24 +156,182 @@ class Sample(NamedTuple):
         return [IGNORE_INDEX] * self.answer_start + self.input_ids[self.answer_start :]
 
 
-def encode_sample(tokenizer, row: dict, max_len: int, max_src_len: int) -> Sample:
-    """Prompt, answer, end token.
+class Samples(Sequence):
+    """Samples as flat arrays: `ids` of all of them, and a record for each, as in `data_cache.CachedSamples`."""
+
+    def __init__(self, ids: np.ndarray, records: np.ndarray):
+        self.ids, self.records = ids, records
+        self.lengths = np.diff(records["end"], prepend=0)  # [samples], tokens of each
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> Sample:
+        record = self.records[i]
+        end, cut = int(record["end"]), int(record["cut"])
+        ids = self.ids[end - int(self.lengths[i]) : end].tolist()
+        return Sample(ids, int(record["answer_start"]), bool(cut & PROMPT_CUT), bool(cut & ANSWER_CUT))
+
+
+def encode_samples(tokenizer, rows: list[dict], max_len: int, max_src_len: int, threads: int = 1) -> Samples:
+    """Of each row: prompt, answer, end token.
 
     An answer that does not fit is cut and then has no end token: an end token after a cut would teach the model to stop
     in mid-sentence.
 
+    Args:
+        threads: of SentencePiece.
+
     Raises:
-        ValueError: the prompt leaves no room for an answer, or max_src_len none for the query.
+        ValueError: a prompt leaves no room for an answer, max_src_len none for its query, or a text is none. It does
+            not say in which row; `encode_sample` does, asked one by one.
     """
-    query = row["instruction"] + row["input"]
-    prompt = tokenizer.encode_prompt(query, max_src_len=max_src_len)
-    room = max_len - len(prompt)
-    if room < 1:
-        raise ValueError(f"the prompt's {len(prompt)} tokens leave no room for an answer in max_len {max_len}")
-    answer = [*tokenizer.encode_answer(row["output"]), tokenizer.eos_token_id]
-    # a prompt of at least max_src_len tokens, framing included, may have been cut
-    prompt_cut = len(prompt) >= max_src_len and len(prompt) < len(tokenizer.encode_prompt(query))
-    return Sample(prompt + answer[:room], len(prompt), prompt_cut, len(answer) > room)
+    queries = [row["instruction"] + row["input"] for row in rows]
+    prompts = tokenizer.encode_prompts(queries, max_src_len=max_src_len, threads=threads)
+    answers = tokenizer.encode_answers([row["output"] for row in rows], threads=threads)
+    end_token = np.array([tokenizer.eos_token_id], np.int32)
+    parts, lengths, starts, cuts = [], [], [], []
+    for (*prompt, prompt_cut), answer in zip(prompts, answers, strict=True):
+        start = sum(map(len, prompt))
+        room = max_len - start
+        if room < 1:
+            raise ValueError(f"the prompt's {start} tokens leave no room for an answer in max_len {max_len}")
+        answer_cut = len(answer) >= room  # the end token needs room too
+        parts += (*prompt, answer[:room]) if answer_cut else (*prompt, answer, end_token)
+        lengths.append(max_len if answer_cut else start + len(answer) + 1)
+        starts.append(start)
+        cuts.append(prompt_cut * PROMPT_CUT + answer_cut * ANSWER_CUT)
+    records = np.zeros(len(rows), data_cache.RECORD)
+    records["end"], records["answer_start"], records["cut"] = np.cumsum(lengths), starts, cuts
+    return Samples(np.concatenate(parts), records)
+
+
+def encode_sample(tokenizer, row: dict, max_len: int, max_src_len: int) -> Sample:
+    """`encode_samples` of one row."""
+    return encode_samples(tokenizer, [row], max_len, max_src_len)[0]
+
+
+# Preparation
+
+
+def prepare(
+    path: str,
+    tokenizer,
+    max_len: int,
+    max_src_len: int,
+    is_skip: bool = False,
+    empty_outputs: bool = False,
+    cache_dir: str | None = None,
+    progress: bool = False,
+) -> str:
+    """Encode an instruction file into a cache file, unless that is there already.
+
+    Memory is that of a few chunks, whatever the size of the file; but a JSON array is read as a whole.
+
+    Args:
+        path to empty_outputs: as for `InstructionData`.
+        cache_dir: where cache files are kept; with None it is a temporary file, for the caller to delete.
+        progress: show a bar, if stderr is a terminal.
+
+    Returns:
+        Path of the cache file, for `InstructionData`.
+
+    Raises:
+        DataError: a row is broken or its prompt leaves no room for an answer, the first such in the file; no sample is
+            left; the file changed meanwhile; or the cache cannot be written.
+    """
+    try:
+        before = os.stat(path)
+        content, line_breaks = data_cache.file_hash(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    key = (content, tokenizer.fingerprint(), max_len, max_src_len, is_skip, empty_outputs)
+    file = data_cache.cache_file(cache_dir or tempfile.gettempdir(), *key, *([] if cache_dir else [os.urandom(16)]))
+    if data_cache.is_whole(file):
+        return file
+
+    counts = {"prompts_cut": 0, "answers_cut": 0, "skipped": 0}
+    hidden = not (progress and sys.stderr.isatty())
+    with tqdm(total=line_breaks + 1, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
+        rows = read_rows(path, empty_outputs=empty_outputs)
+        chunks = _encode_chunks(path, rows, tokenizer, max_len, max_src_len, is_skip, counts, bar)
+        try:
+            data_cache.write_cache(file, _ahead(chunks), counts)
+        except OSError as error:
+            where = f"cannot write the data cache in {os.path.dirname(file)}: {error.strerror}"
+            raise DataError(f"{where}; --data_cache names another folder") from None
+    after = os.stat(path)
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        os.unlink(file)  # it may hold other rows than its name says
+        raise DataError(f"{path} changed while it was read")
+    return file
+
+
+def _encode_chunks(path, rows, tokenizer, max_len, max_src_len, is_skip, counts, bar):
+    """Yield ids and records of some samples at a time, for `data_cache.write_cache`; add to `counts` and `bar`."""
+    threads, kept = available_cpus(), 0
+    for chunk in _ahead(_chunks(rows)):
+        lines, some = zip(*chunk, strict=True)
+        try:
+            samples = encode_samples(tokenizer, some, max_len, max_src_len, threads)
+        except ValueError:
+            _raise_first_error(path, chunk, tokenizer, max_len, max_src_len)
+            raise
+        ids, records = samples.ids, samples.records
+        records["line"] = lines
+        counts["prompts_cut"] += int(np.count_nonzero(records["cut"] & PROMPT_CUT))
+        counts["answers_cut"] += int(np.count_nonzero(records["cut"] & ANSWER_CUT))
+        if is_skip:
+            whole = records["cut"] == 0
+            ids = ids[np.repeat(whole, samples.lengths)]
+            records = records[whole]
+            records["end"] = np.cumsum(samples.lengths[whole])
+            counts["skipped"] += len(samples) - len(records)
+        kept += len(records)
+        yield ids, records
+        bar.update(lines[-1] - bar.n)
+    if not kept:
+        raise DataError(f"{path}: every row is longer than max_src_len {max_src_len} or max_len {max_len} allow")
+
+
+def _raise_first_error(path, chunk, tokenizer, max_len, max_src_len):
+    for line, row in chunk:
+        try:
+            encode_sample(tokenizer, row, max_len, max_src_len)
+        except ValueError as error:
+            raise DataError(f"{path} line {line}: {error}") from None
+
+
+def _chunks(rows: Iterator[tuple[int, dict]]) -> Iterator[list[tuple[int, dict]]]:
+    """Rows in bounded lists. Those before a broken row come first, since one of them may have an error of its own."""
+    chunk, characters = [], 0
+    try:
+        for line, row in rows:
+            chunk.append((line, row))
+            characters += len(row["instruction"]) + len(row["input"]) + len(row["output"])
+            if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
+                yield chunk
+                chunk, characters = [], 0
+    except DataError:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk
+
+
+def _ahead(chunks: Iterator) -> Iterator:
+    """The same, but the next one is read while the last one is in use."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = reader.submit(next, chunks, None)
+            yield chunk
+
+
+def available_cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class InstructionData(Dataset):
@@ -175,41 +344,41 @@ class InstructionData(Dataset):
         max_src_len: most tokens of its prompt.
         is_skip: drop samples that would be cut.
         empty_outputs: an empty output is an answer too: the end token alone.
+        prepared: what `prepare` returned for these arguments; None does it here, without keeping a cache.
 
     Raises:
-        DataError: a row is broken or its prompt leaves no room for an answer; or no sample is left.
+        DataError: as `prepare`.
     """
 
     def __init__(
-        self, path: str, tokenizer, max_len: int, max_src_len: int, is_skip: bool = False, empty_outputs: bool = False
+        self,
+        path: str,
+        tokenizer,
+        max_len: int,
+        max_src_len: int,
+        is_skip: bool = False,
+        empty_outputs: bool = False,
+        prepared: str | None = None,
     ):
         self.context_length = tokenizer.context_length
-        self.samples: list[Sample] = []
-        self.lines: list[int] = []  # where each sample comes from
-        self.prompts_cut = self.answers_cut = self.skipped = 0
-        for line, row in read_rows(path, empty_outputs=empty_outputs):
-            try:
-                sample = encode_sample(tokenizer, row, max_len, max_src_len)
-            except ValueError as error:
-                raise DataError(f"{path} line {line}: {error}") from None
-            self.prompts_cut += sample.prompt_cut
-            self.answers_cut += sample.answer_cut
-            if is_skip and (sample.prompt_cut or sample.answer_cut):
-                self.skipped += 1
-                continue
-            self.samples.append(sample)
-            self.lines.append(line)
-        if not self.samples:
-            raise DataError(f"{path}: every row is longer than max_src_len {max_src_len} or max_len {max_len} allow")
+        file = prepared or prepare(path, tokenizer, max_len, max_src_len, is_skip, empty_outputs)
+        ids, records, counts = data_cache.open_cache(file)
+        if prepared is None:
+            os.unlink(file)  # what is mapped stays
+        self.samples = Samples(ids, records)
+        self.lengths = self.samples.lengths  # [samples], tokens of each
+        self.answer_lengths = self.lengths - records["answer_start"]  # [samples], of these with a label
+        self.lines = records["line"]  # [samples], where each comes from
+        self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]
+        self.skipped = counts["skipped"]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def summary(self) -> str:
         """One line on what was read, and what was lost to the length limits."""
-        lengths = sorted(len(sample.input_ids) for sample in self.samples)
-        median, longest = lengths[len(lengths) // 2], lengths[-1]
-        text = f"{len(self)} samples, {sum(lengths)} tokens (median {median}, longest {longest})"
+        median, longest = np.sort(self.lengths)[[len(self) // 2, -1]]
+        text = f"{len(self)} samples, {self.lengths.sum()} tokens (median {median}, longest {longest})"
         if self.skipped:
             return f"{text}; {self.skipped} longer ones skipped (--is_skip)"
         if self.prompts_cut or self.answers_cut:
@@ -218,15 +387,15 @@ class InstructionData(Dataset):
 
     def length(self, row: int) -> int:
         """Tokens of one sample."""
-        return len(self.samples[row].input_ids)
+        return int(self.lengths[row])
 
     def tokens(self, rows: list[int]) -> int:
         """Tokens of some samples together."""
-        return sum(map(self.length, rows))
+        return int(self.lengths[rows].sum())
 
     def answer_tokens(self, rows: list[int]) -> int:
         """Tokens with a label."""
-        return sum(len(self.samples[i].input_ids) - self.samples[i].answer_start for i in rows)
+        return int(self.answer_lengths[rows].sum())
 
     def __getitem__(self, micro_batch: "MicroBatch") -> "Batch":
         return collate([self.samples[i] for i in micro_batch.rows], self.context_length, micro_batch)

@@ -13,7 +13,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
 
-from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch
+import data_cache
+from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
 from glm_models import MODE
 from glm_models.ops import TiledMLP
 from throughput import matmul_peak, needed_flops
@@ -23,9 +24,11 @@ from utils import (
     clear_errors,
     compute_dtype,
     device,
+    is_main,
     load_base,
     load_ds_config,
     load_tokenizer,
+    once_per_node,
     quiet,
     save_model,
     say,
@@ -125,6 +128,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--allow_empty_output", **flag, help="train rows with an empty output to answer nothing")
     group.add_argument("--packing", **flag, help="a row of a batch is several samples, up to max_len tokens together")
     group.add_argument("--group_by_length", **flag, help="steps of rows of about the same length: ranks wait less")
+    group.add_argument(
+        "--data_cache", help="folder that keeps encoded data (default: ~/.cache/chatglm-tuning), or none"
+    )
     group.add_argument("--output_dir", default="./output", help="where results go")
 
     group = parser.add_argument_group("method")
@@ -244,6 +250,19 @@ def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict
     }
 
 
+def load_data(args, tokenizer) -> InstructionData:
+    """The samples: prepared by one process a node, or taken from the cache, and then mapped into all of them."""
+    settings = (args.train_path, tokenizer, args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output)
+    keep = args.data_cache != "none"
+    cache_dir = (args.data_cache or data_cache.default_folder()) if keep else None
+    prepared = once_per_node(lambda: prepare(*settings, cache_dir=cache_dir, progress=is_main()))
+    data = InstructionData(*settings, prepared=prepared)
+    if not keep:
+        torch.distributed.barrier()
+        once_per_node(lambda: os.unlink(prepared))  # what is mapped stays readable
+    return data
+
+
 def train(args) -> list[tuple[int, float]]:
     """The whole run. Returns (step, loss) of every line it showed."""
     check_args(args)
@@ -251,9 +270,7 @@ def train(args) -> list[tuple[int, float]]:
     set_seed(args.seed)
 
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
-    data = InstructionData(
-        args.train_path, tokenizer, args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output
-    )
+    data = load_data(args, tokenizer)
     say(f"data: {data.summary()}")
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
     packs = pack_rows(data, args.max_len, args.seed) if args.packing else [[i] for i in range(len(data))]

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import datetime
 import io
 import itertools
 import logging
@@ -59,6 +60,30 @@ def start_distributed(verbose: bool) -> tuple[int, int]:
     with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):  # "built successfully"
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def once_per_node(action):
+    """What `action()` returns on the first process of this node, which alone runs it; the others wait for it.
+
+    Raises:
+        Exception: that of the first such process that failed, on all processes of all nodes.
+    """
+    # a group of its own: others wait half an hour at most, and a large file takes longer to prepare
+    group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    result = error = None
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank == 0:
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+    outcomes = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(outcomes, (result, error), group)
+    torch.distributed.destroy_process_group(group)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return outcomes[torch.distributed.get_rank() - local_rank][0]
 
 
 def is_main() -> bool:

@@ -5,6 +5,7 @@ import math
 import re
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,7 +17,7 @@ from .attention import Segment, attend, real_tokens, split_heads, visible_mask
 from .chat import ChatMixin
 from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
 from .ops import OutputLayer, TiledMLP, rotary
-from .tokenization import ChatGLMTokenizerBase
+from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 
 
 class GLMConfig(PreTrainedConfig):
@@ -80,6 +81,8 @@ class GLMTokenizer(ChatGLMTokenizerBase):
     def _to_pieces_text(self, text: str) -> str:
         """White space that SentencePiece would lose, written as the vocabulary's own pieces for it."""
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        if "  " not in text:
+            return text
         # longest run first: 83 spaces are <|blank_80|><|blank_3|>
         return re.sub(f" {{2,{self.MAX_BLANKS}}}", lambda run: f"<|blank_{len(run[0])}|>", text)
 
@@ -88,16 +91,18 @@ class GLMTokenizer(ChatGLMTokenizerBase):
         text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
         return re.sub(r"<\|blank_(\d+)\|>", lambda run: " " * int(run[1]), text)
 
-    def encode_text(self, text: str) -> list[int]:
-        return [i + self.num_image_tokens for i in self.sp_model.encode(self._to_pieces_text(text))]
+    def encode_texts(self, texts, threads=1) -> list[np.ndarray]:
+        texts = [self._to_pieces_text(text) for text in texts]
+        return [ids + self.num_image_tokens for ids in self._encode_pieces(texts, threads)]
 
-    def encode_prompt(self, query, history=None, max_src_len=None) -> list[int]:
-        before, after = self._template(history)
-        ids = self._fit_query(*map(self._to_pieces_text, (before, query, after)), max_src_len)
-        return [i + self.num_image_tokens for i in ids] + [self.gmask_token_id, self.bos_token_id]
-
-    def encode_answer(self, answer: str) -> list[int]:
-        return self.encode_text(answer)
+    def encode_prompts(self, queries, history=None, max_src_len=None, threads=1) -> list[Prompt]:
+        before, after = map(self._to_pieces_text, self._template(history))
+        queries = [self._to_pieces_text(query) for query in queries]
+        end = np.array([self.gmask_token_id, self.bos_token_id], np.int32)
+        return [
+            Prompt(NO_IDS, ids + self.num_image_tokens, end, cut)
+            for ids, cut in self._fit_queries(before, queries, after, max_src_len, threads)
+        ]
 
     def context_length(self, ids: list[int]) -> int:
         # as GLMModel.context_lengths

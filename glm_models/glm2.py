@@ -3,6 +3,7 @@
 import functools
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig
@@ -14,7 +15,7 @@ from .chat import ChatMixin
 from .checkpoint import CheckpointError
 from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
 from .ops import OutputLayer, TiledMLP, rms_norm, rotary, swiglu
-from .tokenization import ChatGLMTokenizerBase
+from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 
 
 class ChatGLM2Config(PreTrainedConfig):
@@ -128,20 +129,19 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
         """What every prompt begins with."""
         return [self.get_command("[gMASK]"), self.get_command("sop")]
 
-    def encode_text(self, text: str) -> list[int]:
-        return self.sp_model.encode(text)
-
-    def encode_prompt(self, query, history=None, max_src_len=None) -> list[int]:
-        return self.get_prefix_tokens() + self._fit_query(*self._template(query, history), max_src_len)
-
-    def encode_answer(self, answer: str) -> list[int]:
-        return self.encode_text(answer)
+    def encode_prompts(self, queries, history=None, max_src_len=None, threads=1) -> list[Prompt]:
+        before, after = self._template(history)
+        begin = np.array(self.get_prefix_tokens(), np.int32)
+        return [
+            Prompt(begin, ids, NO_IDS, cut)
+            for ids, cut in self._fit_queries(before, queries, after, max_src_len, threads)
+        ]
 
     @staticmethod
-    def _template(query, history) -> tuple[str, str, str]:
+    def _template(history) -> tuple[str, str]:
         history = history or []
         rounds = "".join(f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, 1))
-        return f"{rounds}[Round {len(history) + 1}]\n\n问：", query, "\n\n答："
+        return f"{rounds}[Round {len(history) + 1}]\n\n问：", "\n\n答："
 
     def build_prompt(self, query: str, history=None) -> str:
         """The official chat prompt as text, before the special tokens.
@@ -149,7 +149,8 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
         Args:
             history: pairs (question, answer).
         """
-        return "".join(self._template(query, history))
+        before, after = self._template(history)
+        return before + query + after
 
     def tokenize(self, text: str, **kwargs) -> list[str]:
         # Not transformers' own: that cuts `</s>` and `<unk>` out of any text. Here text stays text.

@@ -5,9 +5,11 @@ import copy
 import json
 from typing import ClassVar
 
+import numpy as np
 from transformers import BatchEncoding
 
 from .glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer
+from .tokenization import Prompt
 
 
 class ChatGLM3Config(ChatGLM2Config):
@@ -56,7 +58,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
             raise ValueError(f"role {role!r} is not one of {', '.join(self.roles)}")
         return [self.get_command(f"<|{role}|>"), *self.encode_text(f"{metadata}\n"), *self.encode_text(message)]
 
-    def encode_prompt(self, query, history=None, max_src_len=None, role="user") -> list[int]:
+    def encode_prompts(self, queries, history=None, max_src_len=None, threads=1, role="user") -> list[Prompt]:
         ids = []
         for turn in history or []:
             content = turn["content"]
@@ -64,16 +66,20 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
                 content += "\n" + json.dumps(turn["tools"], indent=4, ensure_ascii=False)
             ids += self.build_single_message(turn["role"], turn.get("metadata", ""), content)
         ids += self.build_single_message(role, "", "")
-        text = self.encode_text(query)
-        if max_src_len is not None:
-            if max_src_len < len(ids):
-                raise ValueError(f"max_src_len {max_src_len} is less than the {len(ids)} ids of the prompt's template")
-            text = text[: max_src_len - len(ids)]
-        return self.get_prefix_tokens() + ids + text + [self.get_command("<|assistant|>")]
+        if max_src_len is not None and max_src_len < len(ids):
+            raise ValueError(f"max_src_len {max_src_len} is less than the {len(ids)} ids of the prompt's template")
+        room = None if max_src_len is None else max_src_len - len(ids)
+        begin = np.array(self.get_prefix_tokens() + ids, np.int32)
+        end = np.array([self.get_command("<|assistant|>")], np.int32)
+        return [
+            Prompt(begin, text[:room], end, room is not None and len(text) > room)
+            for text in self.encode_texts(queries, threads)
+        ]
 
-    def encode_answer(self, answer: str) -> list[int]:
+    def encode_answers(self, answers, threads=1) -> list[np.ndarray]:
         # no metadata: the line break that ends an empty one comes first
-        return self.encode_text("\n") + self.encode_text(answer)
+        (line_break,) = self.encode_texts(["\n"])
+        return [np.concatenate((line_break, ids)) for ids in self.encode_texts(answers, threads)]
 
     def decode_answer(self, ids: list[int]) -> str:
         return self.decode(ids).removeprefix("\n").removeprefix(" ")  # the line break, and what begins a text

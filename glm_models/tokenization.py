@@ -8,20 +8,46 @@ Two ways lead from text to ids, and the difference matters:
   text, as transformers does everywhere.
 """
 
+import hashlib
 import os
 import shutil
+from bisect import bisect_left, bisect_right
+from typing import NamedTuple
 
+import numpy as np
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
 from .checkpoint import check_family
 
+# Part of `fingerprint`: raise it when a change of the code here gives other ids for the same text.
+ENCODING = 1
+
+SEAM = 8  # characters of a query at each end of it that decide how its pieces lie at the template
+
+
+NO_IDS = np.zeros(0, np.int32)
+
+
+class Prompt(NamedTuple):
+    """What the model sees before it answers, in three arrays, int32 [tokens]; many share the first and the last."""
+
+    begin: np.ndarray
+    text: np.ndarray
+    end: np.ndarray
+    cut: bool  # the query lost its end to max_src_len
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.concatenate((self.begin, self.text, self.end))
+
 
 class ChatGLMTokenizerBase(PreTrainedTokenizer):
     """A SentencePiece vocabulary with the special tokens of one family.
 
-    Subclasses give `mode`, the special ids, and the four methods that differ: `encode_text`, `encode_prompt`,
-    `encode_answer` and `stop_token_ids`.
+    Subclasses give `mode`, the special ids, and what differs: `encode_prompts`, `stop_token_ids`, and for some
+    `encode_texts` and `encode_answers`. The methods for one text call those for many, so that there is one home for
+    what they do.
     """
 
     mode: str  # the key in MODE, for messages
@@ -48,27 +74,57 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
 
     # What a family defines.
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text: no special tokens added, none recognised."""
-        raise NotImplementedError
+    def encode_texts(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
+        """Ids of plain texts, int32 [tokens] each: no special tokens added, none recognised.
 
-    def encode_prompt(self, query: str, history=None, max_src_len: int | None = None) -> list[int]:
+        Args:
+            threads: of SentencePiece.
+
+        Raises:
+            ValueError: a text holds half a surrogate pair, which is no character.
+        """
+        return self._encode_pieces(texts, threads)
+
+    def encode_prompts(
+        self, queries: list[str], history=None, max_src_len: int | None = None, threads: int = 1
+    ) -> list[Prompt]:
         """Everything the model sees before it answers: template, history, query, special tokens.
 
         Args:
-            query: what the user asks.
-            history: earlier turns, in the form of the family's official chat.
-            max_src_len: most ids for the prompt, not counting the special tokens that frame it; the end of the query
+            queries: what the user asks, one prompt each.
+            history: earlier turns, in the form of the family's official chat; the same for all queries.
+            max_src_len: most ids for a prompt, not counting the special tokens that frame it; the end of the query
                 text is dropped to fit, never a token of the template.
+            threads: of SentencePiece.
 
         Raises:
-            ValueError: the template alone is longer than max_src_len.
+            ValueError: a template alone is longer than max_src_len; or as `encode_texts`.
         """
         raise NotImplementedError
 
+    def encode_answers(self, answers: list[str], threads: int = 1) -> list[np.ndarray]:
+        """Ids of answers as the model is to write them after the prompt, int32 [tokens] each, without the end token."""
+        return self.encode_texts(answers, threads)
+
+    def encode_text(self, text: str) -> list[int]:
+        """`encode_texts` of one text."""
+        return self.encode_texts([text])[0].tolist()
+
+    def encode_prompt(self, query: str, history=None, max_src_len: int | None = None, **kwargs) -> list[int]:
+        """Ids of `encode_prompts` of one query."""
+        return self.encode_prompts([query], history, max_src_len, **kwargs)[0].ids.tolist()
+
     def encode_answer(self, answer: str) -> list[int]:
-        """Ids of an answer as the model is to write it after the prompt, without the end token."""
-        raise NotImplementedError
+        """`encode_answers` of one answer."""
+        return self.encode_answers([answer])[0].tolist()
+
+    def fingerprint(self) -> str:
+        """Differs between tokenizers that give different ids for the same training data: hexadecimal digits."""
+        with open(self.vocab_file, "rb") as file:
+            vocabulary = hashlib.file_digest(file, "sha256").hexdigest()
+        # an empty prompt holds the template and the special tokens
+        parts = (ENCODING, sentencepiece.__version__, self.mode, vocabulary, self.encode_prompt(""), self.eos_token_id)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def context_length(self, ids: list[int]) -> int:
         """How many first tokens of a sample are seen by all its tokens, later ones too."""
@@ -102,22 +158,59 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
             shutil.copyfile(self.vocab_file, path)
         return (path,)
 
-    def _fit_query(self, before: str, query: str, after: str, max_src_len: int | None) -> list[int]:
-        """Ids of before + query + after, encoded as one string, with the end of `query` dropped to fit max_src_len.
+    def _encode_pieces(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        try:
+            return self.sp_model.encode(texts, out_type="numpy", num_threads=threads)
+        except TypeError:  # SentencePiece does not say which text, nor what is wrong
+            raise ValueError("a text holds half a surrogate pair, which is no character") from None
+
+    def _fit_queries(
+        self, before: str, queries: list[str], after: str, max_src_len: int | None, threads: int
+    ) -> list[tuple[np.ndarray, bool]]:
+        """Ids of before + query + after, with the end of `query` dropped to fit max_src_len, and whether it was.
 
         The string is encoded whole because pieces may reach across the seams, as they do in the official chat. A piece
         that holds any character of the template counts as template.
         """
-        text = before + query + after
-        ids = self.sp_model.encode(text)
-        if max_src_len is None or len(ids) <= max_src_len:
-            return ids
-        pieces = self.sp_model.encode(text, out_type="proto").pieces  # begin and end count bytes
+        fitted = []
+        texts = [before + query + after for query in queries]
+        for query, ids in zip(queries, self._encode_pieces(texts, threads), strict=True):
+            cut = max_src_len is not None and len(ids) > max_src_len
+            if cut:
+                head, tail = self._template_pieces(before, query, after, ids)
+                room = max_src_len - head - tail
+                if room < 0:
+                    raise ValueError(
+                        f"max_src_len {max_src_len} is less than the {head + tail} ids of the prompt's template"
+                    )
+                ids = np.concatenate((ids[: head + room], ids[len(ids) - tail :]))
+            fitted.append((ids, cut))
+        return fitted
+
+    def _template_pieces(self, before: str, query: str, after: str, ids: np.ndarray) -> tuple[int, int]:
+        """How many of the `ids` of before + query + after hold characters of `before`, and how many of `after`.
+
+        Asking SentencePiece where pieces lie is slow, so a long query is asked about without its middle. That has the
+        same answer where the pieces at both seams are the same.
+        """
+        if not before and not after:
+            return 0, 0
+        if len(query) > 2 * SEAM:
+            head, tail, pieces = self._find_template(before, query[:SEAM] + query[-SEAM:], after)
+            # compare some pieces of the query too, but none near the gap, where the text is another
+            more = min(SEAM // 2, (len(pieces) - head - tail) // 4)
+            ends = ((0, head + more), (-tail - more, None))
+            if more and all([piece.id for piece in pieces[a:b]] == ids[a:b].tolist() for a, b in ends):
+                return head, tail
+        return self._find_template(before, query, after)[:2]
+
+    def _find_template(self, before: str, query: str, after: str):
+        """Number of pieces with characters of `before` and of `after`, and all pieces."""
+        pieces = self.sp_model.encode(before + query + after, out_type="proto").pieces  # begin and end count bytes
         query_start, query_end = (len(part.encode()) for part in (before, before + query))
         # (of a character spelled in bytes all pieces but the last are empty, and lie at its beginning)
-        head = sum(piece.begin < query_start for piece in pieces) if before else 0
-        tail = sum(max(piece.begin + 1, piece.end) > query_end for piece in pieces) if after else 0
-        room = max_src_len - head - tail
-        if room < 0:
-            raise ValueError(f"max_src_len {max_src_len} is less than the {head + tail} ids of the prompt's template")
-        return ids[: head + room] + ids[len(ids) - tail :]
+        head = bisect_left(pieces, query_start, key=lambda piece: piece.begin) if before else 0
+        tail = (
+            bisect_right(pieces, query_end, key=lambda piece: max(piece.begin + 1, piece.end)) if after else len(pieces)
+        )
+        return head, len(pieces) - tail, pieces

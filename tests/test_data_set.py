@@ -5,6 +5,7 @@ with GLM_GOLDEN_DIR set, the samples and batches of the reference, each delibera
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -130,7 +131,7 @@ def test_limits_are_reported_and_impossible_ones_refused(tiny, mode, write):
     data = InstructionData(path, tokenizer, 120, 60)
     assert (data.prompts_cut, data.answers_cut) == (1, 1)
     skipping = InstructionData(path, tokenizer, 120, 60, is_skip=True)
-    assert (len(skipping), skipping.skipped, skipping.lines) == (1, 2, [1])
+    assert (len(skipping), skipping.skipped, skipping.lines.tolist()) == (1, 2, [1])
     prompt = len(
         encode_sample(tokenizer, GOOD, 100, 80).input_ids[: encode_sample(tokenizer, GOOD, 100, 80).answer_start]
     )
@@ -142,10 +143,11 @@ class Rows:
     """Stands for InstructionData where only lengths matter."""
 
     def __init__(self, count):
-        self.samples = [Sample(list(range(3 + i * 5 % 17)), 1 + i % 2, False, False) for i in range(count)]
+        self.lengths = 3 + np.arange(count) * 5 % 17
+        self.answer_lengths = self.lengths - 1 - np.arange(count) % 2
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.lengths)
 
     length = InstructionData.length
     tokens = InstructionData.tokens
@@ -257,8 +259,9 @@ def golden_sample(mode, tokenizer, row, max_len, max_src_len):
     if mode != "glm":
         return encode_sample(tokenizer, row, max_len, max_src_len)
     texts = ("[Round 1]\n问：", row["instruction"] + row["input"], "\n答：")
-    ids = tokenizer._fit_query(*map(tokenizer._to_pieces_text, texts), max_src_len)
-    prompt = [*ids, tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    before, query, after = map(tokenizer._to_pieces_text, texts)
+    (fitted,) = tokenizer._fit_queries(before, [query], after, max_src_len, threads=1)
+    prompt = [*fitted[0].tolist(), tokenizer.gmask_token_id, tokenizer.bos_token_id]
     answer = [*tokenizer.encode_answer(row["output"]), tokenizer.eos_token_id]
     room = max_len - len(prompt)
     return Sample(prompt + answer[:room], len(prompt), False, len(answer) > room)

@@ -83,7 +83,7 @@ def rows(folder):
 
 def arguments(mode, method, base, data, output, *more) -> list[str]:
     fixed = f"--mode {mode} --train_type {method} --model_name_or_path {base} --train_path {data} --output_dir {output}"
-    fixed += " --max_len 128 --max_src_len 96 --show_loss_step 1 --seed 7"
+    fixed += f" --max_len 128 --max_src_len 96 --show_loss_step 1 --seed 7 --data_cache {Path(output).parent}/cache"
     return [*fixed.split(), *METHOD_FLAGS[method], *more]
 
 
@@ -316,6 +316,7 @@ def bad_run(tiny, rows, folder, **change):
         "model_name_or_path": tiny["glm3"],
         "train_path": rows["six"],
         "output_dir": folder / "bad",
+        "data_cache": folder / "cache",
     }
     flags |= {"max_len": 128, "max_src_len": 96, **change}
     return deepspeed(
@@ -335,6 +336,7 @@ def errors(tiny, folder):
     return {
         "mode": ({"mode": "glm"}, "--mode glm3 (ChatGLM3-6B)"),
         "path": ({"model_name_or_path": folder / "nowhere"}, "nowhere: no such folder"),
+        "cache": ({"data_cache": bad_rows}, "bad_rows.json: File exists; --data_cache names another folder"),
         "data": ({"train_path": bad_rows}, "bad_rows.json line 2: output must be a string, not a list"),
         "module": ({"lora_module_name": "query_key_value,dence"}, "dence: no such linear layer; there are dense"),
         "freeze": ({"train_type": "freeze", "freeze_module_name": "layers.99."}, "layers.99.: no parameter has it"),
@@ -343,7 +345,7 @@ def errors(tiny, folder):
     }
 
 
-@pytest.mark.parametrize("kind", ["mode", "path", "data", "module", "freeze", "precision", "contradiction"])
+@pytest.mark.parametrize("kind", ["mode", "path", "data", "cache", "module", "freeze", "precision", "contradiction"])
 def test_what_cannot_work_ends_with_one_clear_error_on_two_ranks(tiny, rows, folder, kind):
     change, message = errors(tiny, folder)[kind]
     run = bad_run(tiny, rows, folder, **change)
@@ -357,6 +359,7 @@ def test_what_cannot_work_ends_with_one_clear_error_on_two_ranks(tiny, rows, fol
 
 def test_python_alone_trains_on_one_device(tiny, rows, folder):
     command = arguments("glm2", "lora", tiny["glm2"], rows["six"], folder / "alone", "--save_model_step", "2")
+    command += ["--data_cache", "none"]
     run = subprocess.run([sys.executable, "train.py", *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     saved = sorted(path.name for path in (folder / "alone").iterdir())

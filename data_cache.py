@@ -1,0 +1,155 @@
+"""Samples on disk as flat arrays, memory-mapped: the ids of all of them in a row, and a record for each.
+
+    header (one JSON object, padded with spaces to HEADER bytes) | ids, int32 | records, RECORD
+
+Files are named by a key that holds all that decides what is in them, written beside and renamed, and trusted only when
+size and checksum are right. So they can be shared by runs, and deleted whenever no run is starting.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+import uuid
+import zlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+FORMAT = 1  # part of the key: raise it when the layout here changes
+HEADER = 4096
+RECORD = np.dtype([("end", "<i8"), ("line", "<i8"), ("answer_start", "<i4"), ("cut", "<i4")])  # see CachedSamples
+BLOCK = 1 << 20  # bytes read at once
+DAY = 24 * 60 * 60  # seconds
+
+
+class CachedSamples(NamedTuple):
+    """An opened file; both arrays are memory-mapped and read-only."""
+
+    ids: np.ndarray  # int32 [tokens]
+    records: np.ndarray  # RECORD [samples]: where its ids end, its line in the data, where its answer starts, cuts
+    counts: dict[str, int]  # what else its writer counted
+
+
+def default_folder() -> str:
+    """Where caches of this user go."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "chatglm-tuning")
+
+
+def file_hash(path: str) -> tuple[str, int]:
+    """SHA-256 of a file, and its number of line breaks; read block by block."""
+    digest, breaks = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            breaks += block.count(b"\n")
+    return digest.hexdigest(), breaks
+
+
+def cache_file(folder: str, *parts) -> str:
+    """Path in `folder` for what these parts (strings, numbers) decide."""
+    key = hashlib.sha256(repr((FORMAT, *parts)).encode()).hexdigest()
+    return os.path.join(folder, f"{key[:32]}.samples")
+
+
+def open_cache(path: str) -> CachedSamples:
+    """Map a file.
+
+    Raises:
+        ValueError: it is not whole.
+        OSError: it cannot be read.
+    """
+    header = _read_header(path)
+    ids = np.memmap(path, "<i4", "r", HEADER, (header["tokens"],))
+    records = np.memmap(path, RECORD, "r", HEADER + ids.nbytes, (header["samples"],))
+    return CachedSamples(ids, records, header["counts"])
+
+
+def _read_header(path):
+    with open(path, "rb") as file:
+        header = json.loads(file.read(HEADER))
+    size = HEADER + 4 * header["tokens"] + RECORD.itemsize * header["samples"]
+    if os.path.getsize(path) != size:
+        raise ValueError(f"{path} has {os.path.getsize(path)} bytes instead of {size}")
+    return header
+
+
+def is_whole(path: str) -> bool:
+    """Whether there is such a file, and each byte of it as it was written."""
+    try:
+        header = _read_header(path)
+        checksum = 0
+        with open(path, "rb") as file:
+            file.seek(HEADER)
+            while block := file.read(BLOCK):
+                checksum = zlib.crc32(block, checksum)
+        return header.pop("crc32") == _seal(checksum, header)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _seal(checksum: int, header: dict) -> int:
+    """Checksum of content and header together."""
+    return zlib.crc32(json.dumps(header, sort_keys=True).encode(), checksum)
+
+
+def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], counts: dict[str, int]) -> None:
+    """Write a file in one step: it has its name only once it is whole and on the disk. Memory: one chunk.
+
+    Several processes may write the same file at once; each writes its own, and the last one stays.
+
+    Args:
+        chunks: ids and records of some samples; here `end` counts from the chunk's first id, and is changed.
+        counts: read when the chunks are through.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    _sweep(folder)
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    try:
+        with open(partial, "xb", opener=_private) as file, tempfile.TemporaryFile(dir=folder) as tail:
+            checksum = tokens = samples = 0
+            file.seek(HEADER)
+            for ids, records in chunks:
+                content = ids.astype("<i4", copy=False).data
+                file.write(content)
+                checksum = zlib.crc32(content, checksum)
+                records["end"] += tokens
+                tail.write(records.tobytes())
+                tokens, samples = tokens + len(ids), samples + len(records)
+            tail.seek(0)
+            while block := tail.read(BLOCK):
+                file.write(block)
+                checksum = zlib.crc32(block, checksum)
+            header = {"tokens": tokens, "samples": samples, "counts": counts}
+            header["crc32"] = _seal(checksum, header)
+            file.seek(0)
+            file.write(json.dumps(header).encode().ljust(HEADER))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+def _private(path, flags):
+    """For `open`: the data may be nobody else's business."""
+    return os.open(path, flags, 0o600)
+
+
+def _sweep(folder):
+    """Remove what killed writers left behind."""
+    for entry in os.scandir(folder):
+        with contextlib.suppress(OSError):
+            if re.search(r"\.samples\.\w+\.partial$", entry.name) and entry.stat().st_mtime < time.time() - DAY:
+                os.unlink(entry)

@@ -1,0 +1,177 @@
+"""How fast instruction files are prepared: against SentencePiece alone, the second start, and memory on a large file.
+
+    python tests/benchmark/data_preparation.py --checkpoint glm3=ChatGLM3-6B/ --data data/spo_0.json data/d2q_0.json
+    python tests/benchmark/data_preparation.py --rows 1000000 --json results.json
+
+Only the tokenizer files of a checkpoint folder are read. Without --checkpoint, a tokenizer of each family is trained on
+the first data file. "Alone" is `sp.encode(texts, num_threads=N)` on the very texts that preparation encodes, already in
+memory; it is run in turn with preparation, and the ratio is the median of the pairs.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from data_set import InstructionData, available_cpus, prepare, read_rows
+from glm_models import MODE
+from glm_models.tiny import make_tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def texts_of(tokenizer, path: str) -> list[list[str]]:
+    """The queries (in their template) and answers of a file, as SentencePiece gets them."""
+    rows = [row for _, row in read_rows(path, empty_outputs=True)]
+    queries = [row["instruction"] + row["input"] for row in rows]
+    if tokenizer.mode == "glm2":
+        queries = [tokenizer.build_prompt(query) for query in queries]
+    texts = [queries, [row["output"] for row in rows]]
+    if tokenizer.mode == "glm":
+        texts = [[tokenizer._to_pieces_text(text) for text in some] for some in texts]
+    return texts
+
+
+def seconds(action) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
+    """Preparation against SentencePiece alone on one file, and the second start."""
+    texts, threads = texts_of(tokenizer, path), available_cpus()
+
+    def alone():
+        return [tokenizer.sp_model.encode(some, num_threads=threads) for some in texts]
+
+    def ours(folder):
+        return prepare(path, tokenizer, *limits, empty_outputs=True, cache_dir=folder)
+
+    tokens = sum(len(ids) for some in alone() for ids in some)
+    pairs = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = ours(f"{folder}/kept")
+        for i in range(runs):
+            pairs.append((seconds(alone), seconds(lambda i=i: ours(f"{folder}/{i}"))))
+        data = InstructionData(path, tokenizer, *limits, empty_outputs=True, prepared=file)
+        kept = int(data.lengths.sum())
+        again = statistics.median(
+            seconds(
+                lambda: InstructionData(path, tokenizer, *limits, empty_outputs=True, prepared=ours(f"{folder}/kept"))
+            )
+            for _ in range(runs)
+        )
+    return {
+        "mode": tokenizer.mode,
+        "file": os.path.basename(path),
+        "rows": len(texts[0]),
+        "prompts_cut": data.prompts_cut,
+        "threads": threads,
+        "alone_tokens_per_s": tokens / statistics.median(a for a, _ in pairs),
+        "ours_tokens_per_s": tokens / statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(a / b for a, b in pairs),
+        "second_start_s_per_million_tokens": again / kept * 1e6,
+    }
+
+
+def measure_large(mode: str, folder: str, path: str) -> dict:
+    """Time and memory of preparing one file, in this process and for the first time."""
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20
+
+    tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
+    before = peak()
+    with tempfile.TemporaryDirectory() as cache:
+        first = seconds(lambda: prepare(path, tokenizer, 256, 128, cache_dir=cache))
+        prepared = peak()
+        second = seconds(lambda: prepare(path, tokenizer, 256, 128, cache_dir=cache))
+        data = InstructionData(path, tokenizer, 256, 128, prepared=prepare(path, tokenizer, 256, 128, cache_dir=cache))
+    return {
+        "mode": mode,
+        "rows": len(data),
+        "tokens": int(data.lengths.sum()),
+        "file_mib": os.path.getsize(path) / 2**20,
+        "first_s": first,
+        "second_s_per_million_tokens": second / int(data.lengths.sum()) * 1e6,
+        "mib_before": before,
+        "mib_peak": prepared,
+        "mib_with_data_open": peak(),
+    }
+
+
+def write_large(path: str, rows: int) -> None:
+    """Short rows, each its own."""
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(rows):
+            row = {
+                "instruction": "抽取故障：",
+                "input": f"第{i}辆车水泵漏水，{i % 97}天后换。",
+                "output": f"水泵_部件故障_漏水{i % 89}",
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def show(results: list[dict]) -> None:
+    """A Markdown table."""
+    print("| " + " | ".join(results[0]) + " |\n" + "|---" * len(results[0]) + "|")
+    for result in results:
+        cells = (
+            f"{v:,.2f}" if isinstance(v, float) and v < 100 else f"{v:,.0f}" if isinstance(v, float) else str(v)
+            for v in result.values()
+        )
+        print("| " + " | ".join(cells) + " |")
+    print(flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", action="append", default=[], metavar="MODE=FOLDER", help="may be given again")
+    parser.add_argument("--data", nargs="+", default=[str(ROOT / "data" / f"{n}_0.json") for n in ("spo", "d2q")])
+    parser.add_argument("--max_len", type=int, default=1024)
+    parser.add_argument("--max_src_len", type=int, default=512)
+    parser.add_argument("--runs", type=int, default=7, help="pairs of runs")
+    parser.add_argument("--rows", type=int, default=0, help="also prepare a generated file of so many short rows")
+    parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--large", nargs=3, help=argparse.SUPPRESS)  # mode, folder, file: one measurement on its own
+    args = parser.parse_args()
+    if args.large:
+        print(json.dumps(measure_large(*args.large)))
+        return
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = dict(item.split("=", 1) for item in args.checkpoint)
+        for mode in MODE if not folders else ():
+            folders[mode] = f"{scratch}/{mode}"
+            texts = [row["input"] for _, row in read_rows(args.data[0], empty_outputs=True)]
+            make_tiny_checkpoint(mode, folders[mode], texts)
+        results = {"compared": [], "large": []}
+        for mode, folder in folders.items():
+            tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
+            for path in args.data:
+                results["compared"].append(compare(tokenizer, path, (args.max_len, args.max_src_len), args.runs))
+        show(results["compared"])
+        # a process each: the peak of memory is that of a process
+        for rows in (args.rows // 10, args.rows) if args.rows else ():
+            large = f"{scratch}/large.json"
+            write_large(large, rows)
+            for mode, folder in folders.items():
+                command = [sys.executable, __file__, "--large", mode, folder, large]
+                results["large"].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+        if results["large"]:
+            show(results["large"])
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

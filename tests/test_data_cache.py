@@ -1,0 +1,296 @@
+"""Preparation of data: many rows at once give what one at a time gives; what is on disk is used when it is right, and
+only then; the first broken row of the file is the one that is named.
+"""
+
+import json
+import multiprocessing
+import os
+from unittest.mock import Mock, call
+
+import numpy as np
+import pytest
+
+import data_cache
+import data_set
+from data_set import DataError, InstructionData, encode_sample, encode_samples, prepare
+from glm_models import MODE
+
+modes = pytest.mark.parametrize("mode", MODE)
+
+WORDS = [
+    "水泵",
+    "漏水。",
+    " ",
+    "  ",
+    "   ",
+    "\n",
+    "\t",
+    "\n\n",
+    "é",
+    "😀",
+    "abc",
+    "：",
+    "答：",
+    "问：",
+    "<|user|>",
+    "\r",
+    "12.6伏",
+]
+
+
+def odd_rows(count, longest=60):
+    """Rows of all lengths with white space, bytes and template words anywhere; some without an answer."""
+    random = np.random.default_rng(5)
+
+    def text(most):
+        return "".join(random.choice(WORDS, random.integers(0, most)))
+
+    rows = [{"instruction": text(4), "input": "q" + text(longest), "output": text(25)} for _ in range(count)]
+    rows[0] |= {"instruction": "", "input": "q", "output": ""}
+    rows[1]["input"] = " " * 200 + "\n\n" * 40
+    return rows
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows, name="rows.json"):
+        path = tmp_path / name
+        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_text("\n".join(lines) + "\n", newline="\n")
+        return str(path)
+
+    return write
+
+
+def plain_sample(tokenizer, row, max_len, max_src_len):
+    """The rules said once more, with an uncut prompt beside the cut one."""
+    query = row["instruction"] + row["input"]
+    prompt = tokenizer.encode_prompt(query, max_src_len=max_src_len)
+    answer = [*tokenizer.encode_answer(row["output"]), tokenizer.eos_token_id]
+    room = max_len - len(prompt)
+    return prompt + answer[:room], len(prompt), prompt != tokenizer.encode_prompt(query), len(answer) > room
+
+
+@modes
+def test_many_rows_at_once_are_what_each_alone_is(tokenizers, mode):
+    tokenizer, rows = tokenizers[mode], odd_rows(150)
+    samples = encode_samples(tokenizer, rows, 70, 40, threads=2)
+    assert [tuple(sample) for sample in samples] == [plain_sample(tokenizer, row, 70, 40) for row in rows]
+    assert list(samples) == [encode_sample(tokenizer, row, 70, 40) for row in rows]
+    for kind in ("prompt_cut", "answer_cut"):
+        assert 20 < sum(getattr(sample, kind) for sample in samples) < 130
+    ids = tokenizer.sp_model.encode("水泵漏水")  # the batched call of the library against its plain one
+    assert tokenizer.encode_text("水泵漏水")[-len(ids) :] == [
+        i + getattr(tokenizer, "num_image_tokens", 0) for i in ids
+    ]
+
+
+@pytest.mark.parametrize("mode", ["glm", "glm2"])
+def test_asking_about_the_ends_of_a_query_is_asking_about_all_of_it(tokenizers, mode, monkeypatch):
+    """The short cut against the long way, which must not be taken always."""
+    tokenizer = tokenizers[mode]
+    find = tokenizer._find_template
+    before, after = "[Round 1]\n\n问：", "\n\n答："
+    spared = 0
+    for row in odd_rows(150):
+        query = row["instruction"] + row["input"]
+        ids = np.array(tokenizer.sp_model.encode(before + query + after))
+        monkeypatch.setattr(tokenizer, "_find_template", Mock(wraps=find))
+        assert tokenizer._template_pieces(before, query, after, ids) == find(before, query, after)[:2]
+        spared += call(before, query, after) not in tokenizer._find_template.mock_calls
+    assert spared > 75
+
+
+@modes
+@pytest.mark.parametrize("is_skip", [False, True])
+def test_a_prepared_file_holds_what_the_rows_give_in_any_chunks(
+    tokenizers, mode, is_skip, write, tmp_path, monkeypatch
+):
+    tokenizer, rows = tokenizers[mode], odd_rows(60)
+    path = write(["", *rows])  # the empty line counts
+    monkeypatch.setattr(data_set, "CHUNK_ROWS", 7)
+    settings = (path, tokenizer, 70, 40, is_skip, True)
+    data = InstructionData(*settings, prepared=prepare(*settings, cache_dir=str(tmp_path / "new" / "cache")))
+    each = [(i, encode_sample(tokenizer, row, 70, 40)) for i, row in enumerate(rows, 2)]
+    cut = sum(sample.prompt_cut or sample.answer_cut for _, sample in each)
+    assert data.prompts_cut == sum(sample.prompt_cut for _, sample in each)
+    assert data.answers_cut == sum(sample.answer_cut for _, sample in each)
+    assert data.skipped == (cut if is_skip else 0)
+    kept = [(i, s) for i, s in each if not is_skip or not (s.prompt_cut or s.answer_cut)]
+    assert 0 < cut < len(rows)
+    assert list(zip(data.lines.tolist(), data.samples, strict=True)) == kept
+    assert data.lengths.tolist() == [len(sample.input_ids) for _, sample in kept]
+    assert data.answer_tokens([0, 3]) == sum(len(s.input_ids) - s.answer_start for _, s in (kept[0], kept[3]))
+    assert f"{len(kept)} samples, {data.lengths.sum()} tokens" in data.summary()
+    # and with one chunk, not kept on disk
+    monkeypatch.setattr(data_set, "CHUNK_ROWS", 1000)
+    assert list(InstructionData(*settings).samples) == list(data.samples)
+
+
+def test_long_texts_make_short_chunks(monkeypatch):
+    monkeypatch.setattr(data_set, "CHUNK_CHARACTERS", 10)
+    rows = [(i, {"instruction": "a" * n, "input": "", "output": "b"}) for i, n in enumerate((4, 4, 4, 50, 1))]
+    assert [[line for line, _ in chunk] for chunk in data_set._chunks(iter(rows))] == [[0, 1, 2], [3], [4]]
+
+
+# The cache
+
+
+class Untouched:
+    """A tokenizer that must not be asked to encode."""
+
+    def __init__(self, tokenizer):
+        self.fingerprint = tokenizer.fingerprint
+        self.pad_token_id = tokenizer.pad_token_id
+
+
+def test_a_second_start_encodes_nothing(tokenizers, write, tmp_path):
+    rows = odd_rows(20)
+    path, tokenizer = write(rows), tokenizers["glm3"]
+    settings = (70, 40, False, True, str(tmp_path / "cache"))
+    file = prepare(path, tokenizer, *settings)
+    assert prepare(path, Untouched(tokenizer), *settings) == file
+    assert prepare(write(rows, "moved.json"), Untouched(tokenizer), *settings) == file  # content counts, not the name
+    assert os.listdir(tmp_path / "cache") == [os.path.basename(file)]
+    with pytest.raises(AttributeError):  # the test can fail
+        prepare(path, Untouched(tokenizer), 71, *settings[1:])
+
+
+def test_whatever_changes_the_samples_changes_the_file(tokenizers, write, tmp_path):
+    rows = odd_rows(20)
+    path, cache = write(rows), str(tmp_path / "cache")
+    usual = (tokenizers["glm3"], 70, 40, False, True)
+    changes = [
+        (tokenizers["glm2"], *usual[1:]),  # the same vocabulary, another prompt
+        (tokenizers["glm3"], 71, 40, False, True),
+        (tokenizers["glm3"], 70, 41, False, True),
+        (tokenizers["glm3"], 70, 40, True, True),
+    ]
+    files = [prepare(path, *settings, cache) for settings in (usual, *changes)]
+    files.append(prepare(write([*rows, rows[-1]], "more.json"), *usual, cache))
+    assert len(set(files)) == len(files)
+    # rows without an answer are refused though they lie prepared for a run that allows them
+    with pytest.raises(DataError, match="line 1: output is empty"):
+        prepare(path, *usual[:-1], False, cache)
+
+
+@modes
+def test_another_vocabulary_is_another_fingerprint(tiny, tokenizers, mode, tmp_path):
+    tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
+    assert tokenizer.fingerprint() == tokenizers[mode].fingerprint()
+    changed = tmp_path / "vocabulary"
+    with open(tokenizer.vocab_file, "rb") as file:
+        changed.write_bytes(file.read() + b"\n")
+    tokenizer.vocab_file = str(changed)
+    assert tokenizer.fingerprint() != tokenizers[mode].fingerprint()
+    assert len({tok.fingerprint() for tok in tokenizers.values()}) == 3
+    if mode == "glm":
+        shifted = MODE[mode].tokenizer.from_pretrained(tiny[mode], num_image_tokens=5)
+        assert shifted.fingerprint() != tokenizers[mode].fingerprint()
+
+
+@pytest.mark.parametrize("damage", ["empty", "header", "cut", "longer", "ids", "records", "counts"])
+def test_a_damaged_file_is_made_anew(tokenizers, write, tmp_path, damage):
+    settings = (write(odd_rows(20)), tokenizers["glm3"], 70, 40, False, True)
+    file = prepare(*settings, cache_dir=str(tmp_path / "cache"))
+    with open(file, "rb") as opened:
+        good = opened.read()
+    bad = bytearray(good)
+    if damage in ("header", "ids", "records"):
+        bad[{"header": 3, "ids": data_cache.HEADER + 8, "records": -20}[damage]] ^= 1
+    bad = {
+        "empty": b"",
+        "cut": good[:-24],
+        "longer": good + b"\0" * 24,
+        "counts": good.replace(b'"skipped": 0', b'"skipped": 7'),
+    }.get(damage, bytes(bad))
+    assert bad != good
+    with open(file, "wb") as opened:
+        opened.write(bad)
+    assert not data_cache.is_whole(file)
+    assert prepare(*settings, cache_dir=str(tmp_path / "cache")) == file
+    with open(file, "rb") as opened:
+        assert opened.read() == good
+
+
+def test_a_failed_start_leaves_nothing_and_old_debris_goes(tokenizers, write, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "abc.samples.0123.partial").touch()
+    (cache / "new.samples.0123.partial").touch()
+    (cache / "somebody else's.partial").touch()
+    for name in ("abc.samples.0123.partial", "somebody else's.partial"):
+        os.utime(cache / name, (1, 1))
+    with pytest.raises(DataError, match="line 21 is not valid JSON"):
+        prepare(write([*odd_rows(20), "{"]), tokenizers["glm3"], 70, 40, False, True, str(cache))
+    assert sorted(os.listdir(cache)) == ["new.samples.0123.partial", "somebody else's.partial"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tokenizers, write, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot write the data cache in .*file.*; --data_cache names another folder"):
+        prepare(write(odd_rows(20)), tokenizers["glm3"], 70, 40, False, True, str(tmp_path / "file" / "below"))
+
+
+def test_a_file_that_changes_meanwhile_is_refused(tokenizers, write, tmp_path, monkeypatch):
+    path = write(odd_rows(20))
+
+    def read_and_append(*args, **kwargs):
+        yield from read_rows(*args, **kwargs)
+        with open(path, "a") as file:
+            file.write("\n")
+
+    read_rows = data_set.read_rows
+    monkeypatch.setattr(data_set, "read_rows", read_and_append)
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(path, tokenizers["glm3"], 70, 40, False, True, str(tmp_path / "cache"))
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def build(start, settings, cache, results):
+    start.wait()
+    results.put(prepare(*settings, cache_dir=cache))
+
+
+def test_two_processes_that_build_at_once_both_end_right(tokenizers, write, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_set, "CHUNK_ROWS", 3)  # many writes that could mix
+    fork = multiprocessing.get_context("fork")
+    settings = (write(odd_rows(300)), tokenizers["glm3"], 70, 40, False, True)
+    cache, start, results = str(tmp_path / "cache"), fork.Barrier(2), fork.Queue()
+    processes = [fork.Process(target=build, args=(start, settings, cache, results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    files = {results.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert os.listdir(cache) == [os.path.basename(file) for file in files]
+    kept = InstructionData(*settings, prepared=files.pop())
+    assert list(kept.samples) == list(InstructionData(*settings).samples)
+
+
+# Errors
+
+
+@modes
+@pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
+def test_the_first_broken_row_of_the_file_is_named(tokenizers, mode, write, monkeypatch, chunk_rows):
+    monkeypatch.setattr(data_set, "CHUNK_ROWS", chunk_rows)
+    good = {"instruction": "问", "input": "水泵", "output": "漏水"}
+    long, half = {**good, "input": "水泵" * 40}, {**good, "input": "a\ud83db"}
+    wrong = {**good, "output": None}
+    for rows, message in [
+        ([good, good, long, wrong], "line 3: the prompt's 5"),
+        ([good, wrong, long], "line 2: output must be a string"),
+        ([good, long, "{", long], "line 2: the prompt's 5"),
+        ([good] * 5 + ["{"], "line 6 is not valid JSON"),
+        ([good, good, json.dumps(half), "{"], "line 3: a text holds half a surrogate pair"),
+    ]:
+        with pytest.raises(DataError) as error:
+            InstructionData(write(rows), tokenizers[mode], 50, 49)
+        assert f"rows.json {message}" in str(error.value)
+
+
+def test_a_file_of_rows_that_are_all_too_long_is_refused(tokenizers, write):
+    with pytest.raises(DataError, match=r"rows\.json: every row is longer than max_src_len 10 or max_len 70 allow"):
+        InstructionData(write(odd_rows(20)[1:2]), tokenizers["glm3"], 70, 10, is_skip=True, empty_outputs=True)
