@@ -11,7 +11,6 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from tqdm import tqdm
 import data_cache
 
 IGNORE_INDEX = -100
-CHUNK_ROWS, CHUNK_CHARACTERS = 500, 1_000_000  # most that is read and encoded at once
+CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 4_000_000  # most that is read and encoded at once
 PROMPT_CUT, ANSWER_CUT = 1, 2  # bits of a record's `cut`
 
 
@@ -256,7 +255,7 @@ def prepare(
         rows = read_rows(path, empty_outputs=empty_outputs)
         chunks = _encode_chunks(path, rows, tokenizer, max_len, max_src_len, is_skip, counts, bar)
         try:
-            data_cache.write_cache(file, _ahead(chunks), counts)
+            data_cache.write_cache(file, chunks, counts)
         except OSError as error:
             where = f"cannot write the data cache in {os.path.dirname(file)}: {error.strerror}"
             raise DataError(f"{where}; --data_cache names another folder") from None
@@ -270,7 +269,7 @@ def prepare(
 def _encode_chunks(path, rows, tokenizer, max_len, max_src_len, is_skip, counts, bar):
     """Yield ids and records of some samples at a time, for `data_cache.write_cache`; add to `counts` and `bar`."""
     threads, kept = available_cpus(), 0
-    for chunk in _ahead(_chunks(rows)):
+    for chunk in _chunks(rows):
         lines, some = zip(*chunk, strict=True)
         try:
             samples = encode_samples(tokenizer, some, max_len, max_src_len, threads)
@@ -318,15 +317,6 @@ def _chunks(rows: Iterator[tuple[int, dict]]) -> Iterator[list[tuple[int, dict]]
         raise
     if chunk:
         yield chunk
-
-
-def _ahead(chunks: Iterator) -> Iterator:
-    """The same, but the next one is read while the last one is in use."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, chunks, None)
-        while (chunk := coming.result()) is not None:
-            coming = reader.submit(next, chunks, None)
-            yield chunk
 
 
 def available_cpus() -> int:
