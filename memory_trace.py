@@ -26,6 +26,7 @@ class Event(NamedTuple):
     key: object
     size: int = 0  # bytes, of an allocation
     tag: str = ""  # what it is counted as
+    block: int | None = None  # number of the block that holds a gradient
 
 
 # The tracker
@@ -34,8 +35,8 @@ class Event(NamedTuple):
 class StorageTracker(TorchDispatchMode):
     """Writes down when each storage is born and dies. Works on any device, meta included.
 
-    A storage counts once, however many views it has, and only if it was born in here: those of `known` tensors (weights,
-    inputs) and their views count nothing.
+    A storage counts once, however many views it has, and only if it was born in here: those of `known` tensors
+    (weights, inputs) and their views count nothing.
 
     Args:
         known: tensors that exist already.
@@ -72,16 +73,20 @@ class StorageTracker(TorchDispatchMode):
             tag = "loss" if tensor.dim() and tensor.shape[-1] == self.vocab_size else "activations"
             self.events.append(Event("alloc", number, storage.nbytes(), tag))
 
-    def retag(self, tensor: torch.Tensor, tag: str) -> None:
-        """Count a living storage as something else."""
-        self.tags[self.numbers[tensor.untyped_storage()._cdata]] = tag
+    def retag(self, tensor: torch.Tensor, tag: str) -> int:
+        """Count a living storage as something else. Returns its number."""
+        number = self.numbers[tensor.untyped_storage()._cdata]
+        self.tags[number] = tag
+        return number
 
-    def mark(self, what: str, key) -> None:
-        self.events.append(Event(what, key))
+    def mark(self, what: str, key, block: int | None = None) -> None:
+        self.events.append(Event(what, key, block=block))
 
     def trace(self) -> list[Event]:
         """The events, with late tags filled in."""
-        return [e._replace(tag=self.tags[e.key]) if e.what == "alloc" and e.key in self.tags else e for e in self.events]
+        return [
+            e._replace(tag=self.tags[e.key]) if e.what == "alloc" and e.key in self.tags else e for e in self.events
+        ]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -139,7 +144,7 @@ class FusedDropout(torch.autograd.Function):
 def meta_kernels(on_gpu: bool, positions: int):
     """Put the fused kernels in the place of what the meta device would do. Tensors elsewhere are left alone.
 
-    Functions are replaced, not intercepted by a TorchFunctionMode: those are off while autograd recomputes a checkpoint.
+    Functions are replaced, not intercepted by a TorchFunctionMode: that is off while autograd recomputes a checkpoint.
 
     Args:
         on_gpu: allocate as kernels on a GPU do; else as those on a CPU.
@@ -178,9 +183,7 @@ def meta_kernels(on_gpu: bool, positions: int):
 # A step
 
 
-def trace_step(
-    model, batch: dict, on_gpu: bool = True, engine: bool = True, positions: int = 0
-) -> list[Event]:
+def trace_step(model, batch: dict, on_gpu: bool = True, engine: bool = True, positions: int = 0) -> list[Event]:
     """Run forward and backward of one micro-batch and return what happened.
 
     Args:
@@ -211,8 +214,7 @@ def trace_step(
 
 def _engine_hooks(model, tracker):
     def gradient_ready(parameter):
-        tracker.retag(parameter.grad, "gradients")
-        tracker.mark("gradient", parameter)
+        tracker.mark("gradient", parameter, tracker.retag(parameter.grad, "gradients"))
         parameter.grad = None
 
     def before(module, _):
@@ -266,10 +268,19 @@ class CachingAllocator:
 
     Sizes are rounded up to 512 bytes. Up to 1 MiB they come from segments of 2 MiB; below 10 MiB from segments of
     20 MiB; above from a segment of their own, rounded up to 2 MiB. The smallest free block that is large enough is
-    taken, and split if more than 1 MiB (of a small one: 512 bytes) is left. Nothing goes back to the driver.
+    taken, and split if more than 1 MiB (of a small one: 512 bytes) is left. Nothing goes back to the driver, unless
+    a new segment would go beyond `capacity`: then all that are wholly free do, as torch does before it gives up.
+
+    Args:
+        expandable: one segment for small and one for large blocks, that grow at their ends by 2 and 20 MiB
+            (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
+        capacity: bytes that may be reserved.
     """
 
-    def __init__(self):
+    def __init__(self, expandable: bool = False, capacity: float = float("inf")):
+        self.expandable, self.capacity = expandable, capacity
+        self.ends: dict[bool, Block] = {}  # last block of each expandable segment
+        self.born = 0  # bytes of all segments ever: their addresses
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.by_tag: dict[str, int] = {}  # bytes that live now, by tag
         self.at_peak: dict[str, int] = {}  # and at the moment of peak_allocated
@@ -287,9 +298,7 @@ class CachingAllocator:
         if at < len(pool):
             block = pool.pop(at)[2]
         else:
-            block = Block(self.reserved, self._segment_size(size), small)
-            self.reserved += block.size
-            self.peak_reserved = max(self.peak_reserved, self.reserved)
+            block = self._grow(size, small) if self.expandable else self._segment(size, small)
         block.free = False
         rest = block.size - size
         if rest >= 512 if small else rest > MIB:
@@ -314,11 +323,47 @@ class CachingAllocator:
             self._join(block, block.next)
         self._put(block)
 
-    @staticmethod
-    def _segment_size(size: int) -> int:
-        if size <= MIB:
-            return 2 * MIB
-        return 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+    def _segment(self, size: int, small: bool) -> Block:
+        """A new segment."""
+        size = 2 * MIB if small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+        if self.reserved + size > self.capacity:
+            self._give_back()
+        block = Block(self.born, size, small)
+        self._reserve(size)
+        return block
+
+    def _grow(self, size: int, small: bool) -> Block:
+        """Room at the end of an expandable segment; what is free there already counts."""
+        page = (2 if small else 20) * MIB
+        end = self.ends.get(small)
+        usable = end.size if end is not None and end.free else 0
+        more = -(-(size - usable) // page) * page
+        if end is None:
+            block = Block((1 << 60) * (1 + small), more, small)  # addresses that nothing else comes near
+        elif usable:
+            self._leave_pool(end)
+            end.size += more
+            block = end
+        else:
+            block = Block(end.address + end.size, more, small)
+            block.previous, end.next = end, block
+        self.ends[small] = block
+        self._reserve(more)
+        return block
+
+    def _reserve(self, size: int) -> None:
+        if self.reserved + size > self.capacity:
+            raise MemoryError(f"{self.reserved + size} bytes are more than {self.capacity}")
+        self.born += size
+        self.reserved += size
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+    def _give_back(self) -> None:
+        """Return all segments that are wholly free to the driver."""
+        for pool in self.pools.values():
+            for _, _, block in [entry for entry in pool if entry[2].previous is None and entry[2].next is None]:
+                self._leave_pool(block)
+                self.reserved -= block.size
 
     def _split(self, block: Block, size: int) -> None:
         """Keep `size` bytes of a block; the rest becomes free."""
@@ -328,19 +373,26 @@ class CachingAllocator:
         if block.next is not None:
             block.next.previous = rest
         block.next = rest
+        if self.ends.get(block.small) is block:
+            self.ends[block.small] = rest
         self._put(rest)
 
     def _join(self, first: Block, second: Block) -> None:
         """Make one block of two neighbours; free ones leave the pool."""
         for block in (first, second):
             if block.free:
-                pool = self.pools[block.small]
-                del pool[bisect.bisect_left(pool, (block.size, block.address))]
-                block.free = False
+                self._leave_pool(block)
+        if self.ends.get(first.small) is second:
+            self.ends[first.small] = first
         first.size += second.size
         first.next = second.next
         if first.next is not None:
             first.next.previous = first
+
+    def _leave_pool(self, block: Block) -> None:
+        pool = self.pools[block.small]
+        del pool[bisect.bisect_left(pool, (block.size, block.address))]
+        block.free = False
 
     def _put(self, block: Block) -> None:
         block.free = True
