@@ -409,14 +409,14 @@ class DeepSpeed3(DeepSpeed):
             self.fetched_for[parameter] = step
         room = self.zero.get("stage3_max_live_parameters", 1e9) - sum(p.numel() for p in (*self.live, *self.flying))
         room = min(room, self.zero.get("stage3_prefetch_bucket_size", 5e7))
-        coming, numel = [], 0
+        coming, numel = {}, 0  # a dict as an ordered set
         while self.queue and numel < room:
             step, parameter = self.queue.popleft()
             self.fetched_for[parameter] = max(step, self.fetched_for.get(parameter, -1))
             if not any(parameter in there for there in (self.always, self.live, self.flying, coming)):
-                coming.append(parameter)
+                coming[parameter] = True
                 numel += parameter.numel()
-        self.gather(coming, wait=False)
+        self.gather(list(coming), wait=False)
         self.at += 1
 
     def release(self, module) -> None:
