@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from deepspeed.runtime.zero.utils import get_norm_dtype
 
 from data_set import IGNORE_INDEX, Batch, MicroBatch, Sample, collate
 from memory_trace import CachingAllocator, Event, trace_step
@@ -105,6 +106,8 @@ class DeepSpeed:
         self.sums_apart = self.sum_item == 4 != self.item  # straight into one float32 buffer of this rank's part
         self.accumulates = config.get("gradient_accumulation_steps", 1) > 1
         self.takes_norm = config.get("gradient_clipping", 0) > 0 or self.zero.get("compute_grad_norm", True)
+        norm = get_norm_dtype().itemsize  # gradients are copied to this type, float64, one by one
+        self.norm_item = norm if norm != self.sum_item else 0
         optimizer = config.get("optimizer", {}).get("params", {})
         # torch's AdamW without "fused" works on lists, and so needs a copy in between
         self.step_copy = 4 if optimizer.get("torch_adam") and not optimizer.get("fused") else 0
@@ -254,8 +257,8 @@ class DeepSpeed:
         if self.gpus > 1 or (self.sums_apart and len(self.in_bucket) > 1):
             temporary.append(self.take("buffers", numel * self.item))  # slices for several ranks, made contiguous
         if self.offload:
-            # one gradient at a time: the norm's float64 copy, then a float32 one for the way to the CPU
-            self.drop(self.take("buffers", 8 * min(largest, max(self.slices))))
+            # one gradient at a time: the norm's copy, then a float32 one for the way to the CPU
+            self.drop(self.take("buffers", self.norm_item * min(largest, max(self.slices))))
             self.drop(self.take("buffers", 4 * min(largest, max(self.slices))))
         elif self.sums_apart:
             if self.sums is None:
@@ -285,8 +288,8 @@ class DeepSpeed:
     def step(self) -> None:
         if self.offload:
             return
-        if self.takes_norm and self.stage:  # of each gradient by itself, in float64
-            self.drop(self.take("buffers", 8 * max(self.slices)))
+        if self.takes_norm and self.stage:
+            self.drop(self.take("buffers", self.norm_item * max(self.slices)))
         for size in self.partitions:
             if self.sums_apart:
                 self.drop(self.take("optimizer", self.step_copy * size))
@@ -469,7 +472,7 @@ class DeepSpeed3(DeepSpeed):
         if self.offload:
             return
         if self.takes_norm:
-            self.drop(self.take("buffers", 8 * max(map(max, self.sub_groups))))
+            self.drop(self.take("buffers", self.norm_item * max(map(max, self.sub_groups))))
         for pieces in self.sub_groups:
             size = sum(pieces)
             # flattened, then made float32
