@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 
 from data_set import IGNORE_INDEX, Batch, MicroBatch, Sample, collate
@@ -104,6 +105,8 @@ class DeepSpeed:
         kind = config.get("data_types", {}).get("grad_accum_dtype")
         self.sum_item = {None: self.item, "fp32": 4, "fp16": 2, "bf16": 2}[kind]  # gradients are summed in this size
         self.sums_apart = self.sum_item == 4 != self.item  # straight into one float32 buffer of this rank's part
+        # DeepSpeed makes each addend float32 before it adds it, if nobody has put in a function that does not
+        self.sum_copies = DeepSpeedZeroOptimizer._add_to_grad_partition_buffer.__module__.startswith("deepspeed.")
         self.accumulates = config.get("gradient_accumulation_steps", 1) > 1
         self.takes_norm = config.get("gradient_clipping", 0) > 0 or self.zero.get("compute_grad_norm", True)
         norm = get_norm_dtype().itemsize  # gradients are copied to this type, float64, one by one
@@ -263,7 +266,8 @@ class DeepSpeed:
         elif self.sums_apart:
             if self.sums is None:
                 self.sums = self.take("gradients", self._sum_size())
-            self.drop(self.take("buffers", 4 * min(largest, max(self.slices))))
+            if self.sum_copies:
+                self.drop(self.take("buffers", 4 * min(largest, max(self.slices))))
         elif self.part is None:
             self.part = self.take("gradients", self._sum_size())
         self.drop(*temporary)
@@ -290,11 +294,13 @@ class DeepSpeed:
             return
         if self.takes_norm and self.stage:
             self.drop(self.take("buffers", self.norm_item * max(self.slices)))
-        for size in self.partitions:
+        for size, group in zip(self.partitions, self.setup.groups, strict=True):
             if self.sums_apart:
                 self.drop(self.take("optimizer", self.step_copy * size))
                 continue
-            flat = self.take("gradients", self.sum_item * size)
+            # one tensor that needs no padding is flat as it is
+            alone = len(group["params"]) == 1 and group["params"][0].numel() == size
+            flat = None if alone else self.take("gradients", self.sum_item * size)
             single = flat
             if self.sum_item != 4:
                 single = self.take("gradients", 4 * size)
