@@ -377,15 +377,16 @@ class DeepSpeed3(DeepSpeed):
         super().play(trace)
 
     def module(self, event: Event) -> None:
-        if self.leaving is not None and event.what != "done":  # no mark tells the end of a module's backward
-            self.release(self.leaving)
-            self.leaving = None
         if event.what == "done":
             self.release(event.key)
-        else:
-            self.fetch(list(event.key.parameters(recurse=False)))
-            if event.what == "backward":
-                self.leaving = event.key
+            return
+        # No mark tells the end of a module's backward but the begin of the next one's. Forwards in between recompute a
+        # checkpoint, at whose end this module stands.
+        if event.what == "backward":
+            if self.leaving is not None:
+                self.release(self.leaving)
+            self.leaving = event.key
+        self.fetch(list(event.key.parameters(recurse=False)))
 
     def gather(self, parameters: list, wait: bool) -> None:
         """One coalesced all-gather: a flat buffer, cut into parameters once it has come; one alone is not copied."""
