@@ -12,13 +12,15 @@ from train import TRAIN_TYPE, check_args, parse_args
 from utils import UserError, load_ds_config
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"train", "utils", "data_set", "merge_lora", "predict", "metrics", "glm_models"}
+OURS = {"train", "utils", "data_set", "merge_lora", "predict", "metrics", "glm_models"} | {"planner", "memory_trace"}
 MAY_IMPORT = {
     "glm_models": set(),
     "data_set": set(),
     "metrics": set(),
     "utils": {"glm_models"},
-    "train": {"glm_models", "data_set", "utils"},
+    "memory_trace": set(),
+    "planner": {"data_set", "memory_trace", "utils"},
+    "train": {"glm_models", "data_set", "utils", "planner"},
     "merge_lora": {"glm_models", "utils"},
     "predict": {"glm_models", "data_set", "metrics", "utils"},
 }
