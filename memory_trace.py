@@ -8,6 +8,7 @@ import bisect
 import contextlib
 import weakref
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -172,18 +173,20 @@ def meta_kernels(on_gpu: bool, positions: int):
             at = (torch.empty(positions, dtype=torch.long, device="meta"),) * at.dim()
         return real_index(self, at)
 
-    F.scaled_dot_product_attention, F.dropout, torch.Tensor.__getitem__ = attention, dropout, index
-    try:
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(F, "dropout", dropout),
+        mock.patch.object(torch.Tensor, "__getitem__", index),
+    ):
         yield
-    finally:
-        F.scaled_dot_product_attention, F.dropout = real_attention, real_dropout
-        torch.Tensor.__getitem__ = real_index
 
 
 # A step
 
 
-def trace_step(model, batch: dict, on_gpu: bool = True, engine: bool = True, positions: int = 0) -> list[Event]:
+def trace_step(
+    model, batch: dict, on_gpu: bool = True, engine: bool = True, positions: int = 0, linear=None
+) -> list[Event]:
     """Run forward and backward of one micro-batch and return what happened.
 
     Args:
@@ -193,6 +196,7 @@ def trace_step(model, batch: dict, on_gpu: bool = True, engine: bool = True, pos
         engine: gradients are handed over as soon as they are complete, as DeepSpeed takes them, and marked, and so is
             every module that owns parameters; else they stay on the parameters.
         positions: see `meta_kernels`.
+        linear: takes the place of torch's F.linear.
     """
     parameters = list(model.parameters())
     known = [*parameters, *model.buffers(), *(x for x in batch.values() if isinstance(x, torch.Tensor))]
@@ -203,6 +207,8 @@ def trace_step(model, batch: dict, on_gpu: bool = True, engine: bool = True, pos
                 stack.callback(hook.remove)
         if parameters[0].is_meta:
             stack.enter_context(meta_kernels(on_gpu, positions))
+        if linear is not None:
+            stack.enter_context(mock.patch.object(F, "linear", linear))
         stack.enter_context(tracker)
         loss = model(**batch).loss
         loss.backward()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 
@@ -73,11 +74,14 @@ def longest_batch(args: argparse.Namespace, config) -> Batch:
     return collate(rows, config.pad_token_id or 0, MicroBatch(list(range(len(rows))), 1.0))
 
 
-def run_trace(setup: Setup) -> list[Event]:
-    """What one micro-batch allocates on a GPU, with marks for DeepSpeed."""
+def run_trace(setup: Setup, on_gpu: bool = True) -> list[Event]:
+    """What one micro-batch allocates, with marks for DeepSpeed; by the rules of a GPU's kernels or of a CPU's."""
     batch = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in setup.batch.items()}
     answers = int((setup.batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-    return trace_step(setup.model, batch, positions=answers)
+    zero = setup.ds_config["zero_optimization"]
+    # ZeRO-3 has a linear function of its own, that saves the parameter and not a view of what it holds
+    linear = zero3_linear_wrap if zero.get("stage") == 3 and zero.get("memory_efficient_linear", True) else None
+    return trace_step(setup.model, batch, on_gpu, positions=answers, linear=linear)
 
 
 # DeepSpeed
@@ -169,9 +173,10 @@ class DeepSpeed:
             else:
                 self.module(event)
         self.end_of_backward()
-        self.drop(*late)
+        self.drop(*(late - self.held))
         self.phase = "optimiser step"
         self.step()
+        self.drop(*late)
 
     # Stages 0 to 2
 
@@ -206,7 +211,6 @@ class DeepSpeed:
             self.sums = self.take("gradients", self._sum_size())
         self.buckets, self.part = [], None
         self.in_bucket: list = []
-        self.kept = {}  # parameter -> its whole gradient, where a stage keeps it
 
     def _worst_rank(self, ranks: int) -> tuple[list[int], int]:
         """Of the rank that holds most: elements of its piece of each parameter, and of all parameters it touches.
@@ -237,8 +241,8 @@ class DeepSpeed:
     def gradient(self, parameter, block) -> None:
         """A gradient is complete; autograd's block of it is given back right after this, unless it is held."""
         if self.stage == 0:
-            self.kept[parameter] = block if not self.accumulates else None
-            self.held |= {block} - {None if not self.accumulates else block}
+            if not self.accumulates:  # it stays on its parameter; else it is added to the one that is there
+                self.held.add(block)
             return
         if not self.buckets:
             for _ in range(2 if self.zero.get("overlap_comm") else 1):
@@ -269,7 +273,7 @@ class DeepSpeed:
             if self.sum_copies:
                 self.drop(self.take("buffers", 4 * min(largest, max(self.slices))))
         elif self.part is None:
-            self.part = self.take("gradients", self._sum_size())
+            self.part = self.take("gradients", self.item * self.touched)
         self.drop(*temporary)
         self.held -= {block for _, block in self.in_bucket}
         self.in_bucket = []
@@ -284,7 +288,8 @@ class DeepSpeed:
             return
         self.flush()
         self.drop(*self.buckets)
-        if self.sums is None:
+        if self.sums is None or self.stage == 1:  # stage 1 sums whole gradients, and keeps its part of them in the end
+            self.drop(self.sums)
             self.sums, self.part = self.part, None
         elif self.part is not None:
             self.drop(self.part)  # added to the earlier ones
@@ -292,7 +297,12 @@ class DeepSpeed:
     def step(self) -> None:
         if self.offload:
             return
-        if self.takes_norm and self.stage:
+        if self.stage == 0:  # torch's optimiser as it is, or one that makes all gradients float32 first
+            single = self.take("gradients", 4 * sum(self.partitions) if self.item != 4 else 0)
+            self.drop(self.take("optimizer", self.step_copy * sum(self.partitions)))
+            self.drop(single)
+            return
+        if self.takes_norm:
             self.drop(self.take("buffers", self.norm_item * max(self.slices)))
         for size, group in zip(self.partitions, self.setup.groups, strict=True):
             if self.sums_apart:
@@ -575,36 +585,53 @@ def changed(args: argparse.Namespace, changes: dict) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **changes})
 
 
-def needs(args: argparse.Namespace, gpus: int, build: Build, capacity: float = float("inf")) -> Needs:
-    """Plan one command line; see `account` for capacity and errors."""
-    setup = build(args, gpus)
-    return account(setup, run_trace(setup), gpus, capacity)
+class Plans:
+    """Plans command lines that differ a little; those that differ in what DeepSpeed does alone share a trace.
+
+    Args:
+        build: makes a Setup of arguments and a number of GPUs.
+    """
+
+    def __init__(self, build: Build, gpus: int):
+        self.build, self.gpus = build, gpus
+        self.traces: dict[tuple, tuple[Setup, list[Event]]] = {}
+
+    def __call__(self, args: argparse.Namespace, capacity: float = float("inf")) -> Needs:
+        """See `account` for capacity and errors."""
+        setup = self.build(args, self.gpus)
+        mine = {k: v for k, v in vars(args).items() if k not in ("ds_file", "gradient_accumulation_steps")}
+        stage3 = setup.ds_config["zero_optimization"].get("stage") == 3
+        key = (str(mine), next(setup.model.parameters()).dtype, stage3)
+        if key not in self.traces:
+            self.traces[key] = setup, run_trace(setup)
+        traced, trace = self.traces[key]
+        return account(traced._replace(ds_config=setup.ds_config), trace, self.gpus, capacity)
 
 
-def suggestions(args: argparse.Namespace, gpus: int, build: Build) -> list[tuple[dict, Needs]]:
+def suggestions(args: argparse.Namespace, plans: Plans) -> list[tuple[dict, Needs]]:
     """Single changes that lower the peak, planned anew each; the most helpful first."""
-    before = needs(args, gpus, build).peak
+    before = plans(args).peak
     found = []
     for _, change in CHANGES:
-        if changes := change(args, gpus):
-            after = needs(changed(args, changes), gpus, build)
+        if changes := change(args, plans.gpus):
+            after = plans(changed(args, changes))
             if after.peak < before:
                 found.append((changes, after))
     return sorted(found, key=lambda one: one[1].peak)
 
 
-def cheapest(args: argparse.Namespace, gpus: int, build: Build, limit: float) -> tuple[dict, Needs] | None:
+def cheapest(args: argparse.Namespace, plans: Plans, limit: float) -> tuple[dict, Needs] | None:
     """The changes of least cost with which a training fits into `limit` bytes of each GPU; None if none do."""
     lists = {0: {}}  # cost -> changes
     for subset in range(1 << len(CHANGES)):
         rows = [row for i, row in enumerate(CHANGES) if subset >> i & 1]
-        parts = [change(args, gpus) for _, change in rows]
+        parts = [change(args, plans.gpus) for _, change in rows]
         names = [name for part in parts if part for name in part]
         if None not in parts and len(names) == len(set(names)):  # no two rows change the same flag
             lists[sum(cost for cost, _ in rows)] = {k: v for part in parts for k, v in part.items()}
     for _, changes in sorted(lists.items()):
         try:
-            return changes, needs(changed(args, changes), gpus, build, limit - CONTEXT)
+            return changes, plans(changed(args, changes), limit - CONTEXT)
         except MemoryError:
             continue
     return None
@@ -645,7 +672,8 @@ def plan(args: argparse.Namespace, build: Build) -> None:
         raise UserError(f"--max_memory must be more than {CONTEXT / GIB} GiB, which CUDA itself takes")
     if not is_main():
         return
-    found = needs(args, gpus, build)
+    plans = Plans(build, gpus)
+    found = plans(args)
     say(
         f"plan (simulated): {args.mode} {args.train_type}, {args.ds_file}, {gpus} GPU{'s' * (gpus > 1)}, "
         f"{args.per_device_train_batch_size} x {args.max_len} tokens each\n"
@@ -659,10 +687,10 @@ def plan(args: argparse.Namespace, build: Build) -> None:
     )
     if args.max_memory is None:
         say("what would lower it:")
-        for changes, after in suggestions(args, gpus, build):
+        for changes, after in suggestions(args, plans):
             say(f"  {after.peak / GIB:6.2f} ({(after.peak - found.peak) / GIB:+.2f})  {flags(changes)}")
         return
-    best = cheapest(args, gpus, build, args.max_memory * GIB)
+    best = cheapest(args, plans, args.max_memory * GIB)
     if best is None:
         raise UserError(
             f"nothing fits into {args.max_memory} GiB of each GPU: fewer rows, checkpointing, ZeRO-3, offload and a "

@@ -178,12 +178,16 @@ class Exact(CachingAllocator):
     """Counts bytes as a CPU's allocator does: no rounding, nothing kept."""
 
     def alloc(self, key, size, tag=""):
-        self.blocks[key] = size
+        self.blocks[key] = size, tag
         self.allocated += size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        self.by_tag[tag] = self.by_tag.get(tag, 0) + size
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated, self.at_peak = self.allocated, dict(self.by_tag)
 
     def free(self, key):
-        self.allocated -= self.blocks.pop(key, 0)
+        size, tag = self.blocks.pop(key, (0, ""))
+        self.allocated -= size
+        self.by_tag[tag] = self.by_tag.get(tag, 0) - size
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +212,7 @@ def test_accounting_agrees_with_deepspeed(stage, name, sums, measured):
     args = arguments(SETTINGS[name])
     config = ds_config(args, stage, data_types={"grad_accum_dtype": sums})
     setup = build(args, config, "meta")
-    trace = trace_step(setup.model, on_meta(setup.batch), on_gpu=False, positions=answers(setup.batch))
+    trace = planner.run_trace(setup, on_gpu=False)
 
     peaks = []  # above what lives before the backward, and before the step
     memory = Exact()
@@ -231,38 +235,53 @@ def test_accounting_agrees_with_deepspeed(stage, name, sums, measured):
     assert peaks[1] == pytest.approx(step, rel=0.02, abs=4096)
 
 
-def account(flags: str, stage: int, gpus: int, **sections) -> planner.Needs:
+def play(flags: str, stage: int, gpus: int, **sections) -> planner.DeepSpeed:
+    """A whole step, counted without an allocator's rounding."""
     args = arguments(flags)
     setup = build(args, ds_config(args, stage, gpus, **sections), "meta")
-    return planner.account(setup, planner.run_trace(setup), gpus)
+    run = (planner.DeepSpeed3 if stage == 3 else planner.DeepSpeed)(setup, gpus, Exact())
+    run.play(planner.run_trace(setup))
+    return run
 
 
 def test_ranks_and_stages_share_what_they_should():
     flags = "--mode glm2 --train_type all"
-    numel = sum(p.numel() for p in build(arguments(flags), ds_config(arguments(flags), 2), "meta").model.parameters())
-    two, four = account(flags, 2, 1), account(flags, 2, 4)
-    assert two.parts["optimizer"] == pytest.approx(12 * numel, rel=0.02)  # master and two moments, float32
-    assert four.parts["optimizer"] == pytest.approx(12 * numel / 4, rel=0.05)
-    assert four.parts["weights"] == pytest.approx(2 * numel, rel=0.02)
-    three = account(flags, 3, 4)
-    assert three.parts["weights"] == pytest.approx(2 * numel / 4, rel=0.15)  # biases and norms are whole on each rank
-    assert three.parts["gathered"] > 0
-    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    off = account(flags, 3, 4, zero_optimization=offload)
-    assert "optimizer" not in off.parts
-    assert off.cpu - 4 * planner.PROCESS >= 14 * numel
-    # pinned memory comes in powers of two
-    offload["offload_optimizer"]["pin_memory"] = True
-    assert account(flags, 3, 4, zero_optimization=offload).cpu >= off.cpu
+    one, four, three = play(flags, 2, 1), play(flags, 2, 4), play(flags, 3, 4)
+    numel = sum(p.numel() for p in one.parameters)
+    lives = one.memory.by_tag  # after the step
+    assert lives["optimizer"] == 12 * numel  # master and two moments, float32
+    assert lives["weights"] == 2 * numel
+    assert lives["gradients"] == 2 * numel  # kept until the next step begins, and so by the next micro-batch
+    assert four.memory.by_tag["optimizer"] == 12 * numel // 4
+    assert four.memory.by_tag["weights"] == 2 * numel
+    assert three.memory.by_tag["optimizer"] == 12 * numel // 4
+    small = sum(p.numel() for p in three.parameters if p.numel() <= 10 * 128)  # these are whole on each rank, too
+    assert three.memory.by_tag["weights"] == 2 * numel // 4 + 2 * small
+    assert three.memory.at_peak["gathered"] > 0
+    assert three.memory.by_tag["gathered"] == 0
+    assert four.memory.peak_allocated < one.memory.peak_allocated
 
 
-def test_float32_masters_and_the_step_are_counted():
-    flags = "--mode glm2 --train_type all --gradient_checkpointing --max_len 8 --max_src_len 4"
-    found = account(flags, 2, 1)
-    numel = found.folder // 2
-    assert found.phase == "optimiser step"
-    # bf16 sums and a flat copy of them, float32 gradients of one group
-    assert found.parts["gradients"] == pytest.approx(8 * numel, rel=0.03)
+def test_offload_moves_the_optimizer_to_main_memory():
+    flags = "--mode glm2 --train_type all"
+    device = {"device": "cpu"}
+    run = play(flags, 3, 4, zero_optimization={"offload_optimizer": device, "offload_param": device})
+    numel = sum(p.numel() for p in run.parameters)
+    assert "optimizer" not in run.memory.by_tag
+    assert run.cpu == pytest.approx((16 + 2 + 2) * numel / 4, rel=0.01)  # and its gradients, their sums, the weights
+    device["pin_memory"] = True  # such memory comes in powers of two
+    assert run.cpu < play(flags, 3, 4, zero_optimization={"offload_optimizer": device}).cpu <= 2 * run.cpu
+    two = play(flags, 2, 2, zero_optimization={"offload_optimizer": {"device": "cpu"}})
+    assert "optimizer" not in two.memory.by_tag
+    assert two.memory.by_tag["weights"] == 2 * numel
+
+
+def test_a_step_has_float32_gradients_beside_the_sums():
+    run = play("--mode glm2 --train_type all --gradient_checkpointing --max_len 8 --max_src_len 4", 2, 1)
+    assert run.peak_phase == "optimiser step"
+    decay, rest = (sum(p.numel() for p in group["params"]) for group in run.setup.groups)
+    # bf16 sums of all, a flat copy of a group's and its float32
+    assert run.memory.at_peak["gradients"] == 2 * (decay + rest) + (2 + 4) * decay
 
 
 # The command line
@@ -288,15 +307,22 @@ def test_plan_of_a_full_model_takes_seconds(official, capsys):
         assert flag in text
 
 
-def test_max_memory_finds_the_cheapest_flags_that_fit(official, capsys):
-    flags = [*official, "--max_len", "1560", "--per_device_train_batch_size", "2", "--max_memory"]
-    planner.plan(train.parse_args([*flags, "22"]), train.plan_setup)
-    text = capsys.readouterr().out
-    assert "with: --per_device_train_batch_size 1 --gradient_accumulation_steps 2 " in text
-    planner.plan(train.parse_args([*flags, "40"]), train.plan_setup)
-    assert "with: no change" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"nothing fits into 3\.0 GiB"):
-        planner.plan(train.parse_args([*flags, "3"]), train.plan_setup)
+def test_max_memory_finds_the_cheapest_flags_that_fit(official, tmp_path, capsys):
+    MODE["glm2"].config(num_layers=2).save_pretrained(tmp_path)
+    flags = [*official, "--max_len", "1560", "--per_device_train_batch_size", "8", "--max_memory"]
+    alone = planner.Plans(train.plan_setup, 1)
+    args = train.parse_args([*flags, "9"])
+    whole = alone(args).peak / planner.GIB
+    args.per_device_train_batch_size = 1
+    one_row = alone(args).peak / planner.GIB
+    for limit, found in (
+        (whole + 0.1, "no change"),
+        (one_row + 0.1, "--per_device_train_batch_size 1 --gradient_accumulation_steps 8"),
+    ):
+        planner.plan(train.parse_args([*flags, str(limit)]), train.plan_setup)
+        assert f"with: {found} " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"nothing fits into 1\.6 GiB"):
+        planner.plan(train.parse_args([*flags, "1.6"]), train.plan_setup)
 
 
 def test_flags_that_cannot_be_meant_are_refused(official, tmp_path):

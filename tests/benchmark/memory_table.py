@@ -96,7 +96,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             MODE[mode].config().save_pretrained(folder)  # the defaults are the official values
             start = time.perf_counter()
-            found = planner.needs(command(row, folder, files, extra), gpus, train.plan_setup)
+            found = planner.Plans(train.plan_setup, gpus)(command(row, folder, files, extra))
             seconds = time.perf_counter() - start
         planned = found.peak / planner.GIB
         ratio = f"{planned / published:.2f}" if published else "-"
