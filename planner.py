@@ -502,11 +502,23 @@ class DeepSpeed3(DeepSpeed):
             self.drop(single)
 
 
-def account(setup: Setup, trace: list[Event], gpus: int, capacity: float = float("inf")) -> Needs:
+EXPANDABLE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+
+
+def expandable() -> bool:
+    """Whether torch is told to let the allocator's segments grow: then next to nothing is lost between blocks."""
+    name, value = EXPANDABLE.split("=")
+    return value in os.environ.get(name, "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+
+
+def account(
+    setup: Setup, trace: list[Event], gpus: int, capacity: float = float("inf"), grows: bool | None = None
+) -> Needs:
     """Play a trace under DeepSpeed on so many GPUs.
 
     Args:
         capacity: bytes of a GPU that torch may reserve.
+        grows: segments of the allocator do; None: see `expandable`.
 
     Raises:
         UserError: an unknown ZeRO stage.
@@ -515,8 +527,7 @@ def account(setup: Setup, trace: list[Event], gpus: int, capacity: float = float
     stage = setup.ds_config["zero_optimization"].get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
-    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
-    memory = CachingAllocator("expandable_segments:True" in settings, capacity)
+    memory = CachingAllocator(expandable() if grows is None else grows, capacity)
     run = (DeepSpeed3 if stage == 3 else DeepSpeed)(setup, gpus, memory)
     run.play(trace)
     size = sum(p.numel() for p in run.parameters) * run.item
@@ -596,8 +607,8 @@ class Plans:
         self.build, self.gpus = build, gpus
         self.traces: dict[tuple, tuple[Setup, list[Event]]] = {}
 
-    def __call__(self, args: argparse.Namespace, capacity: float = float("inf")) -> Needs:
-        """See `account` for capacity and errors."""
+    def __call__(self, args: argparse.Namespace, capacity: float = float("inf"), grows: bool | None = None) -> Needs:
+        """See `account` for capacity, grows and errors."""
         setup = self.build(args, self.gpus)
         mine = {k: v for k, v in vars(args).items() if k not in ("ds_file", "gradient_accumulation_steps")}
         stage3 = setup.ds_config["zero_optimization"].get("stage") == 3
@@ -605,19 +616,17 @@ class Plans:
         if key not in self.traces:
             self.traces[key] = setup, run_trace(setup)
         traced, trace = self.traces[key]
-        return account(traced._replace(ds_config=setup.ds_config), trace, self.gpus, capacity)
+        return account(traced._replace(ds_config=setup.ds_config), trace, self.gpus, capacity, grows)
 
 
-def suggestions(args: argparse.Namespace, plans: Plans) -> list[tuple[dict, Needs]]:
+def suggestions(args: argparse.Namespace, plans: Plans) -> list[tuple[str, Needs]]:
     """Single changes that lower the peak, planned anew each; the most helpful first."""
     before = plans(args).peak
-    found = []
-    for _, change in CHANGES:
-        if changes := change(args, plans.gpus):
-            after = plans(changed(args, changes))
-            if after.peak < before:
-                found.append((changes, after))
-    return sorted(found, key=lambda one: one[1].peak)
+    options = [change(args, plans.gpus) for _, change in CHANGES]
+    found = [(flags(changes), plans(changed(args, changes))) for changes in options if changes]
+    if not expandable():
+        found.append((f"{EXPANDABLE} in front of the command", plans(args, grows=True)))
+    return sorted((one for one in found if one[1].peak < before), key=lambda one: one[1].peak)
 
 
 def cheapest(args: argparse.Namespace, plans: Plans, limit: float) -> tuple[dict, Needs] | None:
@@ -687,8 +696,8 @@ def plan(args: argparse.Namespace, build: Build) -> None:
     )
     if args.max_memory is None:
         say("what would lower it:")
-        for changes, after in suggestions(args, plans):
-            say(f"  {after.peak / GIB:6.2f} ({(after.peak - found.peak) / GIB:+.2f})  {flags(changes)}")
+        for change, after in suggestions(args, plans):
+            say(f"  {after.peak / GIB:6.2f} ({(after.peak - found.peak) / GIB:+.2f})  {change}")
         return
     best = cheapest(args, plans, args.max_memory * GIB)
     if best is None:

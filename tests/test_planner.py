@@ -288,8 +288,10 @@ def test_a_step_has_float32_gradients_beside_the_sums():
 
 
 @pytest.fixture
-def official(tmp_path):
+def official(tmp_path, monkeypatch):
     """The flags of a full-size ChatGLM2-6B of which there is nothing but config.json."""
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     MODE["glm2"].config().save_pretrained(tmp_path)
     return f"--mode glm2 --model_name_or_path {tmp_path} --train_path {__file__} --plan".split()
 
@@ -303,7 +305,7 @@ def test_plan_of_a_full_model_takes_seconds(official, capsys):
     parts = {name.strip(): float(size) for name, size in rows.items()}
     assert parts["weights"] == pytest.approx(6.24e9 * 2 / 2**30, abs=0.05)
     assert sum(size for name, size in parts.items() if name != "peak") == pytest.approx(parts["peak"], abs=0.05)
-    for flag in ("--gradient_checkpointing True", "--ds_file ds_zero3_no_offload.json", "--max_len 780"):
+    for flag in ("--gradient_checkpointing True", "--ds_file ds_zero3_no_offload.json", "--max_len 780", "expandable"):
         assert flag in text
 
 
