@@ -37,7 +37,7 @@ class StorageTracker(TorchDispatchMode):
     """Writes down when each storage is born and dies. Works on any device, meta included.
 
     A storage counts once, however many views it has, and only if it was born in here: those of `known` tensors
-    (weights, inputs) and their views count nothing.
+    (weights, inputs) and their views count nothing. Storages elsewhere than on the device of `known` count as "host".
 
     Args:
         known: tensors that exist already.
@@ -51,6 +51,7 @@ class StorageTracker(TorchDispatchMode):
         self.numbers: dict[int, int] = {}  # address of a living storage -> its number
         self.references = {}  # kept, else they would never call back
         self.tags: dict[int, str] = {}  # better knowledge, come late
+        self.device = known[0].device.type
         for tensor in known:
             self._add(tensor, silent=True)
 
@@ -72,6 +73,7 @@ class StorageTracker(TorchDispatchMode):
         self.references[number] = weakref.ref(storage, died)
         if not silent:
             tag = "loss" if tensor.dim() and tensor.shape[-1] == self.vocab_size else "activations"
+            tag = "host" if tensor.device.type != self.device else tag
             self.events.append(Event("alloc", number, storage.nbytes(), tag))
 
     def retag(self, tensor: torch.Tensor, tag: str) -> int:
@@ -90,7 +92,13 @@ class StorageTracker(TorchDispatchMode):
         ]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            result = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # moved out; never read
+        elif func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            result = args[0]
+        else:
+            result = func(*args, **kwargs)
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor)
@@ -241,15 +249,24 @@ def _engine_hooks(model, tracker):
 
 
 def peak_bytes(trace: list[Event]) -> int:
-    """The most bytes that live at once, without any allocator's rounding."""
+    """The most bytes of the device that live at once, without any allocator's rounding."""
+    return _peak(trace, host=False)
+
+
+def host_bytes(trace: list[Event]) -> int:
+    """The most bytes of main memory, of tensors that the model moved there."""
+    return _peak(trace, host=True)
+
+
+def _peak(trace: list[Event], host: bool) -> int:
     sizes, now, most = {}, 0, 0
     for event in trace:
-        if event.what == "alloc":
+        if event.what == "alloc" and (event.tag == "host") == host:
             sizes[event.key] = event.size
             now += event.size
             most = max(most, now)
         elif event.what == "free":
-            now -= sizes.pop(event.key)
+            now -= sizes.pop(event.key, 0)
     return most
 
 

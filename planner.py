@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 
 from data_set import IGNORE_INDEX, Batch, MicroBatch, Sample, collate
-from memory_trace import CachingAllocator, Event, trace_step
+from memory_trace import CachingAllocator, Event, host_bytes, trace_step
 from utils import UserError, is_main, say
 
 GIB = 2**30
@@ -77,7 +77,8 @@ def longest_batch(args: argparse.Namespace, config) -> Batch:
 def run_trace(setup: Setup, on_gpu: bool = True) -> list[Event]:
     """What one micro-batch allocates, with marks for DeepSpeed; by the rules of a GPU's kernels or of a CPU's."""
     batch = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in setup.batch.items()}
-    answers = int((setup.batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    labels = setup.batch.get("labels")
+    answers = int((labels[:, 1:] != IGNORE_INDEX).sum()) if labels is not None else 0
     zero = setup.ds_config["zero_optimization"]
     # ZeRO-3 has a linear function of its own, that saves the parameter and not a view of what it holds
     linear = zero3_linear_wrap if zero.get("stage") == 3 and zero.get("memory_efficient_linear", True) else None
@@ -157,7 +158,10 @@ class DeepSpeed:
         self.phase = "forward and backward"
         self.held: set = set()  # gradients that DeepSpeed still holds when autograd lets go
         late: set = set()
+        self.cpu += host_bytes(trace)
         for event in trace:
+            if event.tag == "host":
+                continue
             if event.what == "alloc":
                 self.memory.alloc(event.key, event.size, event.tag)
                 self._note()

@@ -17,7 +17,7 @@ import planner
 import train
 from data_set import IGNORE_INDEX
 from glm_models import MODE
-from memory_trace import MIB, CachingAllocator, StorageTracker, peak_bytes, trace_step
+from memory_trace import MIB, CachingAllocator, StorageTracker, host_bytes, peak_bytes, trace_step
 from utils import UserError
 
 FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
@@ -81,6 +81,22 @@ def test_a_storage_counts_once():
         ("free", 1, 0),
     ]
     del view, z
+
+
+def test_what_is_moved_to_main_memory_counts_there():
+    args = arguments("--mode glm2 --train_type all")
+    plain, moved = (build(args, ds_config(args, 2), "meta") for _ in range(2))
+    forward = moved.model.forward
+
+    def offloaded(**batch):
+        with torch.autograd.graph.save_on_cpu():
+            return forward(**batch)
+
+    moved.model.forward = offloaded
+    before, after = planner.run_trace(plain), planner.run_trace(moved)
+    assert host_bytes(before) < 1024  # a few numbers
+    assert peak_bytes(after) < 0.6 * peak_bytes(before)
+    assert host_bytes(after) > 0.5 * peak_bytes(before)
 
 
 def test_tied_weights_count_once():
