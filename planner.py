@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from deepspeed.runtime.config import DtypeEnum
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
@@ -88,6 +89,14 @@ def run_trace(setup: Setup, on_gpu: bool = True) -> list[Event]:
 # DeepSpeed
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """A type by its name in a ds file."""
+    try:
+        return DtypeEnum(name).value
+    except ValueError:
+        raise UserError(f"data_types.grad_accum_dtype: {name!r} is no type") from None
+
+
 class DeepSpeed:
     """Replays a trace into a caching allocator and adds what DeepSpeed allocates around it.
 
@@ -108,7 +117,7 @@ class DeepSpeed:
         self.stage = self.zero.get("stage", 0)
         self.item = self.parameters[0].element_size()
         kind = config.get("data_types", {}).get("grad_accum_dtype")
-        self.sum_item = {None: self.item, "fp32": 4, "fp16": 2, "bf16": 2}[kind]  # gradients are summed in this size
+        self.sum_item = self.item if kind is None else dtype_of(kind).itemsize  # gradients are summed in this size
         self.sums_apart = self.sum_item == 4 != self.item  # straight into one float32 buffer of this rank's part
         # DeepSpeed makes each addend float32 before it adds it, if nobody has put in a function that does not
         self.sum_copies = DeepSpeedZeroOptimizer._add_to_grad_partition_buffer.__module__.startswith("deepspeed.")
@@ -116,7 +125,10 @@ class DeepSpeed:
         self.takes_norm = config.get("gradient_clipping", 0) > 0 or self.zero.get("compute_grad_norm", True)
         norm = get_norm_dtype().itemsize  # gradients are copied to this type, float64, one by one
         self.norm_item = norm if norm != self.sum_item else 0
-        optimizer = config.get("optimizer", {}).get("params", {})
+        kind = str(config["optimizer"].get("type"))
+        if kind.lower() not in ("adam", "adamw"):
+            raise UserError(f"--plan knows the optimizers Adam and AdamW, not {kind}")
+        optimizer = config["optimizer"].get("params", {})
         # torch's AdamW without "fused" works on lists, and so needs a copy in between
         self.step_copy = 4 if optimizer.get("torch_adam") and not optimizer.get("fused") else 0
         self.offload = self._device("offload_optimizer")
@@ -211,7 +223,7 @@ class DeepSpeed:
                 self.spare(self.item * sum(p.numel() for p in self.trained))
         # what earlier micro-batches of the step left
         self.sums = None
-        if self.accumulates and not self.offload:
+        if self.accumulates and (self.sums_apart or not self.offload):
             self.sums = self.take("gradients", self._sum_size())
         self.buckets, self.part = [], None
         self.in_bucket: list = []
@@ -267,16 +279,17 @@ class DeepSpeed:
         temporary = []
         if self.gpus > 1 or (self.sums_apart and len(self.in_bucket) > 1):
             temporary.append(self.take("buffers", numel * self.item))  # slices for several ranks, made contiguous
-        if self.offload:
-            # one gradient at a time: the norm's copy, then a float32 one for the way to the CPU
-            self.drop(self.take("buffers", self.norm_item * min(largest, max(self.slices))))
-            self.drop(self.take("buffers", 4 * min(largest, max(self.slices))))
-        elif self.sums_apart:
+        largest = min(largest, max(self.slices))
+        if self.sums_apart:
             if self.sums is None:
                 self.sums = self.take("gradients", self._sum_size())
             if self.sum_copies:
-                self.drop(self.take("buffers", 4 * min(largest, max(self.slices))))
-        elif self.part is None:
+                self.drop(self.take("buffers", 4 * largest))
+        if self.offload:
+            # one gradient at a time: the norm's copy, then a float32 one for the way to the CPU
+            self.drop(self.take("buffers", self.norm_item * largest))
+            self.drop(self.take("buffers", 0 if self.sums_apart else 4 * largest))
+        elif self.part is None and not self.sums_apart:
             self.part = self.take("gradients", self.item * self.touched)
         self.drop(*temporary)
         self.held -= {block for _, block in self.in_bucket}
