@@ -313,9 +313,9 @@ def official(tmp_path, monkeypatch):
 
 
 def test_plan_of_a_full_model_takes_seconds(official, capsys):
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: others may keep the machine busy
     planner.plan(train.parse_args([*official, "--max_len", "1560", "--plan_gpus", "4"]), train.plan_setup)
-    assert time.perf_counter() - start < 30  # about 8, with seven variations
+    assert time.process_time() - start < 30  # about 5, with six variations
     text = capsys.readouterr().out
     rows = dict(line.rsplit(maxsplit=1) for line in text.splitlines() if line.startswith("  ") and "(" not in line)
     parts = {name.strip(): float(size) for name, size in rows.items()}
