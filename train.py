@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
 
 import data_cache
+import planner
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
 from glm_models import MODE
 from glm_models.ops import TiledMLP
@@ -180,6 +181,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     group.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
 
+    group = parser.add_argument_group("planning")
+    group.add_argument("--plan", **flag, help="start nothing: print what the training would need of each GPU")
+    group.add_argument("--max_memory", type=float, help="with --plan: find flags that fit into so many GiB of a GPU")
+    group.add_argument("--plan_gpus", type=int, help="with --plan: number of GPUs (default: as the launcher says)")
+
     group = parser.add_argument_group("reports and results")
     group.add_argument("--show_loss_step", type=int, default=10, help="optimiser steps between two lines")
     group.add_argument(
@@ -207,6 +213,8 @@ def check_args(args) -> None:
         wrong.append(f"--prefix_dropout must be at least 0 and less than 1, not {args.prefix_dropout}")
     if not 0 < args.max_src_len < args.max_len:
         wrong.append(f"--max_src_len {args.max_src_len} must be above 0 and less than --max_len {args.max_len}")
+    if args.max_memory is not None and not args.plan:
+        wrong.append("--max_memory goes with --plan")
     for name, what in (("train_path", os.path.isfile), ("model_name_or_path", os.path.isdir)):
         if not what(getattr(args, name)):
             wrong.append(f"--{name} {getattr(args, name)}: no such {'file' if what is os.path.isfile else 'folder'}")
@@ -263,6 +271,43 @@ def load_data(args, tokenizer) -> InstructionData:
     return data
 
 
+def build_model(args, load):
+    """What the method makes of the base model that `load` gives, with the flags that save memory."""
+
+    def load_lean(**config):
+        model = load(**config)
+        model.save_memory(args.tiled_mlp, args.offload_inputs)
+        return model
+
+    model = TRAIN_TYPE[args.train_type](args, load_lean)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def fit_buckets(ds_config: dict, trained: int) -> None:
+    """Make buckets no larger than all gradients together: buffers of their size are allocated."""
+    for bucket in ds_config["zero_optimization"].keys() & {"reduce_bucket_size", "allgather_bucket_size"}:
+        ds_config["zero_optimization"][bucket] = min(int(ds_config["zero_optimization"][bucket]), trained)
+
+
+def plan_setup(args, gpus: int) -> planner.Setup:
+    """What `train` would start on so many GPUs, with the model on the meta device."""
+    family = MODE[args.mode]
+    config = family.config.from_pretrained(args.model_name_or_path)
+    ds_config = load_ds_config(args.ds_file, ds_values(args, gpus, 1, config.hidden_size), as_gpu=True)
+    dtype = compute_dtype(ds_config)
+
+    def load(**changes):
+        return family.model(family.config.from_pretrained(args.model_name_or_path, use_cache=False, **changes))
+
+    with torch.device("meta"):
+        model = build_model(args, load).to(dtype).train()
+    groups = parameter_groups(model, args.weight_decay)
+    fit_buckets(ds_config, sum(p.numel() for group in groups for p in group["params"]))
+    return planner.Setup(model, planner.longest_batch(args, config), ds_config, groups)
+
+
 def train(args) -> list[tuple[int, float]]:
     """The whole run. Returns (step, loss) of every line it showed."""
     check_args(args)
@@ -281,13 +326,9 @@ def train(args) -> list[tuple[int, float]]:
     dtype = compute_dtype(ds_config)
 
     def load(**config):
-        model = load_base(args.mode, args.model_name_or_path, dtype, ds_config, args.attn_implementation, **config)
-        model.save_memory(args.tiled_mlp, args.offload_inputs)
-        return model
+        return load_base(args.mode, args.model_name_or_path, dtype, ds_config, args.attn_implementation, **config)
 
-    model = TRAIN_TYPE[args.train_type](args, load)
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    model = build_model(args, load)
     if args.tiled_mlp and model.zero3:
         deepspeed.utils.set_z3_leaf_modules(model, [TiledMLP])  # see there
     groups = parameter_groups(model, args.weight_decay)
@@ -295,9 +336,7 @@ def train(args) -> list[tuple[int, float]]:
     every = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     say(f"model: {trained:,} of {every:,} parameters train ({trained / every:.2%}), in {dtype}")
 
-    for bucket in ds_config["zero_optimization"].keys() & {"reduce_bucket_size", "allgather_bucket_size"}:
-        # buffers of this size are allocated, and one larger than all gradients together would only be wasted
-        ds_config["zero_optimization"][bucket] = min(int(ds_config["zero_optimization"][bucket]), trained)
+    fit_buckets(ds_config, trained)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     engine.lr_scheduler.step(1)  # else the first two steps would have lr 0: DeepSpeed's schedulers count from -1
     say(f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows")
@@ -331,7 +370,11 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     quiet(args.verbose)
     with clear_errors(DataError):
-        train(args)
+        if args.plan:
+            check_args(args)
+            planner.plan(args, plan_setup)
+        else:
+            train(args)
 
 
 if __name__ == "__main__":

@@ -141,13 +141,14 @@ def device() -> torch.device:
 # The ds file
 
 
-def load_ds_config(path: str, values: dict) -> dict:
+def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
     """Read a DeepSpeed config file and fill in its "auto" values.
 
     Args:
         path: the file; beside the scripts if it is not in the current folder.
         values: what the command line says of batch, lr and the rest, by the ds file's dotted key, as
             "optimizer.params.lr".
+        as_gpu: resolve precision for a GPU with bf16, whatever this machine has.
 
     Raises:
         UserError: unreadable, a section is missing, an unknown "auto", a precision that the device cannot do, or a
@@ -159,7 +160,7 @@ def load_ds_config(path: str, values: dict) -> dict:
     config = read_json(path)
     if not isinstance(config.get("zero_optimization"), dict):
         raise UserError(f'{path}: "zero_optimization" is missing; start from one of the ds_zero*.json files')
-    _resolve_precision(config, path)
+    _resolve_precision(config, path, as_gpu)
     _fill_auto(config, values, path)
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
         if config.setdefault(key, values[key]) != values[key]:
@@ -170,11 +171,14 @@ def load_ds_config(path: str, values: dict) -> dict:
     return config
 
 
-def _resolve_precision(config: dict, path: str) -> None:
+def _resolve_precision(config: dict, path: str, as_gpu: bool) -> None:
     """Turn "auto" of bf16 and fp16 into true or false: bf16 where a GPU has it, else fp16, and float32 on a CPU."""
     accelerator = get_accelerator()
-    on_cpu = accelerator.device_name() == "cpu"
-    can = {"bf16": bool(accelerator.is_bf16_supported()), "fp16": bool(accelerator.is_fp16_supported())}
+    on_cpu = accelerator.device_name() == "cpu" and not as_gpu
+    can = {
+        "bf16": as_gpu or bool(accelerator.is_bf16_supported()),
+        "fp16": as_gpu or bool(accelerator.is_fp16_supported()),
+    }
     wish = {kind: config.setdefault(kind, {}).setdefault("enabled", "auto") for kind in can}
     for kind, enabled in wish.items():
         if enabled not in (True, False, "auto"):

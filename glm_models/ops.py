@@ -118,7 +118,7 @@ class _ToCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.device = x.device
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
 
     @staticmethod
     def backward(ctx, grad):
@@ -151,18 +151,20 @@ class _SummedCrossEntropy(torch.autograd.Function):
             logits = (part @ weight.t()).float()
             logits -= logits.amax(-1, keepdim=True)
             wanted = logits.gather(-1, target)
-            odds = logits.exp_()
-            whole = odds.sum(-1, keepdim=True)
+            logits.exp_()
+            whole = logits.sum(-1, keepdim=True)
             total += (whole.log() - wanted).sum(dtype=torch.float64)
             if not (to_hidden or to_weight):
                 continue
             # probability, less 1 at the target; in float32, for the difference is small where the model is sure
-            grad = odds.div_(whole).scatter_add_(-1, target, whole.new_full((1, 1), -1.0).expand_as(target))
-            grad = grad.to(hidden.dtype)
+            logits.div_(whole).scatter_add_(-1, target, whole.new_full((1, 1), -1.0).expand_as(target))
+            grad = logits.to(hidden.dtype)
+            del logits
             if to_hidden:
                 torch.mm(grad, weight, out=grad_hidden[start : start + rows])
             if to_weight:
                 grad_weight.addmm_(grad.t(), part)
+            del grad
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total.float()
 

@@ -12,7 +12,8 @@ from train import TRAIN_TYPE, check_args, parse_args
 from utils import UserError, load_ds_config
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"train", "utils", "data_set", "data_cache", "throughput", "merge_lora", "predict", "metrics", "glm_models"}
+OURS = {"train", "utils", "data_set", "data_cache", "throughput", "planner", "memory_trace"}
+OURS |= {"merge_lora", "predict", "metrics", "glm_models"}
 MAY_IMPORT = {
     "glm_models": set(),
     "data_cache": set(),
@@ -20,7 +21,9 @@ MAY_IMPORT = {
     "metrics": set(),
     "throughput": {"glm_models"},
     "utils": {"glm_models", "data_set", "throughput"},
-    "train": {"glm_models", "data_cache", "data_set", "throughput", "utils"},
+    "memory_trace": {"glm_models"},
+    "planner": {"data_set", "memory_trace", "utils"},
+    "train": {"glm_models", "data_cache", "data_set", "planner", "throughput", "utils"},
     "merge_lora": {"glm_models", "utils"},
     "predict": {"glm_models", "data_set", "metrics", "utils"},
 }

@@ -1,0 +1,120 @@
+"""What steps of small models really allocate, by torch's own CPU allocator, and the models themselves.
+
+    python tests/measured.py STAGE RESULTS
+
+runs DeepSpeed's own steps of `SETTINGS` under a ZeRO stage and writes {name: [bytes of the backward, of the step]}.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch._C._profiler import _EventType  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+
+import planner  # noqa: E402
+import train  # noqa: E402
+from glm_models import MODE  # noqa: E402
+from utils import compute_dtype, load_ds_config  # noqa: E402
+
+# Small, and yet so that activations, not weights, are what a step allocates.
+GLM = {"vocab_size": 1024, "hidden_size": 128, "num_layers": 3, "num_attention_heads": 4, "inner_hidden_size": 512}
+GLM |= {"mask_token_id": 1000, "gmask_token_id": 1001, "bos_token_id": 1004, "eos_token_id": 1005}
+GLM2 = {"padded_vocab_size": 1024, "hidden_size": 128, "num_layers": 3, "num_attention_heads": 4, "kv_channels": 32}
+GLM2 |= {"ffn_hidden_size": 352}
+SIZES = {"glm": GLM, "glm2": GLM2, "glm3": GLM2}
+
+# name -> flags of train.py, for steps under DeepSpeed
+SETTINGS = {
+    "all": "--mode glm2 --train_type all --gradient_checkpointing",
+    "all-plain": "--mode glm2 --train_type all --gradient_accumulation_steps 2",
+    "freeze": "--mode glm --train_type freeze --gradient_accumulation_steps 2",
+    "lora": "--mode glm3 --train_type lora --gradient_checkpointing",
+    "ptuning": "--mode glm2 --train_type ptuning --gradient_accumulation_steps 2 --gradient_checkpointing",
+}
+
+
+def arguments(flags: str) -> argparse.Namespace:
+    fixed = "--model_name_or_path . --train_path . --max_len 256 --max_src_len 128 --per_device_train_batch_size 2 "
+    fixed += "--freeze_module_name layers.2. "
+    return train.parse_args((fixed + flags).split())
+
+
+def ds_config(args: argparse.Namespace, stage: int, gpus: int = 1, **sections) -> dict:
+    """The project's ds file of a stage, in bf16, with sections replaced."""
+    path = ROOT / f"ds_zero{stage}_no_offload.json"
+    config = load_ds_config(str(path), train.ds_values(args, gpus, 10, 128), as_gpu=True)
+    for name, values in sections.items():
+        config[name] = {**config.get(name, {}), **values}
+    return config
+
+
+def build(args: argparse.Namespace, config: dict, device: str) -> planner.Setup:
+    """A small model as train.py would make it."""
+    family = MODE[args.mode]
+
+    def load(**changes):
+        return family.model(family.config(**SIZES[args.mode], use_cache=False, **changes))
+
+    with torch.device(device):
+        model = train.build_model(args, load).to(compute_dtype(config)).train()
+    groups = train.parameter_groups(model, args.weight_decay)
+    train.fit_buckets(config, sum(p.numel() for group in groups for p in group["params"]))
+    return planner.Setup(model, planner.longest_batch(args, family.config(**SIZES[args.mode])), config, groups)
+
+
+def peak_of(step) -> int:
+    """The most bytes by which `step` raised what torch's CPU allocator has given out."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events, found = list(profiler.profiler.kineto_results.experimental_event_tree()), []
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
+    found.sort(key=lambda one: one[0])
+    return max(total for _, total, _ in found) - (found[0][1] - found[0][2])
+
+
+def measure(args: argparse.Namespace, config: dict) -> list[int]:
+    """Peaks of DeepSpeed's last backward of the second optimiser step, and of that step itself."""
+    import deepspeed
+
+    setup = build(args, config, "cpu")
+    engine, *_ = deepspeed.initialize(model=setup.model, model_parameters=setup.groups, config=config)
+
+    def backward():
+        engine.backward(engine(**setup.batch).loss)
+
+    for _ in range(2 * args.gradient_accumulation_steps - 1):
+        backward()
+        engine.step()
+    peaks = [peak_of(backward), peak_of(engine.step)]
+    engine.destroy()
+    return peaks
+
+
+def main() -> None:
+    import utils
+
+    stage, results = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    utils.quiet(verbose=False)
+    utils.start_distributed(verbose=False)
+    measured = {}
+    for name, flags in SETTINGS.items():
+        args = arguments(flags)
+        for sums in ("bf16", "fp32"):
+            config = ds_config(args, stage, data_types={"grad_accum_dtype": sums})
+            measured[f"{name} {sums}"] = measure(args, config)
+    results.write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,380 @@
+"""The planner against reality, as far as a CPU has it: a step traced on the meta device against what torch's CPU
+allocator counts in the same step, and DeepSpeed's part against what DeepSpeed itself allocates. The model of the CUDA
+allocator against cases worked out by hand.
+"""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from measured import ROOT, SETTINGS, arguments, build, ds_config, peak_of
+from torch import nn
+
+import planner
+import train
+from glm_models import MODE
+from memory_trace import MIB, CachingAllocator, StorageTracker, host_bytes, peak_bytes, trace_step
+from utils import UserError
+
+FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
+
+
+def on_meta(batch) -> dict:
+    return {k: v.to("meta") if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+# The tracker
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", train.TRAIN_TYPE)
+@pytest.mark.parametrize("mode", MODE)
+def test_tracker_agrees_with_the_cpu_allocator(mode, method, checkpointing):
+    args = arguments(f"--mode {mode} --train_type {method} --gradient_checkpointing {checkpointing}")
+    config = ds_config(args, 2, **FP32)
+    real = build(args, config, "cpu")
+    measured = peak_of(lambda: real.model(**real.batch).loss.backward())
+
+    meta = build(args, config, "meta")
+    trace = trace_step(meta.model, on_meta(meta.batch), on_gpu=False, engine=False)
+    assert peak_bytes(trace) == pytest.approx(measured, rel=0.01)
+
+    again = build(args, config, "cpu")
+    assert peak_bytes(trace_step(again.model, again.batch, engine=False)) == pytest.approx(measured, rel=0.01)
+
+
+def test_tracker_would_notice_attention_scores():
+    """Else the test above would show nothing about the fused kernels."""
+    args = arguments("--mode glm2 --train_type lora")
+    peaks = []
+    for attention in ("sdpa", "eager"):
+        meta = build(args, ds_config(args, 2, **FP32), "meta")
+        meta.model.config._attn_implementation = attention
+        trace = trace_step(meta.model, on_meta(meta.batch), on_gpu=False, engine=False)
+        peaks.append(peak_bytes(trace))
+    scores = 2 * 4 * 256 * 256 * 4  # rows, heads, tokens, tokens, float32
+    assert peaks[1] - peaks[0] > 2 * scores  # of three layers, those that live at the peak
+
+
+def test_a_storage_counts_once():
+    weight, tracker = torch.zeros(100, device="meta"), None
+    tracker = StorageTracker([weight])
+    with tracker:
+        view = weight[:10].view(2, 5)  # of what was there before
+        x = torch.empty(25, device="meta")
+        y = x.view(5, 5).t()
+        x.add_(1)
+        del x
+        z = y + 1
+        del y
+    assert [(e.what, e.key, e.size) for e in tracker.events] == [
+        ("alloc", 1, 100),
+        ("alloc", 2, 100),
+        ("free", 1, 0),
+    ]
+    del view, z
+
+
+def test_what_is_moved_to_main_memory_counts_there():
+    args = arguments("--mode glm2 --train_type all")
+    plain, moved = (build(args, ds_config(args, 2), "meta") for _ in range(2))
+    forward = moved.model.forward
+
+    def offloaded(**batch):
+        with torch.autograd.graph.save_on_cpu():
+            return forward(**batch)
+
+    moved.model.forward = offloaded
+    before, after = planner.run_trace(plain), planner.run_trace(moved)
+    assert host_bytes(before) < 1024  # a few numbers
+    assert peak_bytes(after) < 0.6 * peak_bytes(before)
+    assert host_bytes(after) > 0.5 * peak_bytes(before)
+
+
+def test_tied_weights_count_once():
+    args = arguments("--mode glm --train_type all")
+    setup = build(args, ds_config(args, 2), "meta")
+    memory = CachingAllocator()
+    run = planner.DeepSpeed(setup, 1, memory)
+    run.start()
+    numel = sum(p.numel() for p in {id(p): p for p in setup.model.parameters()}.values())
+    assert memory.by_tag["weights"] == pytest.approx(2 * numel, rel=0.01)
+    assert setup.model.lm_head.weight is setup.model.transformer.word_embeddings.weight
+
+
+def test_loss_and_gradients_have_their_names():
+    args = arguments("--mode glm2 --train_type freeze")
+    trace = planner.run_trace(build(args, ds_config(args, 2), "meta"))
+    loss = max(e.size for e in trace if e.tag == "loss")
+    assert loss == 2 * 128 * 1024 * 4  # 128 answer tokens a row, the vocabulary, float32
+    marked = {e.block for e in trace if e.what == "gradient"}
+    assert marked == {e.key for e in trace if e.tag == "gradients"} - {None}
+    assert len(marked) == 7  # weights and biases of one layer
+
+
+# The allocator
+
+
+def allocator(*steps, **settings) -> CachingAllocator:
+    """Play ("a", size) and -"a"."""
+    memory = CachingAllocator(**settings)
+    for step in steps:
+        if isinstance(step, tuple):
+            memory.alloc(*step)
+        else:
+            memory.free(step)
+    return memory
+
+
+def test_allocator_rounds_sizes_and_segments():
+    assert allocator(("a", 1)).allocated == 512
+    assert allocator(("a", 513)).allocated == 1024
+    assert allocator(("a", 0)).reserved == 0
+    assert allocator(("a", 1), ("b", MIB)).reserved == 2 * MIB  # small ones share 2 MiB
+    assert allocator(("a", MIB), ("b", MIB), ("c", 1)).reserved == 4 * MIB
+    assert allocator(("a", MIB + 1), ("b", 9 * MIB)).reserved == 20 * MIB  # medium ones share 20 MiB
+    assert allocator(("a", 10 * MIB)).reserved == 10 * MIB
+    assert allocator(("a", 11 * MIB - 5)).reserved == 12 * MIB  # large ones have their own, rounded up to 2 MiB
+
+
+def test_allocator_splits_only_what_is_worth_it():
+    # 11 of 12 MiB: the rest of 1 MiB is not split off, and counts as allocated
+    assert allocator(("a", 11 * MIB)).allocated == 12 * MIB
+    # a freed block of 20 MiB gives 12 and then 8
+    memory = allocator(("a", 20 * MIB), "a", ("b", 12 * MIB), ("c", 8 * MIB))
+    assert (memory.reserved, memory.allocated, memory.peak_allocated) == (20 * MIB, 20 * MIB, 20 * MIB)
+
+
+def test_allocator_takes_the_smallest_block_that_fits():
+    memory = allocator(("a", 30 * MIB), ("b", 20 * MIB), "a", "b", ("c", 15 * MIB), ("d", 30 * MIB))
+    assert memory.reserved == 50 * MIB  # had c cut the 30, d would have needed a new segment
+
+
+def test_allocator_joins_neighbours():
+    parts = [(name, 5 * MIB) for name in "abcd"]  # one segment of 20 MiB
+    for order in (["a", "b"], ["b", "a"]):
+        memory = allocator(*parts, *order, ("e", 9 * MIB))
+        assert memory.reserved == 20 * MIB
+    assert allocator(*parts, "a", "c", ("e", 9 * MIB)).reserved == 40 * MIB  # these are no neighbours
+    assert allocator(*parts, "a", "c", "b", ("e", 15 * MIB - 512)).reserved == 20 * MIB
+
+
+def test_allocator_keeps_what_was_freed_and_fragments():
+    memory = allocator(("a", 30 * MIB), "a", ("b", 40 * MIB))
+    assert (memory.peak_allocated, memory.peak_reserved) == (40 * MIB, 70 * MIB)
+    # with so much and no more, the free segment goes back to the driver first
+    memory = allocator(("a", 30 * MIB), "a", ("b", 40 * MIB), capacity=50 * MIB)
+    assert memory.reserved == 40 * MIB
+    with pytest.raises(MemoryError):
+        allocator(("a", 30 * MIB), ("b", 40 * MIB), capacity=50 * MIB)
+    # a segment that can grow: the 30 MiB are part of the 40
+    memory = allocator(("a", 30 * MIB), "a", ("b", 40 * MIB), expandable=True)
+    assert memory.reserved == 40 * MIB
+    memory = allocator(("a", 30 * MIB), ("b", 5 * MIB), "a", ("c", 40 * MIB), expandable=True)
+    assert memory.reserved == 80 * MIB  # b stands between: pages of 20 MiB behind it
+
+
+def test_allocator_counts_by_tag_at_the_peak():
+    memory = allocator(("a", 2 * MIB, "weights"), ("b", 4 * MIB, "loss"), "b", ("c", 3 * MIB, "buffers"))
+    assert memory.at_peak == {"weights": 2 * MIB, "loss": 4 * MIB}
+
+
+# DeepSpeed
+
+
+class Exact(CachingAllocator):
+    """Counts bytes as a CPU's allocator does: no rounding, nothing kept."""
+
+    def alloc(self, key, size, tag=""):
+        self.blocks[key] = size, tag
+        self.allocated += size
+        self.by_tag[tag] = self.by_tag.get(tag, 0) + size
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated, self.at_peak = self.allocated, dict(self.by_tag)
+
+    def free(self, key):
+        size, tag = self.blocks.pop(key, (0, ""))
+        self.allocated -= size
+        self.by_tag[tag] = self.by_tag.get(tag, 0) - size
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """measured[stage]: what DeepSpeed allocates; stages have a process of their own, for stage 3 changes modules."""
+    folder = tmp_path_factory.mktemp("measured")
+    runs = {}
+    for stage in (2, 3):
+        command = [sys.executable, str(ROOT / "tests" / "measured.py"), str(stage), str(folder / f"{stage}.json")]
+        runs[stage] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for stage, run in runs.items():
+        output, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, output[-3000:]
+        runs[stage] = json.loads((folder / f"{stage}.json").read_text())
+    return runs
+
+
+@pytest.mark.parametrize("sums", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accounting_agrees_with_deepspeed(stage, name, sums, measured):
+    args = arguments(SETTINGS[name])
+    config = ds_config(args, stage, data_types={"grad_accum_dtype": sums})
+    setup = build(args, config, "meta")
+    trace = planner.run_trace(setup, on_gpu=False)
+
+    peaks = []  # above what lives before the backward, and before the step
+    memory = Exact()
+
+    class Watched(planner.DeepSpeed3 if stage == 3 else planner.DeepSpeed):
+        def start(self):
+            super().start()
+            self.before = memory.allocated
+
+        def step(self):
+            peaks.append(memory.peak_allocated - self.before)
+            self.before = memory.peak_allocated = memory.allocated
+            super().step()
+            peaks.append(memory.peak_allocated - self.before)
+
+    Watched(setup, 1, memory).play(trace)
+    backward, step = measured[stage][f"{name} {sums}"]
+    if not (stage == 3 and name == "all" and sums == "bf16"):  # there gloo, of the CPU alone, copies a bucket
+        assert peaks[0] == pytest.approx(backward, rel=0.02)
+    assert peaks[1] == pytest.approx(step, rel=0.02, abs=4096)
+
+
+def play(flags: str, stage: int, gpus: int, **sections) -> planner.DeepSpeed:
+    """A whole step, counted without an allocator's rounding."""
+    args = arguments(flags)
+    setup = build(args, ds_config(args, stage, gpus, **sections), "meta")
+    run = (planner.DeepSpeed3 if stage == 3 else planner.DeepSpeed)(setup, gpus, Exact())
+    run.play(planner.run_trace(setup))
+    return run
+
+
+def test_ranks_and_stages_share_what_they_should():
+    flags = "--mode glm2 --train_type all"
+    one, four, three = play(flags, 2, 1), play(flags, 2, 4), play(flags, 3, 4)
+    numel = sum(p.numel() for p in one.parameters)
+    lives = one.memory.by_tag  # after the step
+    assert lives["optimizer"] == 12 * numel  # master and two moments, float32
+    assert lives["weights"] == 2 * numel
+    assert lives["gradients"] == 2 * numel  # kept until the next step begins, and so by the next micro-batch
+    assert four.memory.by_tag["optimizer"] == 12 * numel // 4
+    assert four.memory.by_tag["weights"] == 2 * numel
+    assert three.memory.by_tag["optimizer"] == 12 * numel // 4
+    small = sum(p.numel() for p in three.parameters if p.numel() <= 10 * 128)  # these are whole on each rank, too
+    assert three.memory.by_tag["weights"] == 2 * numel // 4 + 2 * small
+    assert three.memory.at_peak["gathered"] > 0
+    assert three.memory.by_tag["gathered"] == 0
+    assert four.memory.peak_allocated < one.memory.peak_allocated
+
+
+def test_offload_moves_the_optimizer_to_main_memory():
+    flags = "--mode glm2 --train_type all"
+    device = {"device": "cpu"}
+    run = play(flags, 3, 4, zero_optimization={"offload_optimizer": device, "offload_param": device})
+    numel = sum(p.numel() for p in run.parameters)
+    assert "optimizer" not in run.memory.by_tag
+    assert run.cpu == pytest.approx((16 + 2 + 2) * numel / 4, rel=0.01)  # and its gradients, their sums, the weights
+    device["pin_memory"] = True  # such memory comes in powers of two
+    assert run.cpu < play(flags, 3, 4, zero_optimization={"offload_optimizer": device}).cpu <= 2 * run.cpu
+    two = play(flags, 2, 2, zero_optimization={"offload_optimizer": {"device": "cpu"}})
+    assert "optimizer" not in two.memory.by_tag
+    assert two.memory.by_tag["weights"] == 2 * numel
+
+
+def test_a_step_has_float32_gradients_beside_the_sums():
+    run = play("--mode glm2 --train_type all --gradient_checkpointing --max_len 8 --max_src_len 4", 2, 1)
+    assert run.peak_phase == "optimiser step"
+    decay, rest = (sum(p.numel() for p in group["params"]) for group in run.setup.groups)
+    # bf16 sums of all, a flat copy of a group's and its float32
+    assert run.memory.at_peak["gradients"] == 2 * (decay + rest) + (2 + 4) * decay
+
+
+# The command line
+
+
+@pytest.fixture
+def official(tmp_path, monkeypatch):
+    """The flags of a full-size ChatGLM2-6B of which there is nothing but config.json."""
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    MODE["glm2"].config().save_pretrained(tmp_path)
+    return f"--mode glm2 --model_name_or_path {tmp_path} --train_path {__file__} --plan".split()
+
+
+def test_plan_of_a_full_model_takes_seconds(official, capsys):
+    start = time.process_time()  # of this process: others may keep the machine busy
+    planner.plan(train.parse_args([*official, "--max_len", "1560", "--plan_gpus", "4"]), train.plan_setup)
+    assert time.process_time() - start < 30  # about 5, with six variations
+    text = capsys.readouterr().out
+    rows = dict(line.rsplit(maxsplit=1) for line in text.splitlines() if line.startswith("  ") and "(" not in line)
+    parts = {name.strip(): float(size) for name, size in rows.items()}
+    assert parts["weights"] == pytest.approx(6.24e9 * 2 / 2**30, abs=0.05)
+    assert sum(size for name, size in parts.items() if name != "peak") == pytest.approx(parts["peak"], abs=0.05)
+    for flag in ("--gradient_checkpointing True", "--ds_file ds_zero3_no_offload.json", "--max_len 780", "expandable"):
+        assert flag in text
+
+
+def test_max_memory_finds_the_cheapest_flags_that_fit(official, tmp_path, capsys):
+    MODE["glm2"].config(num_layers=2).save_pretrained(tmp_path)
+    flags = [*official, "--max_len", "1560", "--per_device_train_batch_size", "8", "--max_memory"]
+    alone = planner.Plans(train.plan_setup, 1)
+    args = train.parse_args([*flags, "9"])
+    whole = alone(args).peak / planner.GIB
+    args.per_device_train_batch_size = 1
+    one_row = alone(args).peak / planner.GIB
+    for limit, found in (
+        (whole + 0.1, "no change"),
+        (one_row + 0.1, "--per_device_train_batch_size 1 --gradient_accumulation_steps 8"),
+    ):
+        planner.plan(train.parse_args([*flags, str(limit)]), train.plan_setup)
+        assert f"with: {found} " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"nothing fits into 1\.6 GiB"):
+        planner.plan(train.parse_args([*flags, "1.6"]), train.plan_setup)
+
+
+def test_flags_that_cannot_be_meant_are_refused(official, tmp_path):
+    for flags, message in ((["--plan_gpus", "0"], "--plan_gpus must be"), (["--max_memory", "1"], "--max_memory must")):
+        with pytest.raises(UserError, match=message):
+            planner.plan(train.parse_args([*official, *flags]), train.plan_setup)
+    with pytest.raises(UserError, match="--max_memory goes with --plan"):
+        train.check_args(train.parse_args([*official[:-1], "--max_memory", "8"]))
+
+
+def test_a_plan_is_for_bf16_and_obeys_the_ds_file(official, tmp_path):
+    args = train.parse_args(official)
+    assert train.plan_setup(args, 1).ds_config["bf16"]["enabled"] is True
+    config = json.loads((ROOT / args.ds_file).read_text()) | FP32
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    args.ds_file = str(tmp_path / "ds.json")
+    assert next(train.plan_setup(args, 1).model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("zero_optimization", {"stage": 4}, "stage must be 0, 1, 2 or 3"),
+        ("optimizer", {"type": "Lion"}, "Adam and AdamW, not Lion"),
+        ("data_types", {"grad_accum_dtype": "fp23"}, "'fp23' is no type"),
+    ],
+)
+def test_a_ds_file_that_cannot_be_planned_is_refused(section, values, message):
+    args = arguments("--mode glm2 --train_type lora")
+    setup = build(args, ds_config(args, 2, **{section: values}), "meta")
+    with pytest.raises(UserError, match=message):
+        planner.account(setup, [], 1)
+
+
+def test_real_tensors_are_left_alone():
+    """The stand-ins for fused kernels serve the meta device only."""
+    dropout = nn.Dropout(0.5)
+    from memory_trace import meta_kernels
+
+    with meta_kernels(True):
+        assert dropout(torch.ones(1000)).unique().tolist() == [0.0, 2.0]
+    assert dropout(torch.ones(4, device="meta")).shape == (4,)
