@@ -93,6 +93,8 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.device == "meta" and kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}  # here may be no device to pin it for
         if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             result = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # moved out; never read
         elif func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
