@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 
 from data_set import Batch, MicroBatch, Sample, collate
+from glm_models.ops import TILE
 from memory_trace import CachingAllocator, Event, host_bytes, trace_step
 from utils import UserError, is_main, say
 
@@ -590,10 +591,20 @@ def _shorter(share: float):
     return change
 
 
+def _tiled(args, gpus):
+    return {"tiled_mlp": True} if args.max_len > TILE and not args.tiled_mlp else None
+
+
+def _inputs(args, gpus):
+    return {"offload_inputs": True} if args.gradient_checkpointing and not args.offload_inputs else None
+
+
 CHANGES = [
     (1, _single_rows),
     (2, _checkpointing),
     (3, _zero3),
+    (4, _tiled),
+    (5, _inputs),
     (6, _offload),
     (10, _shorter(0.75)),
     (20, _shorter(0.5)),

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "throughput": {"glm_models"},
     "utils": {"glm_models", "data_set", "throughput"},
     "memory_trace": {"glm_models"},
-    "planner": {"data_set", "memory_trace", "utils"},
+    "planner": {"data_set", "glm_models", "memory_trace", "utils"},
     "train": {"glm_models", "data_cache", "data_set", "planner", "throughput", "utils"},
     "merge_lora": {"glm_models", "utils"},
     "predict": {"glm_models", "data_set", "metrics", "utils"},

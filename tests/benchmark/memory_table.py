@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import planner  # noqa: E402
 import train  # noqa: E402
 from glm_models import MODE  # noqa: E402
+from utils import trim_deepspeed  # noqa: E402
 
 METHODS = {
     "freeze": ["--freeze_module_name", "layers.27.,layers.26.,layers.25.,layers.24."],
@@ -30,7 +31,7 @@ METHODS = {
 ALL_LINEAR = "query_key_value,dense_h_to_4h,dense_4h_to_h,dense"
 LORA_MODULES = {"glm": "query_key_value", "glm2": ALL_LINEAR, "glm3": ALL_LINEAR}  # of the original's commands
 
-# method, mode, ds file, checkpointing, max_len, GPUs, published GB, bound GiB
+# method, mode, ds file, checkpointing, max_len, GPUs, published GB, bound GiB, more flags
 ROWS = [
     ("freeze", "glm", "zero2", True, 1560, 1, 36, 26),
     ("freeze", "glm", "zero2", False, 1560, 1, 38, 26),
@@ -62,16 +63,18 @@ ROWS = [
     # not published: long context, every position a target
     ("lora", "glm3", "zero2", True, 8192, 1, None, 18.5),
     ("lora", "glm3", "zero2", True, 32768, 1, None, None),
+    ("lora", "glm3", "zero2", True, 32768, 1, None, 25.5, "--tiled_mlp"),
+    ("lora", "glm3", "zero2", True, 32768, 1, None, 19, "--tiled_mlp", "--offload_inputs"),
 ]
 
 
 def command(row: tuple, folder: str, files: dict[str, str], extra: list[str]) -> argparse.Namespace:
     """train.py's arguments for a row."""
-    method, mode, ds, checkpointing, max_len, _, published, _ = row
+    method, mode, ds, checkpointing, max_len, _, published, _, *more = row
     source = min(1024, max_len * 2 // 3) if published else 1
     argv = ["--mode", mode, "--model_name_or_path", folder, "--train_path", __file__, "--train_type", method]
     argv += ["--max_len", str(max_len), "--max_src_len", str(source), "--gradient_accumulation_steps", "4"]
-    argv += ["--ds_file", files[ds], "--gradient_checkpointing", str(checkpointing), *METHODS[method], *extra]
+    argv += ["--ds_file", files[ds], "--gradient_checkpointing", str(checkpointing), *METHODS[method], *more, *extra]
     if method == "lora":
         argv += ["--lora_module_name", LORA_MODULES[mode]]
     return train.parse_args(argv)
@@ -86,13 +89,14 @@ def main() -> None:
     )
     options, extra = parser.parse_known_args()  # what is left goes to train.py
     warnings.filterwarnings("ignore")
+    trim_deepspeed()  # as train.py does
     files = {"zero2": options.ds_zero2, "zero3": options.ds_zero3, "zero3_offload": "ds_zero3_offload.json"}
 
     results = []
     print("| method | model | ds | checkpointing | length | GPUs | published | planned | ratio | bound | most in |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in ROWS:
-        method, mode, ds, checkpointing, max_len, gpus, published, bound = row
+        method, mode, ds, checkpointing, max_len, gpus, published, bound, *more = row
         with tempfile.TemporaryDirectory() as folder:
             MODE[mode].config().save_pretrained(folder)  # the defaults are the official values
             start = time.perf_counter()
@@ -103,13 +107,14 @@ def main() -> None:
         verdict = "-" if bound is None else f"{bound} {'ok' if planned <= bound else 'MISSED'}"
         shown = "yes" if checkpointing else "no"
         print(
-            f"| {method} | {mode} | {ds} | {shown} | {max_len} | {gpus} | {published or '-'} "
+            f"| {' '.join([method, *more])} | {mode} | {ds} | {shown} | {max_len} | {gpus} | {published or '-'} "
             f"| {planned:.1f} | {ratio} | {verdict} | {found.phase} |",
             flush=True,
         )
         results.append(
             {
                 "method": method,
+                "flags": more,
                 "mode": mode,
                 "ds": ds,
                 "gradient_checkpointing": checkpointing,
