@@ -256,6 +256,7 @@ def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict
         # one more than there are: the lr is 0 after the last step, not in it
         "scheduler.params.total_num_steps": total_steps + 1,
         "zero_optimization.reduce_bucket_size": 20_000_000,  # two buffers of so many numbers; 40 MB are sent well
+        "zero_optimization.overlap_comm": world_size > 1,  # alone there is nothing to overlap, and it keeps gradients
         "zero_optimization.allgather_bucket_size": 200_000_000,
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
         "zero_optimization.stage3_prefetch_bucket_size": hidden_size * hidden_size,
@@ -286,6 +287,7 @@ def build_model(args, load):
     model = TRAIN_TYPE[args.train_type](args, load_lean)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # transformers asks for them, and layers below those that train would pay
     return model
 
 

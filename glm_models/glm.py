@@ -1,5 +1,6 @@
 """ChatGLM-6B: LayerNorm blocks with scaled residuals, 2-D rotary positions, a bidirectional context before `<sop>`."""
 
+import functools
 import itertools
 import math
 import re
@@ -16,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .attention import Segment, attend, real_tokens, split_heads, visible_mask
 from .chat import ChatMixin
 from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
-from .ops import OutputLayer, TiledMLP, rotary
+from .ops import OutputLayer, TiledMLP, rotary, through
 from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 
 
@@ -206,14 +207,20 @@ class GLMAttention(nn.Module):
         return self.dense(attend(self, q, k, v, mask, prefix, cache))
 
 
+gelu = functools.partial(F.gelu, approximate="tanh")
+
+
 class GLMMLP(TiledMLP):
     def __init__(self, config: GLMConfig):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
         self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
 
-    def transform(self, hidden_states):
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+    def transform(self, hidden_states, in_checkpoint):
+        hidden_states = self.dense_h_to_4h(hidden_states)
+        if in_checkpoint:
+            return self.dense_4h_to_h(gelu(hidden_states))
+        return through(gelu, self.dense_4h_to_h, hidden_states)
 
 
 class GLMBlock(Block):
@@ -231,7 +238,7 @@ class GLMBlock(Block):
         normed = self.input_layernorm(hidden_states.to(angles[0].device, non_blocking=True))
         hidden_states = normed * self.alpha + self.attention(normed, angles, mask, prefix, cache)
         normed = self.post_attention_layernorm(hidden_states)
-        return normed * self.alpha + self.mlp(normed)
+        return normed * self.alpha + self.mlp(normed, self.gradient_checkpointing)
 
 
 class GLMPreTrainedModel(ChatGLMPreTrainedModel):

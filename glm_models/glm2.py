@@ -14,7 +14,7 @@ from .attention import Segment, attend, split_heads, visible_mask
 from .chat import ChatMixin
 from .checkpoint import CheckpointError
 from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
-from .ops import OutputLayer, TiledMLP, rms_norm, rotary, swiglu
+from .ops import OutputLayer, TiledMLP, rms_norm, rotary, swiglu, through
 from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 
 
@@ -273,8 +273,11 @@ class MLP(TiledMLP):
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
         self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
-    def transform(self, hidden_states):
-        return self.dense_4h_to_h(swiglu(self.dense_h_to_4h(hidden_states)))
+    def transform(self, hidden_states, in_checkpoint):
+        hidden_states = self.dense_h_to_4h(hidden_states)
+        if in_checkpoint:
+            return self.dense_4h_to_h(swiglu(hidden_states))
+        return through(swiglu, self.dense_4h_to_h, hidden_states)
 
 
 class ChatGLM2Block(Block):
@@ -289,7 +292,7 @@ class ChatGLM2Block(Block):
         hidden_states = hidden_states.to(angles[0].device, non_blocking=True)
         attended = self.self_attention(self.input_layernorm(hidden_states), angles, mask, prefix, cache)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), self.gradient_checkpointing)
 
 
 class ChatGLM2PreTrainedModel(ChatGLMPreTrainedModel):

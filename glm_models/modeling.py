@@ -165,7 +165,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 all_hidden_states.append(hidden_states)
             if layer.offload_input and layer.gradient_checkpointing and self.training:
                 hidden_states = to_cpu(hidden_states)
-            hidden_states = layer(hidden_states, angles, mask, prefix[i] if prefix is not None else None, cache)
+            # below the lowest layer that trains there is no graph: a checkpoint would keep its input nevertheless
+            trains = prefix is not None or any(p.requires_grad for p in layer.parameters())
+            learns = trains or hidden_states.requires_grad
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                hidden_states = layer(hidden_states, angles, mask, prefix[i] if prefix is not None else None, cache)
         return hidden_states, all_hidden_states
 
     def prefixes(self, batch: int) -> torch.Tensor | None:

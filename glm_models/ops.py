@@ -64,6 +64,28 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return _SwiGLU.apply(x)
 
 
+def through(function, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """module(function(x)); what it would keep of function(x) is computed again in the backward pass.
+
+    Not for use inside a checkpoint: that has hooks of its own on what is kept, and these would take their place.
+    """
+    middle = function(x)
+    storage, numbers = middle.untyped_storage()._cdata, middle.numel()
+
+    def pack(tensor):
+        whole = tensor.untyped_storage()._cdata == storage and tensor.numel() == numbers
+        return tensor.shape if whole else tensor
+
+    def unpack(packed):
+        if isinstance(packed, torch.Tensor):
+            return packed
+        with torch.no_grad():
+            return function(x).view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return module(middle)
+
+
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mixed, cos, sin, rotate):
@@ -104,14 +126,15 @@ class TiledMLP(nn.Module):
 
     tiled = False
 
-    def transform(self, x: torch.Tensor) -> torch.Tensor:
+    def transform(self, x: torch.Tensor, in_checkpoint: bool) -> torch.Tensor:
         """[batch, tokens, hidden] -> the same, token by token."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, in_checkpoint: bool = False) -> torch.Tensor:
         if not (self.tiled and self.training and torch.is_grad_enabled() and x.shape[1] > TILE):
-            return self.transform(x)
-        return torch.cat([checkpoint(self.transform, part, use_reentrant=False) for part in x.split(TILE, 1)], dim=1)
+            return self.transform(x, in_checkpoint)
+        parts = [checkpoint(self.transform, part, True, use_reentrant=False) for part in x.split(TILE, dim=1)]
+        return torch.cat(parts, dim=1)
 
 
 class _ToCpu(torch.autograd.Function):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from measured import ROOT, SETTINGS, arguments, build, ds_config, peak_of
+from measured import ROOT, SETTINGS, SIZES, arguments, build, ds_config, peak_of
 from torch import nn
 
 import planner
@@ -44,6 +44,19 @@ def test_tracker_agrees_with_the_cpu_allocator(mode, method, checkpointing):
 
     again = build(args, config, "cpu")
     assert peak_bytes(trace_step(again.model, again.batch, engine=False)) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mode", MODE)
+def test_layers_below_the_lowest_trained_keep_nothing(mode, checkpointing, monkeypatch):
+    args = arguments(f"--mode {mode} --train_type freeze --gradient_checkpointing {checkpointing}")
+    peaks = []
+    for layers in (2, 6):
+        monkeypatch.setitem(SIZES[mode], "num_layers", layers)
+        args.freeze_module_name = f"layers.{layers - 1}."
+        meta = build(args, ds_config(args, 2, **FP32), "meta")
+        peaks.append(peak_bytes(trace_step(meta.model, on_meta(meta.batch), on_gpu=False, engine=False)))
+    assert peaks[0] == peaks[1]
 
 
 def test_tracker_would_notice_attention_scores():
