@@ -275,7 +275,7 @@ def test_ranks_and_stages_share_what_they_should():
     lives = one.memory.by_tag  # after the step
     assert lives["optimizer"] == 12 * numel  # master and two moments, float32
     assert lives["weights"] == 2 * numel
-    assert lives["gradients"] == 2 * numel  # kept until the next step begins, and so by the next micro-batch
+    assert lives["gradients"] == 4 * numel  # float32 sums, kept until the next step begins, and so by the next micro-batch
     assert four.memory.by_tag["optimizer"] == 12 * numel // 4
     assert four.memory.by_tag["weights"] == 2 * numel
     assert three.memory.by_tag["optimizer"] == 12 * numel // 4
@@ -300,8 +300,9 @@ def test_offload_moves_the_optimizer_to_main_memory():
     assert two.memory.by_tag["weights"] == 2 * numel
 
 
-def test_a_step_has_float32_gradients_beside_the_sums():
-    run = play("--mode glm2 --train_type all --gradient_checkpointing --max_len 8 --max_src_len 4", 2, 1)
+def test_a_step_has_float32_gradients_beside_sums_in_bf16():
+    flags = "--mode glm2 --train_type all --gradient_checkpointing --max_len 8 --max_src_len 4"
+    run = play(flags, 2, 1, data_types={"grad_accum_dtype": "bf16"})
     assert run.peak_phase == "optimiser step"
     decay, rest = (sum(p.numel() for p in group["params"]) for group in run.setup.groups)
     # bf16 sums of all, a flat copy of a group's and its float32
