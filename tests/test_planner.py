@@ -275,7 +275,7 @@ def test_ranks_and_stages_share_what_they_should():
     lives = one.memory.by_tag  # after the step
     assert lives["optimizer"] == 12 * numel  # master and two moments, float32
     assert lives["weights"] == 2 * numel
-    assert lives["gradients"] == 4 * numel  # float32 sums, kept until the next step begins, and so by the next micro-batch
+    assert lives["gradients"] == 4 * numel  # float32 sums, kept until the next step begins
     assert four.memory.by_tag["optimizer"] == 12 * numel // 4
     assert four.memory.by_tag["weights"] == 2 * numel
     assert three.memory.by_tag["optimizer"] == 12 * numel // 4
