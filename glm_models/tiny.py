@@ -81,6 +81,7 @@ def make_tiny_checkpoint(
     heads: int = 4,
     vocab_size: int | None = None,
     seed: int = 1234,
+    embedding_rows: int | None = None,
     **config,
 ) -> None:
     """Write a checkpoint folder of family `mode` with random float32 weights.
@@ -89,6 +90,7 @@ def make_tiny_checkpoint(
         output: the folder; made if need be, must be empty.
         lines: text for the tokenizer.
         vocab_size: see `train_sentencepiece`.
+        embedding_rows: of the embedding and the output layer; None for what the tokenizer needs.
         config: more keys for config.json.
 
     Raises:
@@ -120,7 +122,7 @@ def make_tiny_checkpoint(
         tokenizer_config |= {"pad_token": "<pad>", "unk_token": "<unk>"}
     write_json(os.path.join(output, "tokenizer_config.json"), tokenizer_config)
     tokenizer = family.tokenizer.from_pretrained(output)
-    rows = -(-tokenizer.vocab_size // 16) * 16  # padded, as the official embeddings are
+    rows = embedding_rows or -(-tokenizer.vocab_size // 16) * 16  # padded, as the official embeddings are
     if mode == "glm":
         common |= {
             "vocab_size": rows,

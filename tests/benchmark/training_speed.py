@@ -179,8 +179,8 @@ def make_base(mode: str, folder: str, data: str, hidden: int, layers: int) -> No
     """A random model with the real number of vocabulary rows."""
     from glm_models.tiny import make_tiny_checkpoint, read_lines
 
-    rows = {"vocab_size": 130528} if mode == "glm" else {"padded_vocab_size": 65024}
-    make_tiny_checkpoint(mode, folder, read_lines([data]), layers, hidden, hidden // 64, 4000, **rows)
+    rows = 130528 if mode == "glm" else 65024
+    make_tiny_checkpoint(mode, folder, read_lines([data]), layers, hidden, hidden // 64, 4000, embedding_rows=rows)
 
 
 def main():
