@@ -328,12 +328,16 @@ class DeepSpeed:
             # one tensor that needs no padding is flat as it is
             alone = len(group["params"]) == 1 and group["params"][0].numel() == size
             flat = None if alone else self.take("gradients", self.sum_item * size)
-            single = flat
-            if self.sum_item != 4:
-                single = self.take("gradients", 4 * size)
-                self.drop(flat)
-            self.drop(self.take("optimizer", self.step_copy * size))
-            self.drop(single)
+            self.update(flat, size)
+
+    def update(self, flat, size: int) -> None:
+        """Adam on `size` numbers whose gradients are `flat` already (or need not be): in float32."""
+        single = flat
+        if self.sum_item != 4:
+            single = self.take("gradients", 4 * size)
+            self.drop(flat)
+        self.drop(self.take("optimizer", self.step_copy * size))
+        self.drop(single)
 
 
 class DeepSpeed3(DeepSpeed):
@@ -511,12 +515,7 @@ class DeepSpeed3(DeepSpeed):
             size = sum(pieces)
             # flattened, then made float32
             flat = self.take("gradients", self.sum_item * size) if len(pieces) > 1 else None
-            single = flat
-            if self.sum_item != 4:
-                single = self.take("gradients", 4 * size)
-                self.drop(flat)
-            self.drop(self.take("optimizer", self.step_copy * size))
-            self.drop(single)
+            self.update(flat, size)
 
 
 EXPANDABLE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"

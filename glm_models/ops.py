@@ -220,9 +220,11 @@ def summed_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, targets: 
     def loss(part, target):
         return F.cross_entropy(head(part).float(), target, reduction="sum")
 
-    chunks = torch.tensor(max(1, -(-len(targets) * head.out_features // CHUNK)), device=targets.device)
+    chunks = max(1, -(-len(targets) * head.out_features // CHUNK))
     if any(hasattr(p, "ds_id") for p in head.parameters()):
         # ZeRO-3 gathers weights from all ranks at every call: each must make as many, some perhaps with nothing in them
-        torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
-    parts = zip(hidden_states.tensor_split(chunks.item()), targets.tensor_split(chunks.item()), strict=True)
+        most = torch.tensor(chunks, device=targets.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        chunks = most.item()
+    parts = zip(hidden_states.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
     return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
