@@ -129,12 +129,17 @@ def variant_jobs(tiny, rows, folder, variants, ranks, pairs=PAIRS, data="six"):
     return jobs
 
 
+def losses_of(tiny, rows, folder, variants, two_ranks, *what) -> dict[str, list[float]]:
+    """Loss lists of variants on one rank, and of others, their names with -two, on two."""
+    one = run_jobs(folder, 1, variant_jobs(tiny, rows, folder, variants, 1, *what))
+    two = run_jobs(folder, 2, variant_jobs(tiny, rows, folder, two_ranks, 2, *what))
+    return one | {f"{name}-two": values for name, values in two.items()}
+
+
 @pytest.fixture(scope="module")
 def losses(tiny, rows, folder):
     """Loss lists of every family, method and variant; 4x1 comes first and is what the others are held against."""
-    one = run_jobs(folder, 1, variant_jobs(tiny, rows, folder, VARIANTS, 1))
-    two = run_jobs(folder, 2, variant_jobs(tiny, rows, folder, TWO_RANKS, 2))
-    return one | {f"{name}-two": values for name, values in two.items()}
+    return losses_of(tiny, rows, folder, VARIANTS, TWO_RANKS)
 
 
 @pytest.mark.parametrize("variant", [*list(VARIANTS)[1:], *(f"{name}-two" for name in TWO_RANKS)])
@@ -147,11 +152,7 @@ def test_losses_do_not_depend_on_how_a_batch_is_run(losses, mode, method, varian
 
 @pytest.fixture(scope="module")
 def one_step_losses(tiny, rows, folder):
-    one, two = (
-        run_jobs(folder, ranks, variant_jobs(tiny, rows, folder, variants, ranks, ONE_STEP_PAIRS, "four"))
-        for ranks, variants in ((1, ONE_STEP), (2, ONE_STEP_TWO_RANKS))
-    )
-    return one | {f"{name}-two": values for name, values in two.items()}
+    return losses_of(tiny, rows, folder, ONE_STEP, ONE_STEP_TWO_RANKS, ONE_STEP_PAIRS, "four")
 
 
 @pytest.mark.parametrize("variant", [*list(ONE_STEP)[1:], *(f"{name}-two" for name in ONE_STEP_TWO_RANKS)])

@@ -14,14 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from process import forget_peak, status
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-
-
-def status(key: str) -> int:
-    """Bytes of this process, by its name in /proc/self/status."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[key].split()[0]) * 1024
 
 
 def load(folder: str, ds_file: str) -> None:
@@ -35,7 +31,7 @@ def load(folder: str, ds_file: str) -> None:
     rank, world_size = utils.start_distributed(verbose=False)
     args = train.parse_args(f"--mode glm3 --model_name_or_path {folder} --train_path {__file__}".split())
     config = utils.load_ds_config(ds_file, train.ds_values(args, world_size, 10, 1024))
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    forget_peak()
     before = status("VmRSS")
     model = utils.load_base("glm3", folder, torch.float32, config)
     found = [status("VmHWM") - before, status("VmRSS") - before]

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from process import forget_peak, status
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -31,19 +33,13 @@ OURS = {
 KINDS = ("trainer", *OURS)
 
 
-def status(key: str) -> int:
-    """Bytes of this process, by its name in /proc/self/status."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[key].split()[0]) * 1024
-
-
 class Clock:
     """Times steps, and the peak of memory above that of the loaded model."""
 
     def start(self) -> None:
         """Call once the model is loaded."""
         self.ends, self.tokens = [], []
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        forget_peak()
         self.loaded = status("VmRSS")
 
     def step(self, tokens: int) -> None:
