@@ -249,7 +249,7 @@ def prepare(
     if data_cache.is_whole(file):
         return file
 
-    counts = {"prompts_cut": 0, "answers_cut": 0, "skipped": 0}
+    counts = {"prompts_cut": 0, "answers_cut": 0, "skipped": 0, "content": content}
     hidden = not (progress and sys.stderr.isatty())
     with tqdm(total=line_breaks + 1, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
         rows = read_rows(path, empty_outputs=empty_outputs)
@@ -361,6 +361,7 @@ class InstructionData(Dataset):
         self.lines = records["line"]  # [samples], where each comes from
         self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]
         self.skipped = counts["skipped"]
+        self.content = counts["content"]  # SHA-256 of the file
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -411,6 +412,7 @@ class Batch(dict):
 
     tokens: int  # that are learnt from or read: none in a filler
     samples: int
+    rows: list[int]  # their numbers in the data; none in a filler
 
     def to(self, device) -> dict:
         """The arguments with their tensors on `device`."""
@@ -431,6 +433,7 @@ def collate(samples: list[Sample], context_length: Callable[[list[int]], int], m
         num_items_in_batch=micro_batch.num_items,
     )
     batch.tokens, batch.samples = (0, 0) if micro_batch.is_filler else (len(labels), len(samples))
+    batch.rows = [] if micro_batch.is_filler else micro_batch.rows
     return batch
 
 
@@ -530,4 +533,5 @@ def _deal_step(data: InstructionData, packs: list[list[int]], parts: int) -> lis
 def epoch_loader(data: InstructionData, steps: list[list[MicroBatch]], rank: int, world_size: int, pin: bool):
     """A DataLoader over the batches of one rank."""
     mine = [micro_batch for step in steps for micro_batch in step[rank::world_size]]
-    return DataLoader(data, sampler=mine, batch_size=None, pin_memory=pin)
+    # a generator of its own: at each start a loader takes a number from the global one, which dropout draws from too
+    return DataLoader(data, sampler=mine, batch_size=None, pin_memory=pin, generator=torch.Generator())

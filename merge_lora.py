@@ -12,9 +12,10 @@ import os
 import torch
 from safetensors.torch import load_file
 
+from folders import new_folder
 from glm_models import MODE, check_family
 from glm_models.checkpoint import read_json, read_weights, write_side_files, write_weights
-from utils import UserError, clear_errors, load_tokenizer, new_folder, quiet
+from utils import UserError, clear_errors, load_tokenizer, quiet
 
 PREFIX = "base_model.model."  # what peft puts before the names of the base model
 

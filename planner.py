@@ -694,6 +694,16 @@ def table(found: Needs) -> str:
     return "\n".join(f"  {name:<18}{size / GIB:8.2f}" for name, size in rows)
 
 
+def advice(args: argparse.Namespace, plans: Plans) -> str:
+    """What would lower the peak, a line each: GiB of a GPU with it, the difference, the flags."""
+    before = plans(args).peak
+    lines = [
+        f"  {after.peak / GIB:6.2f} ({(after.peak - before) / GIB:+.2f})  {change}"
+        for change, after in suggestions(args, plans)
+    ]
+    return "\n".join(["what would lower it:", *lines])
+
+
 def plan(args: argparse.Namespace, build: Build) -> None:
     """Print what `args` need, and what would lower it; with --max_memory, flags that fit.
 
@@ -721,9 +731,7 @@ def plan(args: argparse.Namespace, build: Build) -> None:
         + (", and what --save_model_step saves" if args.save_model_step else "")
     )
     if args.max_memory is None:
-        say("what would lower it:")
-        for change, after in suggestions(args, plans):
-            say(f"  {after.peak / GIB:6.2f} ({(after.peak - found.peak) / GIB:+.2f})  {change}")
+        say(advice(args, plans))
         return
     best = cheapest(args, plans, args.max_memory * GIB)
     if best is None:

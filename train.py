@@ -6,6 +6,7 @@
 """
 
 import argparse
+import math
 import os
 
 # Else fragments of the allocator cost 2 to 5 GiB of a GPU. To be said before torch comes in.
@@ -18,9 +19,13 @@ from peft import LoraConfig, get_peft_model
 
 import data_cache
 import planner
+from data_cache import file_hash
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
+from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
+from states import Run, States, check_run, find_state, list_states
+from stops import Peers, Watch, told_clearly
 from throughput import matmul_peak, needed_flops
 from utils import (
     RunLog,
@@ -32,6 +37,7 @@ from utils import (
     load_base,
     load_ds_config,
     load_tokenizer,
+    on_rank_0,
     once_per_node,
     quiet,
     save_model,
@@ -195,6 +201,22 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument(
         "--save_model_step", type=int, help="also save every so many optimiser steps (always: each epoch)"
     )
+    group = parser.add_argument_group("interruptions")
+    group.add_argument("--save_state_steps", type=int, help="save a training state every so many optimiser steps")
+    group.add_argument(
+        "--save_total_limit", type=int, default=2, help="training states to keep (default: the newest 2)"
+    )
+    group.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="auto",
+        metavar="auto|PATH",
+        help="go on from the newest whole state of --output_dir (auto; from the start if there is none), or from PATH",
+    )
+    group.add_argument("--resume_changed", **flag, help="go on although flags or data differ from those of the state")
+    group.add_argument(
+        "--skip_nonfinite", type=int, default=0, help="pass over so many steps whose loss or gradients are not finite"
+    )
     group.add_argument("--verbose", **flag, help="show what the libraries have to say")
     return parser.parse_args(argv)
 
@@ -205,8 +227,11 @@ def check_args(args) -> None:
     for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "show_loss_step"):
         if getattr(args, name) < 1:
             wrong.append(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.save_model_step is not None and args.save_model_step < 1:
-        wrong.append(f"--save_model_step must be at least 1, not {args.save_model_step}")
+    for name in ("save_model_step", "save_state_steps", "save_total_limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            wrong.append(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.skip_nonfinite < 0:
+        wrong.append(f"--skip_nonfinite must not be below 0, not {args.skip_nonfinite}")
     if not 0 < args.learning_rate < float("inf"):
         wrong.append(f"--learning_rate must be above 0, not {args.learning_rate}")
     if not 0 <= args.weight_decay < float("inf"):
@@ -314,23 +339,76 @@ def plan_setup(args, gpus: int) -> planner.Setup:
     return planner.Setup(model, planner.longest_batch(args, config), ds_config, groups)
 
 
+# Flags that a run may go on without: they change no loss, but for rounding. All others are part of what it is.
+MAY_CHANGE = {
+    *("train_path", "model_name_or_path", "ds_file", "output_dir", "data_cache"),  # their content is compared
+    *("gradient_checkpointing", "tiled_mlp", "offload_inputs", "attn_implementation", "local_rank"),
+    *("plan", "max_memory", "plan_gpus", "show_loss_step", "save_model_step", "save_state_steps", "save_total_limit"),
+    *("resume_from_checkpoint", "resume_changed", "skip_nonfinite", "verbose"),
+}
+
+
+def describe_run(args, data, tokenizer, ds_config: dict, world_size: int) -> Run:
+    """What losses depend on: flags, and the content of what flags name."""
+    settings = {f"--{name}": value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings |= {
+        "SHA-256 of --train_path": data.content,
+        "config.json of --model_name_or_path": file_hash(os.path.join(args.model_name_or_path, "config.json"))[0],
+        "tokenizer of --model_name_or_path": tokenizer.fingerprint(),
+    }
+    for section in ("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"):
+        settings[f"{section} of --ds_file"] = ds_config.get(section)
+    return Run(settings, world_size, ds_config["zero_optimization"].get("stage", 0))
+
+
+def open_output(args) -> str | None:
+    """Make --output_dir ready, on rank 0. Returns the state to go on from, if there is one.
+
+    Raises:
+        FolderError, UserError: see `folders.sweep` and `states.find_state`; or there are states and the run is new.
+    """
+    for folder in (args.output_dir, os.path.join(args.output_dir, "states")):
+        for path in sweep(folder):
+            say(f"{path}: tidied up after a run that was killed")
+    if args.resume_from_checkpoint:
+        state, broken = find_state(args.resume_from_checkpoint, args.output_dir)
+        for problem in broken:
+            say(f"warning: a newer state cannot be used: {problem}")
+        say(f"going on from {state}" if state else f"no training state in {args.output_dir} yet: from the start")
+        return state
+    if there := list_states(args.output_dir):
+        raise UserError(
+            f"--output_dir {args.output_dir} holds training states of an earlier run (newest: {there[0]}): "
+            "--resume_from_checkpoint goes on from it; or remove them, or name another folder"
+        )
+    return None
+
+
 def train(args) -> list[tuple[int, float]]:
     """The whole run. Returns (step, loss) of every line it showed."""
     check_args(args)
     trim_deepspeed()
     rank, world_size = start_distributed(args.verbose)
+    peers = Peers()
     set_seed(args.seed)
+    locks = []  # held until this function returns
+    on_rank_0(lambda: locks.append(lock_folder(args.output_dir)))
+    state = on_rank_0(lambda: open_output(args))
 
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
     data = load_data(args, tokenizer)
     say(f"data: {data.summary()}")
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
     packs = pack_rows(data, args.max_len, args.seed) if args.packing else [[i] for i in range(len(data))]
-    total_steps = args.num_train_epochs * count_steps(len(packs), *split)
+    epoch_steps = count_steps(len(packs), *split)
+    total_steps = args.num_train_epochs * epoch_steps
 
-    hidden_size = MODE[args.mode].config.from_pretrained(args.model_name_or_path).hidden_size
-    ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, hidden_size))
+    config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
+    ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
     dtype = compute_dtype(ds_config)
+    run = describe_run(args, data, tokenizer, ds_config, world_size)
+    for change in check_run(state, run, args.resume_changed) if state else ():
+        say(f"warning: changed since {state}: {change}")
 
     def load(**config):
         return load_base(args.mode, args.model_name_or_path, dtype, ds_config, args.attn_implementation, **config)
@@ -346,25 +424,51 @@ def train(args) -> list[tuple[int, float]]:
     fit_buckets(ds_config, trained)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     engine.lr_scheduler.step(1)  # else the first two steps would have lr 0: DeepSpeed's schedulers count from -1
+    log = RunLog(engine, args.output_dir, total_steps, args.show_loss_step, needed_flops(model), matmul_peak(dtype))
+    watch = Watch(engine, data.lines, args.train_path, math.log(config.vocab_size), args.skip_nonfinite)
+    parts = {"log": log, "watch": watch}
+    states = States(engine, parts, run, args.output_dir, args.save_state_steps, args.save_total_limit)
+    on_rank_0(lambda: check_room(args, model, dtype, states))
+    if state:
+        states.load(state)
     say(f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows")
 
-    log = RunLog(engine, args.output_dir, total_steps, args.show_loss_step, needed_flops(model), matmul_peak(dtype))
     pin = get_accelerator().device_name() != "cpu"
     engine.train()
-    for epoch in range(1, args.num_train_epochs + 1):
-        plan = plan_epoch(data, packs, *split, args.seed, epoch, args.group_by_length)
-        for batch in epoch_loader(data, plan, rank, world_size, pin):
-            loss = engine(**batch.to(device())).loss
-            engine.backward(loss)
-            engine.step()
+    log.begin()
+    with watch:
+        for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
+            plan = plan_epoch(data, packs, *split, args.seed, epoch, args.group_by_length)
+            todo = plan[engine.global_steps % epoch_steps :]
+            for batch in epoch_loader(data, todo, rank, world_size, pin):
+                loss = engine(**watch.begin(batch).to(device())).loss
+                engine.backward(loss)
+                engine.step()
 
-            stepped = log.add(loss, batch, epoch)
-            last = engine.global_steps == epoch * len(plan)
-            if stepped and not last and args.save_model_step and engine.global_steps % args.save_model_step == 0:
-                save(args, engine, model, tokenizer, epoch, dtype)
-        save(args, engine, model, tokenizer, epoch, dtype)
+                step = watch.end(loss)  # None until all micro-batches of an optimiser step are through
+                if step is None:
+                    continue
+                log.add(step, epoch)
+                done = engine.global_steps
+                if done % epoch_steps == 0 or (args.save_model_step and done % args.save_model_step == 0):
+                    save(args, engine, model, tokenizer, epoch, dtype)
+                if done < total_steps and (states.due() or watch.interrupted):
+                    watch.end_if_interrupted(states.save())
+    peers.close()
     log.close()
     return log.history
+
+
+def check_room(args, model, dtype, states: States) -> None:
+    """Make sure that the disk has room for one result and the states; warn if not for all results."""
+    parameters = [p for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config")]
+    result = sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * dtype.itemsize
+    kept = (
+        states.size() * (args.save_total_limit + 1) if args.save_state_steps else 0
+    )  # a new one before an old one goes
+    check_space(args.output_dir, result + kept, "a result and the training states" if kept else "a result")
+    if free_space(args.output_dir) < args.num_train_epochs * result + kept:
+        say(f"warning: the disk of {args.output_dir} has no room for the results of all epochs")
 
 
 def save(args, engine, model, tokenizer, epoch: int, dtype) -> None:
@@ -373,10 +477,18 @@ def save(args, engine, model, tokenizer, epoch: int, dtype) -> None:
     say(f"saved {folder}")
 
 
+def memory_advice(args) -> str:
+    """What would need less memory, as --plan has it."""
+    try:
+        return planner.advice(args, planner.Plans(plan_setup, int(os.environ.get("WORLD_SIZE", 1))))
+    except Exception as error:  # the error that this is said of must not be lost
+        return f"--plan can tell what would need less memory ({error})"
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     quiet(args.verbose)
-    with clear_errors(DataError):
+    with clear_errors(DataError), told_clearly(lambda: memory_advice(args)):
         if args.plan:
             check_args(args)
             trim_deepspeed()

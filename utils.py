@@ -3,16 +3,19 @@
 import argparse
 import contextlib
 import datetime
+import functools
 import io
 import itertools
 import logging
+import math
 import os
 import random
+import re
 import resource
-import shutil
 import socket
 import sys
 import time
+import traceback
 import warnings
 
 import deepspeed
@@ -23,7 +26,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
 
-from data_set import Batch
+from folders import FolderError, new_folder
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.checkpoint import read_json, write_side_files, write_weights
 from throughput import Flops
@@ -63,28 +66,50 @@ def start_distributed(verbose: bool) -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+@functools.cache
+def control_group() -> torch.distributed.ProcessGroup:
+    """A group of all ranks for what they have to tell each other on the CPU, without a word to the devices."""
+    # the default group waits half an hour at most, and a large file takes longer to prepare
+    return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+
+def _once(action, runs_it: bool) -> list:
+    """Outcomes of `action()` by rank, of those that run it; the others wait.
+
+    Raises:
+        Exception: of the first rank that failed, on all ranks.
+    """
+    result = error = None
+    if runs_it:
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+    outcomes = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(outcomes, (result, error), control_group())
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
+
+
 def once_per_node(action):
     """What `action()` returns on the first process of this node, which alone runs it; the others wait for it.
 
     Raises:
         Exception: that of the first such process that failed, on all processes of all nodes.
     """
-    # a group of its own: others wait half an hour at most, and a large file takes longer to prepare
-    group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-    result = error = None
     local_rank = int(os.environ["LOCAL_RANK"])
-    if local_rank == 0:
-        try:
-            result = action()
-        except Exception as caught:
-            error = caught
-    outcomes = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(outcomes, (result, error), group)
-    torch.distributed.destroy_process_group(group)
-    for _, error in outcomes:
-        if error is not None:
-            raise error
-    return outcomes[torch.distributed.get_rank() - local_rank][0]
+    return _once(action, local_rank == 0)[torch.distributed.get_rank() - local_rank]
+
+
+def on_rank_0(action):
+    """What `action()` returns on rank 0, which alone runs it; the others wait for it.
+
+    Raises:
+        Exception: that of rank 0, on all.
+    """
+    return _once(action, torch.distributed.get_rank() == 0)[0]
 
 
 def trim_deepspeed() -> None:
@@ -114,25 +139,49 @@ def say(message: str) -> None:
         sys.stdout.flush()
 
 
+LATER = 75  # exit code of a run that can go on; "temporary failure" in sysexits.h
+
+
+class StopTraining(Exception):
+    """The run ends here.
+
+    exit_code: of the process; stops.py has the list.
+    everyone: all ranks end so, together, and rank 0 says why.
+    """
+
+    def __init__(self, exit_code: int, message: str, everyone: bool = True):
+        super().__init__(message)
+        self.exit_code, self.everyone = exit_code, everyone
+
+
 @contextlib.contextmanager
 def clear_errors(*kinds: type[Exception]):
-    """End with one line and exit code 2 on errors that the user can put right; others keep their traceback.
+    """End with one line and exit code 2 on errors that the user can put right, and as a StopTraining says; others keep
+    their traceback.
 
     Most such errors meet every rank at once; then rank 0 speaks for all. One that meets a single other rank is told by
     that rank after a moment, in which the launcher would have ended it if rank 0 had failed too.
     """
     try:
         yield
-    except (UserError, CheckpointError, *kinds) as error:
-        message = str(error)
-    else:
         return
-    if not is_main():
-        time.sleep(3)
-        message = f"[rank {os.environ['RANK']}] {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    except StopTraining as stop:
+        code, message, everyone = stop.exit_code, f"{'error: ' * (stop.exit_code < LATER)}{stop}", stop.everyone
+    except (UserError, CheckpointError, FolderError, *kinds) as error:
+        code, message, everyone = 2, f"error: {error}", False
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        code, message, everyone = 1, traceback.format_exc().rstrip(), False
+        if re.search("closed by peer|connection reset|broken pipe", str(error), re.IGNORECASE):
+            message = "error: the connection to another process of this training is lost; see what that one says"
+    if is_main() or not everyone:
+        if not is_main():
+            time.sleep(3)
+            message = f"[rank {os.environ['RANK']}] {message}"
+        print(message, file=sys.stderr, flush=True)
     # not sys.exit: a process group whose other ranks wait in a collective would not let the interpreter end
-    os._exit(2)
+    os._exit(code)
 
 
 def set_seed(seed: int) -> None:
@@ -276,22 +325,6 @@ def gathered(named_parameters):
             yield name, parameter.data
 
 
-@contextlib.contextmanager
-def new_folder(folder: str):
-    """Write a folder in one step: the block fills a folder beside it, which takes the name once it is on the disk."""
-    partial = folder.rstrip("/") + ".partial"
-    if os.path.isdir(partial):
-        shutil.rmtree(partial)
-    os.makedirs(partial)
-    yield partial
-    for name in os.listdir(partial):
-        with open(os.path.join(partial, name), "rb") as file:
-            os.fsync(file.fileno())
-    if os.path.isdir(folder):
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
-
-
 def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> None:
     """Write what training made: the adapter alone for LoRA, else a complete model folder. Called on every rank.
 
@@ -346,71 +379,82 @@ class RunLog:
 
     def __init__(self, engine, output_dir: str, total_steps: int, every: int, flops: Flops, peak: float):
         self.engine, self.every, self.total_steps, self.flops, self.peak = engine, every, total_steps, flops, peak
+        self.output_dir = output_dir
         self.lr = engine.get_lr()[0]  # of the step under way
-        self.loss = torch.zeros((), device=device(), dtype=torch.float32)  # summed on the device: reading it waits
-        self.work = torch.zeros(3, dtype=torch.float64)  # tokens, samples, operations since the last line
-        self.whole = torch.zeros(3, dtype=torch.float64)  # of the run, all ranks together
-        self.micro_batches = self.steps = 0
-        self.start = self.last = time.perf_counter()
+        self.losses: list[float] = []  # of the steps since the last line
+        self.work = torch.zeros(3, dtype=torch.float64)  # tokens, samples, operations since the last line, this rank
+        self.whole = torch.zeros(4, dtype=torch.float64)  # the same of the run, all ranks together; seconds
         self.history: list[tuple[int, float]] = []  # (step, loss), every line printed
         self.writer = self.bar = None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a training state keeps."""
+        whole = self.whole.clone()
+        whole[3] += time.perf_counter() - self.start
+        return {"losses": torch.tensor(self.losses, dtype=torch.float64), "work": self.work, "whole": whole}
+
+    def set_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Undo `state`, after the engine has gone to its place."""
+        self.losses, self.work, self.whole = tensors["losses"].tolist(), tensors["work"], tensors["whole"]
+        self.lr = self.engine.get_lr()[0]
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self.start = self.last = time.perf_counter()
+        self.first = self.engine.global_steps  # 0, or where the run goes on
         if is_main():
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"))
-            self.bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
+            folder = os.path.join(self.output_dir, "tensorboard")
+            self.writer = SummaryWriter(folder, purge_step=self.first + 1 if self.first else None)
+            self.bar = tqdm(
+                total=self.total_steps, initial=self.first, unit="step", disable=not sys.stderr.isatty(), leave=False
+            )
 
-    def add(self, loss: torch.Tensor, batch: Batch, epoch: int) -> bool:
-        """Take note of one micro-batch. Returns whether an optimiser step has just ended."""
-        self.loss += loss.detach()
-        if batch.samples:
-            flops = self.flops.of(batch["segments"], len(batch["answer_positions"]))
-            self.work += torch.tensor((batch.tokens, batch.samples, flops), dtype=torch.float64)
-        self.micro_batches += 1
-        step = self.engine.global_steps
-        if step == self.steps:
-            return False
+    def add(self, step, epoch: int) -> None:
+        """Take note of an optimiser step (stops.Step)."""
+        if not math.isnan(step.loss):
+            self.losses.append(step.loss)
+        for batch in step.batches:
+            if batch.samples:
+                flops = self.flops.of(batch["segments"], len(batch["answer_positions"]))
+                self.work += torch.tensor((batch.tokens, batch.samples, flops), dtype=torch.float64)
         if self.bar is not None:
-            self.bar.update(step - self.steps)
-        self.steps = step
-        if step % self.every == 0 or step == self.total_steps:
+            self.bar.update(1)
+        done = self.engine.global_steps
+        if done % self.every == 0 or done == self.total_steps:
             self._line(epoch)
         self.lr = self.engine.get_lr()[0]
-        return True
 
     def _line(self, epoch: int) -> None:
         """Gather the figures since the last line from all ranks, then print and write them."""
-        ranks = torch.distributed.get_world_size()
-        totals = torch.cat(((self.loss / self.micro_batches)[None], self.work.to(device(), torch.float32)))
-        torch.distributed.all_reduce(totals)
-        loss = totals[0].item() / ranks
-        work = totals[1:].cpu().double()
-        self.whole += work
+        steps, ranks = self.engine.global_steps, torch.distributed.get_world_size()
+        torch.distributed.all_reduce(self.work, group=control_group())
+        self.whole[:3] += self.work
         now = time.perf_counter()
-        speed, samples, flops = (work / (now - self.last)).tolist()
+        speed, samples, flops = (self.work / (now - self.last)).tolist()
         used = flops / ranks / self.peak
-        lr = self.lr
+        loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
         norm = self.engine.get_global_grad_norm()
-        norm = float(norm) if norm is not None else float("nan")
+        norm = float(norm) if norm is not None else math.nan
         memory = memory_used()
-        self.history.append((self.steps, loss))
-        self.loss.zero_()
+        self.history.append((steps, loss))
+        self.losses = []
         self.work.zero_()
-        self.micro_batches = 0
         self.last = now
         if self.writer is None:
             return
-        left = (now - self.start) / self.steps * (self.total_steps - self.steps)
+        left = (now - self.start) / (steps - self.first) * (self.total_steps - steps)
         say(
-            f"epoch {epoch} step {self.steps}/{self.total_steps} loss {loss:.4f} lr {lr:.3g} grad_norm {norm:.3g} "
+            f"epoch {epoch} step {steps}/{self.total_steps} loss {loss:.4f} lr {self.lr:.3g} grad_norm {norm:.3g} "
             f"{speed:.0f} tokens/s {samples:.3g} samples/s {used:.0%} of peak memory {memory / 2**30:.2f} GiB "
             f"left {time.strftime('%H:%M:%S', time.gmtime(left))}"
         )
-        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.3g}", tokens_s=f"{speed:.0f}")
-        values = {"loss": loss, "lr": lr, "grad_norm": norm, "memory_gib": memory / 2**30}
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr:.3g}", tokens_s=f"{speed:.0f}")
+        values = {"loss": loss, "lr": self.lr, "grad_norm": norm, "memory_gib": memory / 2**30}
         values |= {"tokens_per_second": speed, "samples_per_second": samples, "utilisation": used}
         for name, value in values.items():
-            self.writer.add_scalar(f"train/{name}", value, self.steps)
+            self.writer.add_scalar(f"train/{name}", value, steps)
         self.writer.flush()
 
     def close(self) -> None:
@@ -418,8 +462,8 @@ class RunLog:
             return
         self.bar.close()
         self.writer.close()
-        seconds = time.perf_counter() - self.start
-        tokens, samples, flops = self.whole.tolist()
+        tokens, samples, flops, before = self.whole.tolist()
+        seconds = before + time.perf_counter() - self.start
         ranks = torch.distributed.get_world_size()
         say(
             f"done: {samples:.0f} samples, {tokens:.0f} tokens in {time.strftime('%H:%M:%S', time.gmtime(seconds))}, "
