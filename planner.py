@@ -701,7 +701,7 @@ def advice(args: argparse.Namespace, plans: Plans) -> str:
         f"  {after.peak / GIB:6.2f} ({(after.peak - before) / GIB:+.2f})  {change}"
         for change, after in suggestions(args, plans)
     ]
-    return "\n".join(["what would lower it:", *lines])
+    return "\n".join(["what would lower it:", *(lines or ["  nothing that train.py knows of"])])
 
 
 def plan(args: argparse.Namespace, build: Build) -> None:

@@ -241,9 +241,14 @@ class States:
     def load(self, state: str) -> None:
         """Go on from a state whose content was checked: weights, optimiser, schedule, generators, place, log."""
         # weights_only=False inside: pickles of DeepSpeed's, each byte as this project wrote it
+        decay = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
         path, _ = self.engine.load_checkpoint(state, tag=ENGINE, load_module_strict=False)
         if path is None:
             raise FolderError(f"{state} holds no files of DeepSpeed's")
+        # what the flags say now, where that was allowed to change; else these are the state's own values once more
+        for group, value in zip(self.engine.optimizer.param_groups, decay, strict=True):
+            group["weight_decay"] = value
+        self.engine.lr_scheduler.step(self.engine.lr_scheduler.last_batch_iteration)
         with safe_open(os.path.join(state, f"rank-{self.rank}.safetensors"), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             texts = file.metadata()

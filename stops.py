@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from data_set import Batch
-from utils import LATER, StopTraining, control_group, say
+from utils import ENDING, LATER, StopTraining, control_group, is_main, say
 
 DIVERGED, OUT_OF_MEMORY = 3, 4
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -32,22 +32,30 @@ LINES_SHOWN = 20
 
 
 class Signals:
-    """Takes note of a signal, for the training loop to see; a second one ends the process at once."""
+    """Takes note of a signal, for the training loop to see; a second one ends the process at once. A context manager:
+    outside it signals do what they did before."""
 
     def __init__(self):
         self.number = 0  # of the first one, 0 for none yet
         self.since = 0.0
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, self._note)
+        self.before = {}
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number, frame):
         now = time.monotonic()
         if not self.number:
             self.number, self.since = number, now
-            say(
-                f"{signal.Signals(number).name}: the step under way is finished and a state saved; another one ends now"
-            )
+            if is_main():  # not print: it may have been interrupted itself
+                text = (
+                    f"{signal.Signals(number).name}: a state is saved after this step; a second signal ends at once\n"
+                )
+                os.write(sys.stderr.fileno(), text.encode())
         elif now - self.since > SAME_REQUEST:
             os._exit(128 + number)
 
@@ -70,8 +78,10 @@ class Peers:
     def _watch(self):
         while not self.over:
             for rank, pid in self.others.items():
-                if not _runs(pid) and not self.over:
-                    time.sleep(2)  # the gone one's message comes first, and then one that the wait for it raised here
+                if not _runs(pid):
+                    time.sleep(2)  # what the wait for it may have raised in this process is the better message
+                    if self.over or ENDING.is_set():
+                        return
                     print(f"error: process {pid}, rank {rank}, is gone; this one ends too", file=sys.stderr, flush=True)
                     os._exit(1)
             time.sleep(1)
@@ -134,9 +144,10 @@ class Watch:
         self.steps = self.engine.global_steps
 
     def __enter__(self):
-        return self
+        self.signals.__enter__()
 
     def __exit__(self, kind, error, traceback):
+        self.signals.__exit__()
         if error is not None and not isinstance(error, StopTraining):
             error.add_note(self.shape())
 

@@ -14,6 +14,7 @@ import re
 import resource
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -139,6 +140,7 @@ def say(message: str) -> None:
         sys.stdout.flush()
 
 
+ENDING = threading.Event()  # this process is about to end with an error that it tells itself
 LATER = 75  # exit code of a run that can go on; "temporary failure" in sysexits.h
 
 
@@ -175,6 +177,7 @@ def clear_errors(*kinds: type[Exception]):
         code, message, everyone = 1, traceback.format_exc().rstrip(), False
         if re.search("closed by peer|connection reset|broken pipe", str(error), re.IGNORECASE):
             message = "error: the connection to another process of this training is lost; see what that one says"
+    ENDING.set()
     if is_main() or not everyone:
         if not is_main():
             time.sleep(3)
