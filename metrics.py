@@ -175,12 +175,6 @@ def micro_scores(predictions: list[str], references: list[list[str]]) -> dict[st
     return dict(zip(("micro_precision", "micro_recall", "micro_f1"), precision_recall_f1(*total), strict=True))
 
 
-def triple_scores(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """precision, recall, f1 and exact_match: means over rows; micro_precision, micro_recall, micro_f1: over all."""
-    rows = triple_rows(predictions, references)
-    return {name: float(np.mean(values)) for name, values in rows.items()} | micro_scores(predictions, references)
-
-
 def relation_scores(predictions: list[str], references: list[list[str]]) -> dict[str, dict[str, float]]:
     """A row a relation, the most expected first: micro precision, recall, f1, and the counts they come from.
 
