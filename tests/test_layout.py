@@ -1,4 +1,4 @@
-"""Who imports whom: arrows point one way, nobody imports a script; the 12 scripts are there; flags mean what they say."""
+"""Who imports whom: arrows point one way, nobody imports a script; 12 scripts are there; flags mean what they say."""
 
 import ast
 import json
