@@ -109,15 +109,15 @@ def predict_file(model, tokenizer, args) -> None:
 def show_scores(kind: str, predictions: list[str], references: list[list[str]], ended: list[bool]) -> None:
     """Print the scores that fit the references, or those of the kind that --metrics names."""
     kind = kind_of(references) if kind == "auto" else kind
-    for line in describe(kind, score(kind, predictions, references, ended)):
-        print(line)
-    if missing(kind):
-        print(f"ROUGE and BLEU are left out; they need: {missing(kind)}")
+    *lines, outputs = describe(kind, score(kind, predictions, references, ended))
     if kind == "triples":
         for relation, row in relation_scores(predictions, references).items():
             if row["expected"]:
-                line = "precision {precision:.4f} recall {recall:.4f} F1 {f1:.4f} ({expected} expected)".format(**row)
-                print(f"  {relation}: {line}")
+                line = "  {}: precision {precision:.4f} recall {recall:.4f} F1 {f1:.4f} ({expected} expected)"
+                lines.append(line.format(relation, **row))
+    if missing(kind):
+        lines.append(f"ROUGE and BLEU are left out; they need: {missing(kind)}")
+    print(*lines, outputs, sep="\n")
 
 
 def read_done(path: str, rows: list[tuple[int, dict]]) -> list[dict]:
