@@ -223,11 +223,9 @@ def macro_f1(predictions: list[str], references: list[list[str]]) -> float:
 def questions(text: str) -> list[str]:
     """The questions of an answer, one a line or one after the other, without list numbers, as bare characters:
     NFKC, lower case, no punctuation and no white space."""
-    found = []
-    for line in text.split("\n"):
-        line = re.sub(r"^\s*([(（]?\d{1,2}([)）、:：]|[.．](?!\d))|[-*•])\s*", "", line)
-        found += [bare for part in re.findall(r"[^？?]+", line) if (bare := bare_characters(part))]
-    return found
+    number = r"^\s*([(（]?\d{1,2}([)）、:：]|[.．](?!\d))|[-*•])\s*"
+    parts = re.findall(r"[^？?\n]+", text)
+    return [bare for part in parts if (bare := bare_characters(re.sub(number, "", part)))]
 
 
 def bare_characters(text: str) -> str:

@@ -138,6 +138,22 @@ def test_question_points_by_hand():
     assert scores["accuracy_points"] == pytest.approx(50 * (1 + 0.6) / 2)
     assert scores["diversity_points"] == pytest.approx(50 * (1 + 0.6) / 2 * (1 + 1 + 0.5 + 0.5) / 4)
     assert scores["question_points"] == pytest.approx(70)
+    # a question of one's own is new, whether its reference has its words or not: similarity 2 * 3 / 10 and 1
+    scores = score("questions", ["什么是风扇？", "水泵漏水？"], [["什么是水泵？"], ["水泵漏水？"]])
+    assert scores["accuracy_points"] == scores["diversity_points"] == pytest.approx(50 * (0.6 + 1) / 2)
+    # a reference given twice is one reference: the second asking is wrong, its pairs are said twice
+    scores = score("questions", ["水泵漏水？水泵漏水？"], [["水泵漏水？", "水泵漏水？"]])
+    assert scores["accuracy_points"] == pytest.approx(25)
+    assert scores["diversity_points"] == pytest.approx(12.5)
+
+
+def test_questions_are_told_apart():
+    assert metrics.questions("1. 3.5吨货车要什么驾照？2、ＡＢＣ 是什么?\n- 原因\n\n？") == [
+        "35吨货车要什么驾照",
+        "abc是什么",
+        "原因",
+    ]
+    assert metrics.questions("3.5吨货车要什么驾照？\n（2）怎么考？") == ["35吨货车要什么驾照", "怎么考"]
 
 
 def test_better_questions_have_more_points():
@@ -341,6 +357,8 @@ def test_stop_statistics():
         ("原因如下：" + "水泵漏水，" * 4 + "水泵漏", True),
         ("水泵漏水，" * 20 + "更换后故障排除。", False),
         ("水泵_部件故障_漏水\n风扇_部件故障_不转\n节温器_部件故障_卡滞\n阀体_部件故障_磨损", False),
+        ("水泵漏水，" * 4 + "\n\n", True),
+        ("好" * 100_000, True),  # in a moment: the time grows with the length, not with its square
         ("", False),
     ],
 )
