@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data_set import DataError, read_rows
 from glm_models import MODE
 from glm_models.checkpoint import read_json
-from metrics import are_triples, triple_scores
+from metrics import HEADLINE, describe, kind_of, missing, relation_scores, score
 from utils import UserError, clear_errors, load_base, load_tokenizer, quiet, set_seed, true_or_false
 
 
@@ -103,11 +103,21 @@ def predict_file(model, tokenizer, args) -> None:
     references = [out if isinstance(out := row["output"], list) else [out] for _, row in rows]
     unended = sum(not row["ended"] for row in done)
     print(f"answers: {args.output_path}" + (f" ({unended} cut at --max_length {args.max_length})" if unended else ""))
-    if are_triples(text for texts in references for text in texts):
-        scores = triple_scores([row["prediction"] for row in done], references)
-        print("triples, mean over rows: precision {precision:.4f} recall {recall:.4f} F1 {f1:.4f}".format(**scores))
-        micro = "triples, micro:          precision {micro_precision:.4f} recall {micro_recall:.4f} F1 {micro_f1:.4f}"
-        print(micro.format(**scores))
+    show_scores(args.metrics, [row["prediction"] for row in done], references, [row["ended"] for row in done])
+
+
+def show_scores(kind: str, predictions: list[str], references: list[list[str]], ended: list[bool]) -> None:
+    """Print the scores that fit the references, or those of the kind that --metrics names."""
+    kind = kind_of(references) if kind == "auto" else kind
+    *lines, outputs = describe(kind, score(kind, predictions, references, ended))
+    if kind == "triples":
+        for relation, row in relation_scores(predictions, references).items():
+            if row["expected"]:
+                line = "  {}: precision {precision:.4f} recall {recall:.4f} F1 {f1:.4f} ({expected} expected)"
+                lines.append(line.format(relation, **row))
+    if missing(kind):
+        lines.append(f"ROUGE and BLEU are left out; they need: {missing(kind)}")
+    print(*lines, outputs, sep="\n")
 
 
 def read_done(path: str, rows: list[tuple[int, dict]]) -> list[dict]:
@@ -184,6 +194,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--output_path", help="where its answers go (default: predictions-NAME.jsonl in the model folder)"
     )
     group.add_argument("--batch_size", type=int, default=8, help="rows at a time")
+    group.add_argument(
+        "--metrics", choices=["auto", *HEADLINE], default="auto", help="how to score them (default: by the references)"
+    )
     group.add_argument("--instruction", default="", help="one sample: its instruction")
     group.add_argument("--input", default="", help="one sample: its input")
     group = parser.add_argument_group("generation")
@@ -217,6 +230,8 @@ def check_args(args) -> None:
             wrong.append(f"--{name} must be at least 1")
     if args.temperature <= 0 or not 0 < args.top_p <= 1 or args.repetition_penalty <= 0:
         wrong.append("--temperature and --repetition_penalty must be above 0, --top_p above 0 and at most 1")
+    if missing(args.metrics):
+        wrong.append(f"--metrics {args.metrics} needs more packages: {missing(args.metrics)}")
     if args.predict_path:
         if not os.path.isfile(args.predict_path):
             wrong.append(f"--predict_path {args.predict_path}: no such file")

@@ -1,4 +1,4 @@
-"""Who imports whom: arrows point one way, nobody imports a script; the 12 scripts are there; metrics count right."""
+"""Who imports whom: arrows point one way, nobody imports a script; 12 scripts are there; flags mean what they say."""
 
 import ast
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from glm_models import MODE
-from metrics import are_triples, triple_scores
 from train import TRAIN_TYPE, check_args, parse_args
 from utils import UserError, load_ds_config
 
@@ -51,16 +50,6 @@ def test_there_is_a_script_for_each_family_and_method():
         for method in TRAIN_TYPE:
             text = (ROOT / "scripts" / mode / f"{method}.sh").read_text()
             assert f"launch {mode} {method} " in text
-
-
-def test_triples_are_scored_by_row_and_over_all():
-    scores = triple_scores(["a_r_b\nc_r_d", "", "x_r_y"], [["c_r_d\na_r_b"], ["e_r_f"], ["wrong_r_y", "x_r_y\nz_r_w"]])
-    assert scores["f1"] == pytest.approx((1 + 0 + 2 / 3) / 3)
-    assert scores["micro_precision"] == 1.0
-    assert scores["micro_recall"] == pytest.approx(3 / 5)
-    assert triple_scores(["a_r_b\na_r_b"], [["a_r_b"]])["precision"] == 1.0  # said twice is said once
-    assert are_triples(["a_r_b\nc_r_d"])
-    assert not are_triples(["a_r_b", "什么是水泵？"])
 
 
 FLAGS = ["--mode", "glm3", "--model_name_or_path", ".", "--train_path", __file__]
