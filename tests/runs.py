@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - DeepSpeed gets it late, which takes seconds
 import torch
+import torch.utils.tensorboard
 from conftest import TEXT
 
 import folders

@@ -325,7 +325,7 @@ def test_the_loss_scale_at_its_floor_stops(trial):
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
         scaler = DynamicLossScaler(
-            init_scale=1, scale_factor=2, scale_window=1000, min_scale=1, delayed_shift=1,
+            init_scale=1, scale_window=1000, min_scale=1, delayed_shift=1,
             consecutive_hysteresis=False, raise_error_at_min_scale=True,
         )  # fmt: skip
         scaler.update_scale(True)
