@@ -16,6 +16,7 @@ launch() { # mode, train_type, default model, flags of the method ..., flags of 
   shift 3
   local launcher=(deepspeed --log_level warning --master_port "${PORT:-29520}")
   [ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=$GPUS
+  trap '' USR1 # Slurm's warning is for train.py, which saves a state; the launcher would die of it
   [ -z "${NUM_GPUS:-}" ] || launcher+=(--num_gpus "$NUM_GPUS")
   exec "${launcher[@]}" train.py \
     --mode "$mode" \
