@@ -459,13 +459,17 @@ def train(args) -> list[tuple[int, float]]:
     return log.history
 
 
+def result_size(model, dtype) -> int:
+    """Bytes of the weights of one result."""
+    parameters = [p for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config")]
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * dtype.itemsize
+
+
 def check_room(args, model, dtype, states: States) -> None:
     """Make sure that the disk has room for one result and the states; warn if not for all results."""
-    parameters = [p for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config")]
-    result = sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * dtype.itemsize
-    kept = (
-        states.size() * (args.save_total_limit + 1) if args.save_state_steps else 0
-    )  # a new one before an old one goes
+    result = result_size(model, dtype)
+    # a new state is there before an old one goes
+    kept = states.size() * (args.save_total_limit + 1) if args.save_state_steps else 0
     check_space(args.output_dir, result + kept, "a result and the training states" if kept else "a result")
     if free_space(args.output_dir) < args.num_train_epochs * result + kept:
         say(f"warning: the disk of {args.output_dir} has no room for the results of all epochs")
@@ -473,6 +477,7 @@ def check_room(args, model, dtype, states: States) -> None:
 
 def save(args, engine, model, tokenizer, epoch: int, dtype) -> None:
     folder = os.path.join(args.output_dir, f"epoch-{epoch}-step-{engine.global_steps}")
+    on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype), folder))
     save_model(model, tokenizer, args.model_name_or_path, folder, dtype)
     say(f"saved {folder}")
 

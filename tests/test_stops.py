@@ -474,6 +474,15 @@ def test_the_run_says_which_state_it_takes_and_why(stopped):
     assert f"going on from {stopped.output}/states/step-00000006" in text
 
 
+def test_a_run_that_goes_back_keeps_what_it_saves(stopped):
+    back = stopped.output / "states" / "step-00000004"
+    stop = before_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    flags = ["--resume_from_checkpoint", str(back), "--save_total_limit", "1", "--save_state_steps", "5"]
+    assert stopped.run(*flags, prepare=before_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))[0] == {0: 75}
+    assert stopped.states() == ["step-00000006"]  # 7 is of the course that was left
+    assert stopped.run(prepare=stop)[0] == {0: 75}
+
+
 def test_what_killed_writers_left_is_tidied_up(stopped):
     states = stopped.output / "states"
     (states / "step-00000008.partial").mkdir()
