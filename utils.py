@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import fcntl
 import functools
 import io
 import itertools
@@ -21,6 +22,7 @@ import warnings
 
 import deepspeed
 import torch
+import torch.utils.cpp_extension
 import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -65,6 +67,45 @@ def start_distributed(verbose: bool) -> tuple[int, int]:
     with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):  # "built successfully"
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+class CompileLock:
+    """In the place of torch's FileBaton, which keeps processes from compiling the same operation at once.
+
+    Torch's is a file that is there or not: a process that is killed while it loads DeepSpeed's operations leaves it, and
+    every later one waits for ever. This one is a lock on that file, which ends with the process that has it.
+    """
+
+    def __init__(self, path: str, *_, **__):
+        self.path, self.handle = path, None
+
+    def _acquire(self, wait: bool) -> bool:
+        while True:
+            handle = os.open(self.path, os.O_CREAT | os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                os.close(handle)
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(self.path)):
+                    self.handle = handle
+                    return True
+            os.close(handle)  # the one before has just removed it
+
+    def try_acquire(self) -> bool:
+        """Whether this process has it now."""
+        return self._acquire(wait=False)
+
+    def wait(self) -> None:
+        """Return when nobody has it."""
+        self._acquire(wait=True)
+        self.release()
+
+    def release(self) -> None:
+        """Give it back, and remove the file, for programs that use torch's."""
+        os.remove(self.path)
+        os.close(self.handle)
 
 
 @functools.cache
@@ -114,12 +155,14 @@ def on_rank_0(action):
 
 
 def trim_deepspeed() -> None:
-    """Do without two copies that DeepSpeed makes of each gradient, one at a time: 10 GiB for a weight of 592 million.
+    """Do without two copies that DeepSpeed makes of each gradient, one at a time: 10 GiB for a weight of 592 million;
+    and without waiting for compilers that are dead (CompileLock).
 
     One is float64, for the gradient's norm; float32 sums do for that. The other has the type of the buffer to which the
     gradient is then added; torch adds across types without it.
     """
     get_accelerator().is_fp64_supported = lambda: False
+    torch.utils.cpp_extension.FileBaton = CompileLock
 
     def add(output, source):
         if output is not None:
