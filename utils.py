@@ -62,6 +62,7 @@ def start_distributed(verbose: bool) -> tuple[int, int]:
             port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.utils.cpp_extension.FileBaton = CompileLock
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):  # "built successfully"
@@ -72,8 +73,8 @@ def start_distributed(verbose: bool) -> tuple[int, int]:
 class CompileLock:
     """In the place of torch's FileBaton, which keeps processes from compiling the same operation at once.
 
-    Torch's is a file that is there or not: a process that is killed while it loads DeepSpeed's operations leaves it, and
-    every later one waits for ever. This one is a lock on that file, which ends with the process that has it.
+    Torch's is a file that is there or not: a process that is killed while it loads DeepSpeed's operations leaves it,
+    and every later one waits for ever. This one is a lock on that file, which ends with the process that has it.
     """
 
     def __init__(self, path: str, *_, **__):
@@ -155,14 +156,12 @@ def on_rank_0(action):
 
 
 def trim_deepspeed() -> None:
-    """Do without two copies that DeepSpeed makes of each gradient, one at a time: 10 GiB for a weight of 592 million;
-    and without waiting for compilers that are dead (CompileLock).
+    """Do without two copies that DeepSpeed makes of each gradient, one at a time: 10 GiB for a weight of 592 million.
 
     One is float64, for the gradient's norm; float32 sums do for that. The other has the type of the buffer to which the
     gradient is then added; torch adds across types without it.
     """
     get_accelerator().is_fp64_supported = lambda: False
-    torch.utils.cpp_extension.FileBaton = CompileLock
 
     def add(output, source):
         if output is not None:
