@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from folders import MANIFEST, check_folder
 from glm_models.checkpoint import CheckpointError, WeightFile, describe_base, read_json
 
 BASE_FILE = "base.json"  # beside the adapter: what it was trained on
@@ -81,7 +82,7 @@ def check_base(adapter: str, mode: str, base: str) -> str:
     if found["fingerprint"] != record["fingerprint"]:
         raise CheckpointError(
             f"{trained}, another base than {base}: names, types or values of the weights differ. If that is meant, "
-            f"remove {path}"
+            f"remove {BASE_FILE} and {MANIFEST} from {adapter}"
         )
     return f"{base} has the fingerprint of the base that {adapter} was trained on"
 
@@ -108,8 +109,11 @@ def open_adapter(folder: str) -> WeightFile:
     """The weights of an adapter, safetensors before .bin.
 
     Raises:
-        CheckpointError: there are none, they are broken, not finite, or A or B is zero throughout.
+        FolderError: a file of the folder is not as its manifest says.
+        CheckpointError: there are no weights, they are broken, not finite, or A or B is zero throughout.
     """
+    if os.path.isfile(os.path.join(folder, MANIFEST)):  # what train.py saved has one
+        check_folder(folder)
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         path = os.path.join(folder, name)
         if os.path.isfile(path):

@@ -9,7 +9,6 @@ base and adapter, and its logits on a few prompts against those of the unmerged 
 
 import argparse
 import os
-import shutil
 
 import torch
 from torch import nn
@@ -200,7 +199,8 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
         verify: read the result again and compare it; a result that is wrong never gets its name.
 
     Raises:
-        UserError: output exists and is not an empty folder, or there is no room for it.
+        UserError, FolderError: output exists and is not an empty folder, there is no room for it, or it cannot be
+            written.
         CheckpointError: the adapter is broken, empty or another base's, the base is broken, or the result is wrong.
     """
     if os.path.lexists(output) and (os.path.islink(output) or not os.path.isdir(output)):
@@ -221,12 +221,7 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
     tokenizer = load_tokenizer(mode, base)
     dtypes = {dtype for weights in layout.values() for dtype, shape in weights.values() if len(shape) == 2}
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
-    parent = os.path.dirname(os.path.abspath(output))
-    while not os.path.isdir(parent):
-        parent = os.path.dirname(parent)
-    need, free = total_bytes(layout), shutil.disk_usage(parent).free
-    if need > free:
-        raise UserError(f"--output_dir {output}: {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free")
+    check_space(output, total_bytes(layout), "the merged model")
 
     # an output layer that was tied to the embedding no longer equals it
     changes = {"tie_word_embeddings": False} if "lm_head.weight" in adapter.pairs else {}
@@ -261,10 +256,7 @@ def main(argv=None) -> None:
     quiet(verbose=False)
     output = args.output_dir or args.model_dir.rstrip("/") + "-merged"
     with clear_errors():
-        try:
-            merge(args.mode, args.ori_model_dir, args.model_dir, output, not args.no_verify)
-        except OSError as error:
-            raise UserError(f"{error.filename or output}: {error.strerror}") from None
+        merge(args.mode, args.ori_model_dir, args.model_dir, output, not args.no_verify)
         print(f"merged {args.model_dir} into {args.ori_model_dir}: {output}")
 
 

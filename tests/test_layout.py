@@ -15,7 +15,7 @@ OURS = {"train", "utils", "data_set", "data_cache", "throughput", "planner", "me
 OURS |= {"folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe", "glm_models"}
 MAY_IMPORT = {
     "glm_models": set(),
-    "adapter": {"glm_models"},
+    "adapter": {"folders", "glm_models"},
     "data_cache": set(),
     "data_set": {"data_cache"},
     "folders": set(),
