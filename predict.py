@@ -45,7 +45,7 @@ def load(mode: str, folder: str, base: str | None, device: torch.device):
     config = read_config(folder)
     if foreign := [key for key in ("megatron_config", "arrow_config") if config.get(key)]:
         raise UserError(f"{config_path}: {foreign[0]} leads to code or files elsewhere; not loaded")
-    open_adapter(folder)  # broken or empty ones end here
+    weights = open_adapter(folder)  # broken or empty ones end here
     base = base or config.get("base_model_name_or_path")
     if not isinstance(base, str) or not os.path.isdir(base):
         raise UserError(
@@ -53,7 +53,9 @@ def load(mode: str, folder: str, base: str | None, device: torch.device):
         )
     print(f"{folder} is a LoRA adapter; its base model is {base}")
     print(check_base(folder, mode, base))
-    model = load_base(mode, base, dtype)
+    # an output layer that was tied to the embedding no longer equals it
+    changes = {"tie_word_embeddings": False} if any(".lm_head." in name for name in weights.names) else {}
+    model = load_base(mode, base, dtype, **changes)
     try:
         model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (ValueError, TypeError, KeyError, RuntimeError) as error:  # shapes, modules or keys that do not go together
