@@ -339,7 +339,7 @@ def test_random_damage_never_ends_in_a_traceback(glm3, tmp_path, which):
     """Bits flipped and ends cut off: a refusal, or a merge of what is there then."""
     chance = random.Random(which)
     outcomes = set()
-    for i in range(40):
+    for i in range(150):
         base, adapter = (shutil.copytree(path, tmp_path / f"{i}-{path.name}") for path in glm3)
         (adapter / BASE_FILE).unlink()  # it would find most of it
         path = {
