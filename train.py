@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 import data_cache
 import planner
+from adapter import record_base
 from data_cache import file_hash
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
 from folders import check_space, free_space, lock_folder, sweep
@@ -414,6 +415,8 @@ def train(args) -> list[tuple[int, float]]:
         return load_base(args.mode, args.model_name_or_path, dtype, ds_config, args.attn_implementation, **config)
 
     model = build_model(args, load)
+    if args.train_type == "lora" and is_main():
+        model.base_record = record_base(args.mode, args.model_name_or_path, dtype)
     if args.tiled_mlp and model.zero3:
         deepspeed.utils.set_z3_leaf_modules(model, [TiledMLP])  # see there
     groups = parameter_groups(model, args.weight_decay)

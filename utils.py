@@ -29,9 +29,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
 
+from adapter import BASE_FILE
 from folders import FolderError, new_folder
 from glm_models import MODE, CheckpointError, check_family
-from glm_models.checkpoint import read_json, write_side_files, write_weights
+from glm_models.checkpoint import read_json, write_json, write_side_files, write_weights
 from throughput import Flops
 
 
@@ -376,6 +377,7 @@ def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> 
     All ZeRO stages write the same files. One tensor is gathered at a time, and rank 0 holds one shard.
 
     Args:
+        model: beside an adapter goes its `base_record`, see adapter.record_base.
         base: the checkpoint folder that training started from; config, tokenizer and official code come from there.
     """
     if hasattr(model, "peft_config"):
@@ -384,6 +386,7 @@ def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> 
         if is_main():
             with new_folder(folder) as partial:
                 model.save_pretrained(partial, state_dict=tensors, save_embedding_layers=False)
+                write_json(os.path.join(partial, BASE_FILE), model.base_record)
     else:
         save_full_model(model, tokenizer, base, folder, dtype)
     torch.distributed.barrier()

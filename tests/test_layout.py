@@ -12,22 +12,24 @@ from utils import UserError, load_ds_config
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"train", "utils", "data_set", "data_cache", "throughput", "planner", "memory_trace"}
-OURS |= {"folders", "states", "stops", "merge_lora", "predict", "metrics", "glm_models"}
+OURS |= {"folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe", "glm_models"}
 MAY_IMPORT = {
     "glm_models": set(),
+    "adapter": {"folders", "glm_models"},
     "data_cache": set(),
     "data_set": {"data_cache"},
     "folders": set(),
     "metrics": set(),
     "throughput": {"glm_models"},
-    "utils": {"folders", "glm_models", "throughput"},
+    "utils": {"adapter", "folders", "glm_models", "throughput"},
     "states": {"folders", "utils"},
     "stops": {"data_set", "utils"},
     "memory_trace": set(),
     "planner": {"data_set", "glm_models", "memory_trace", "utils"},
-    "train": {"folders", "glm_models", "data_cache", "data_set", "planner", "states", "stops", "throughput", "utils"},
-    "merge_lora": {"folders", "glm_models", "utils"},
-    "predict": {"glm_models", "data_set", "metrics", "utils"},
+    "probe": {"adapter", "glm_models"},
+    "train": {"adapter", "folders", "glm_models", "data_cache", "data_set", "planner", "states", "stops", "throughput", "utils"},
+    "merge_lora": {"adapter", "folders", "glm_models", "probe", "utils"},
+    "predict": {"adapter", "glm_models", "data_set", "metrics", "utils"},
 }
 
 
