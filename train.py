@@ -20,7 +20,6 @@ from peft import LoraConfig, get_peft_model
 import data_cache
 import planner
 from adapter import record_base
-from data_cache import file_hash
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
@@ -349,12 +348,13 @@ MAY_CHANGE = {
 }
 
 
-def describe_run(args, data, tokenizer, ds_config: dict, world_size: int) -> Run:
-    """What losses depend on: flags, and the content of what flags name."""
+def describe_run(args, data, tokenizer, base: dict, ds_config: dict, world_size: int) -> Run:
+    """What losses depend on: flags, and the content of what flags name; base is of `adapter.record_base`."""
     settings = {f"--{name}": value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings |= {
         "SHA-256 of --train_path": data.content,
-        "config.json of --model_name_or_path": file_hash(os.path.join(args.model_name_or_path, "config.json"))[0],
+        "weights of --model_name_or_path": base["fingerprint"],
+        "config.json of --model_name_or_path": base["config"],
         "tokenizer of --model_name_or_path": tokenizer.fingerprint(),
     }
     for section in ("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"):
@@ -407,7 +407,8 @@ def train(args) -> list[tuple[int, float]]:
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
     dtype = compute_dtype(ds_config)
-    run = describe_run(args, data, tokenizer, ds_config, world_size)
+    base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
+    run = describe_run(args, data, tokenizer, base, ds_config, world_size)
     for change in check_run(state, run, args.resume_changed) if state else ():
         say(f"warning: changed since {state}: {change}")
 
@@ -415,8 +416,7 @@ def train(args) -> list[tuple[int, float]]:
         return load_base(args.mode, args.model_name_or_path, dtype, ds_config, args.attn_implementation, **config)
 
     model = build_model(args, load)
-    if args.train_type == "lora" and is_main():
-        model.base_record = record_base(args.mode, args.model_name_or_path, dtype)
+    model.base_record = base
     if args.tiled_mlp and model.zero3:
         deepspeed.utils.set_z3_leaf_modules(model, [TiledMLP])  # see there
     groups = parameter_groups(model, args.weight_decay)
