@@ -4,6 +4,7 @@ the tokenizer does not keep. Which rows cannot be trained is said by data_set.py
 A tokenizer is known here by these only: `special_texts` and `lost_characters`.
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -37,8 +38,8 @@ class Findings:
     def __init__(self, tokenizer, record: Callable[[str, int, dict], None] | None = None):
         self.tokenizer, self.record = tokenizer, record
         self.tally: dict[str, list] = {}  # kind -> [how many, the first lines]
-        self.special = tokenizer.special_texts
-        self.special_starts = {text[0] for text in self.special}
+        special = sorted(tokenizer.special_texts, key=len, reverse=True)
+        self.special, self.special_starts = re.compile("|".join(map(re.escape, special))), {text[0] for text in special}
         self.kept = np.zeros(0x110000, bool)  # [characters], those known to be represented
         self.lost: set[str] = set()
         self.lines: list[np.ndarray] = []
@@ -67,11 +68,12 @@ class Findings:
             for line, prompt, answer in zip(lines, prompts, answers, strict=True):
                 if found := sorted(self.lost.intersection(prompt + answer)):
                     self.note("lost_characters", line, characters=[f"U+{ord(c):04X}" for c in found])
-        if any(start in text for start in self.special_starts):
-            special = [token for token in self.special if token in text]
-            for line, *both in zip(lines, prompts, answers, strict=True) if special else ():
-                if found := [token for token in special if any(token in text for text in both)]:
-                    self.note("special_tokens", line, tokens=found)
+        starts = [start for start in self.special_starts if start in text]
+        for line, prompt, answer in zip(lines, prompts, answers, strict=True) if starts else ():
+            if any(start in prompt or start in answer for start in starts) and (
+                found := {*self.special.findall(prompt), *self.special.findall(answer)}
+            ):
+                self.note("special_tokens", line, tokens=sorted(found))
 
     def _holds_lost(self, text: str) -> bool:
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)

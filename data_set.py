@@ -188,15 +188,15 @@ def find_flaw(row, several_outputs: bool = False, empty_outputs: bool = False) -
         if not isinstance(row[key], str):
             return Flaw("type", f"{key} must be a string, not {_kind(row[key])}")
     outputs = row["output"] if several_outputs and isinstance(row["output"], list) else [row["output"]]
-    if not outputs or not all(isinstance(output, str) for output in outputs):
+    if not outputs or not all([isinstance(output, str) for output in outputs]):
         wanted = "a string or a list of strings" if several_outputs else "a string"
         return Flaw("type", f"output must be {wanted}, not {_kind(row['output'])}")
     query = row["instruction"] + row["input"]
     if not query.strip():
         return Flaw("empty", "instruction and input are both empty")
-    if not empty_outputs and not all(output.strip() for output in outputs):
+    if not empty_outputs and not all([output.strip() for output in outputs]):
         return Flaw("empty", "output is empty; --allow_empty_output trains such rows to answer nothing")
-    if has_half_pair(query) or any(map(has_half_pair, outputs)):
+    if has_half_pair(query + "".join(outputs)):
         return Flaw("json", "a text holds half a surrogate pair, which is no character")
     return None
 
