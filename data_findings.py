@@ -102,10 +102,11 @@ class Findings:
                     self.note(kind, int(lines[i]), earlier_line=int(lines[first[i]]))
         return self.tally
 
-    def prompts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of all rows so far: lines, hashes of the prompts, hashes of prompt and answer."""
-        hashes = np.concatenate(self.hashes)
-        return np.concatenate(self.lines), hashes[:, 0], hashes[:, 1]
+    def prompts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of all rows so far: lines, and the values of `hash` of their prompts."""
+        if not self.lines:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        return np.concatenate(self.lines), np.concatenate(self.hashes)[:, 0]
 
 
 def _first_with(values: np.ndarray) -> np.ndarray:

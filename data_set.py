@@ -188,13 +188,13 @@ def find_flaw(row, several_outputs: bool = False, empty_outputs: bool = False) -
         if not isinstance(row[key], str):
             return Flaw("type", f"{key} must be a string, not {_kind(row[key])}")
     outputs = row["output"] if several_outputs and isinstance(row["output"], list) else [row["output"]]
-    if not outputs or not all([isinstance(output, str) for output in outputs]):
+    if not outputs or not all(isinstance(output, str) for output in outputs):
         wanted = "a string or a list of strings" if several_outputs else "a string"
         return Flaw("type", f"output must be {wanted}, not {_kind(row['output'])}")
     query = row["instruction"] + row["input"]
     if not query.strip():
         return Flaw("empty", "instruction and input are both empty")
-    if not empty_outputs and not all([output.strip() for output in outputs]):
+    if not empty_outputs and not all(output.strip() for output in outputs):
         return Flaw("empty", "output is empty; --allow_empty_output trains such rows to answer nothing")
     if has_half_pair(query + "".join(outputs)):
         return Flaw("json", "a text holds half a surrogate pair, which is no character")
@@ -342,9 +342,15 @@ def prepare(
         return file
 
     counts, findings = {"prompts_cut": 0, "answers_cut": 0, "skipped": 0}, Findings(tokenizer)
+
+    def leave_out(error: RowError):
+        if not skip_bad or error.flaw.ends:
+            raise error
+        findings.note(error.flaw.kind, error.line)
+
     hidden = not (progress and sys.stderr.isatty())
     with tqdm(total=line_breaks + 1, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
-        encoded = encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, findings, skip_bad)
+        encoded = encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, leave_out)
         chunks = _kept_chunks(path, encoded, is_skip, findings, counts, bar)
         try:
             data_cache.write_cache(file, chunks, counts)
@@ -364,25 +370,16 @@ def encode_file(
     max_len: int,
     max_src_len: int,
     empty_outputs: bool,
-    findings: Findings,
-    skip_bad: bool,
-    pass_all: bool = False,
+    leave_out: Callable[[RowError], None],
 ) -> Iterator[tuple[Sequence[int], Sequence[dict], Samples]]:
     """Lines, rows and samples of an instruction file, some at a time.
 
     Args:
-        findings: gets rows that are left out.
-        skip_bad: leave out rows that cannot be used.
-        pass_all: also take note of one after which the file cannot be read.
+        leave_out: gets what is wrong with each row that cannot be used, and raises it or does not.
 
     Raises:
-        DataError: the file or a row cannot be used.
+        DataError: the file cannot be used, or max_src_len leaves no room for a query.
     """
-
-    def leave_out(error: RowError):
-        if not skip_bad or (error.flaw.ends and not pass_all):
-            raise error
-        findings.note(error.flaw.kind, error.line, problem=error.flaw.problem)
 
     def usable():
         for line, row in scan_rows(path, empty_outputs=empty_outputs):
@@ -492,9 +489,7 @@ class InstructionData(Dataset):
         skip_bad: bool = False,
     ):
         self.context_length = tokenizer.context_length
-        file = prepared or prepare(
-            path, tokenizer, max_len, max_src_len, is_skip, empty_outputs, skip_bad=skip_bad
-        )
+        file = prepared or prepare(path, tokenizer, max_len, max_src_len, is_skip, empty_outputs, skip_bad=skip_bad)
         ids, records, counts = data_cache.open_cache(file)
         if prepared is None:
             os.unlink(file)  # what is mapped stays

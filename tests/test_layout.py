@@ -12,18 +12,30 @@ from train import TRAIN_TYPE, check_args, parse_args
 from utils import UserError, load_ds_config
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"train", "utils", "data_set", "data_cache", "throughput", "planner", "memory_trace"}
+OURS = {
+    "train",
+    "utils",
+    "data_set",
+    "data_cache",
+    "data_check",
+    "data_findings",
+    "throughput",
+    "planner",
+    "memory_trace",
+}
 OURS |= {"merge_lora", "predict", "metrics", "glm_models"}
 MAY_IMPORT = {
     "glm_models": set(),
     "data_cache": set(),
-    "data_set": {"data_cache"},
+    "data_findings": set(),
+    "data_set": {"data_cache", "data_findings"},
+    "data_check": {"data_findings", "data_set"},
     "metrics": set(),
     "throughput": {"glm_models"},
     "utils": {"glm_models", "data_set", "throughput"},
     "memory_trace": set(),
     "planner": {"data_set", "glm_models", "memory_trace", "utils"},
-    "train": {"glm_models", "data_cache", "data_set", "planner", "throughput", "utils"},
+    "train": {"glm_models", "data_cache", "data_check", "data_set", "planner", "throughput", "utils"},
     "merge_lora": {"glm_models", "utils"},
     "predict": {"glm_models", "data_set", "metrics", "utils"},
 }
