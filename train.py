@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
 
 import data_cache
+import data_check
 import planner
 from adapter import record_base
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
@@ -137,6 +138,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--max_src_len", type=int, default=512, help="most tokens of its prompt; longer queries are cut")
     group.add_argument("--is_skip", **flag, help="leave out samples that would be cut")
     group.add_argument("--allow_empty_output", **flag, help="train rows with an empty output to answer nothing")
+    group.add_argument(
+        "--on_bad_row", choices=("error", "skip"), default="error", help="end at a broken row, or train without it"
+    )
+    group.add_argument("--check_data", **flag, help="start nothing: report all that is wrong or odd in the data")
+    group.add_argument("--test_path", help="with --check_data: report its rows that stand in the training file too")
     group.add_argument("--packing", **flag, help="a row of a batch is several samples, up to max_len tokens together")
     group.add_argument("--group_by_length", **flag, help="steps of rows of about the same length: ranks wait less")
     group.add_argument(
@@ -244,6 +250,12 @@ def check_args(args) -> None:
         wrong.append(f"--max_src_len {args.max_src_len} must be above 0 and less than --max_len {args.max_len}")
     if args.max_memory is not None and not args.plan:
         wrong.append("--max_memory goes with --plan")
+    if args.test_path is not None and not args.check_data:
+        wrong.append("--test_path goes with --check_data")
+    if args.plan and args.check_data:
+        wrong.append("--plan and --check_data exclude each other")
+    if args.test_path is not None and not os.path.isfile(args.test_path):
+        wrong.append(f"--test_path {args.test_path}: no such file")
     for name, what in (("train_path", os.path.isfile), ("model_name_or_path", os.path.isdir)):
         if not what(getattr(args, name)):
             wrong.append(f"--{name} {getattr(args, name)}: no such {'file' if what is os.path.isfile else 'folder'}")
@@ -293,12 +305,20 @@ def load_data(args, tokenizer) -> InstructionData:
     settings = (args.train_path, tokenizer, args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output)
     keep = args.data_cache != "none"
     cache_dir = (args.data_cache or data_cache.default_folder()) if keep else None
-    prepared = once_per_node(lambda: prepare(*settings, cache_dir=cache_dir, progress=is_main()))
+    skip = args.on_bad_row == "skip"
+    prepared = once_per_node(lambda: prepare(*settings, cache_dir=cache_dir, progress=is_main(), skip_bad=skip))
     data = InstructionData(*settings, prepared=prepared)
     if not keep:
         torch.distributed.barrier()
         once_per_node(lambda: os.unlink(prepared))  # what is mapped stays readable
     return data
+
+
+def check(args) -> None:
+    """--check_data: needs the tokenizer, and neither other processes nor the model."""
+    tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
+    limits = (args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output, args.on_bad_row == "skip")
+    data_check.check_data(args.train_path, tokenizer, *limits, args.test_path, args.output_dir)
 
 
 def build_model(args, load):
@@ -344,7 +364,7 @@ MAY_CHANGE = {
     *("train_path", "model_name_or_path", "ds_file", "output_dir", "data_cache"),  # their content is compared
     *("gradient_checkpointing", "tiled_mlp", "offload_inputs", "attn_implementation", "local_rank"),
     *("plan", "max_memory", "plan_gpus", "show_loss_step", "save_model_step", "save_state_steps", "save_total_limit"),
-    *("resume_from_checkpoint", "resume_changed", "skip_nonfinite", "verbose"),
+    *("resume_from_checkpoint", "resume_changed", "skip_nonfinite", "verbose", "check_data", "test_path"),
 }
 
 
@@ -501,6 +521,10 @@ def main(argv=None) -> None:
             check_args(args)
             trim_deepspeed()
             planner.plan(args, plan_setup)
+        elif args.check_data:
+            check_args(args)
+            if is_main():
+                check(args)
         else:
             train(args)
 

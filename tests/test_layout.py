@@ -11,13 +11,16 @@ from train import TRAIN_TYPE, check_args, parse_args
 from utils import UserError, load_ds_config
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"train", "utils", "data_set", "data_cache", "throughput", "planner", "memory_trace"}
-OURS |= {"folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe", "glm_models"}
+OURS = {"train", "utils", "data_set", "data_cache", "data_check", "data_findings", "throughput", "planner"}
+OURS |= {"memory_trace", "folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe"}
+OURS |= {"glm_models"}
 MAY_IMPORT = {
     "glm_models": set(),
     "adapter": {"folders", "glm_models"},
     "data_cache": set(),
-    "data_set": {"data_cache"},
+    "data_findings": set(),
+    "data_set": {"data_cache", "data_findings"},
+    "data_check": {"data_findings", "data_set"},
     "folders": set(),
     "metrics": set(),
     "throughput": {"glm_models"},
@@ -32,6 +35,7 @@ MAY_IMPORT = {
         "folders",
         "glm_models",
         "data_cache",
+        "data_check",
         "data_set",
         "planner",
         "states",
