@@ -249,6 +249,11 @@ class Samples(Sequence):
         ids = self.ids[end - int(self.lengths[i]) : end].tolist()
         return Sample(ids, int(record["answer_start"]), bool(cut & PROMPT_CUT), bool(cut & ANSWER_CUT))
 
+    def prompt(self, i: int) -> np.ndarray:
+        """Ids of what comes before the answer, int32."""
+        start = int(self.records[i]["end"]) - int(self.lengths[i])
+        return self.ids[start : start + int(self.records[i]["answer_start"])]
+
 
 def encode_samples(
     tokenizer,
@@ -314,13 +319,14 @@ def prepare(
     cache_dir: str | None = None,
     progress: bool = False,
     skip_bad: bool = False,
+    several_outputs: bool = False,
 ) -> str:
     """Encode an instruction file into a cache file, unless that is there already.
 
     Memory is that of a few chunks, whatever the size of the file; but a JSON array is read as a whole.
 
     Args:
-        path to empty_outputs, skip_bad: as for `InstructionData`.
+        path to empty_outputs, skip_bad, several_outputs: as for `InstructionData`.
         cache_dir: where cache files are kept; with None it is a temporary file, for the caller to delete.
         progress: show a bar, if stderr is a terminal.
 
@@ -336,7 +342,7 @@ def prepare(
         content, line_breaks = data_cache.file_hash(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    key = (content, tokenizer.fingerprint(), max_len, max_src_len, is_skip, empty_outputs, skip_bad)
+    key = (content, tokenizer.fingerprint(), max_len, max_src_len, is_skip, empty_outputs, skip_bad, several_outputs)
     file = data_cache.cache_file(cache_dir or tempfile.gettempdir(), *key, *([] if cache_dir else [os.urandom(16)]))
     if data_cache.is_whole(file):
         return file
@@ -350,7 +356,7 @@ def prepare(
 
     hidden = not (progress and sys.stderr.isatty())
     with tqdm(total=line_breaks + 1, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
-        encoded = encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, leave_out)
+        encoded = encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, leave_out, several_outputs)
         chunks = _kept_chunks(path, encoded, is_skip, findings, counts, bar)
         try:
             data_cache.write_cache(file, chunks, counts)
@@ -371,20 +377,24 @@ def encode_file(
     max_src_len: int,
     empty_outputs: bool,
     leave_out: Callable[[RowError], None],
+    several_outputs: bool = False,
 ) -> Iterator[tuple[Sequence[int], Sequence[dict], Samples]]:
     """Lines, rows and samples of an instruction file, some at a time.
 
     Args:
         leave_out: gets what is wrong with each row that cannot be used, and raises it or does not.
+        several_outputs: as for `InstructionData`.
 
     Raises:
         DataError: the file cannot be used, or max_src_len leaves no room for a query.
     """
 
     def usable():
-        for line, row in scan_rows(path, empty_outputs=empty_outputs):
+        for line, row in scan_rows(path, several_outputs, empty_outputs):
             if isinstance(row, RowError):
                 leave_out(row)
+            elif isinstance(row["output"], list):
+                yield line, {**row, "output": row["output"][0]}
             else:
                 yield line, row
 
@@ -472,6 +482,7 @@ class InstructionData(Dataset):
         empty_outputs: an empty output is an answer too: the end token alone.
         prepared: what `prepare` returned for these arguments; None does it here, without keeping a cache.
         skip_bad: leave out rows that cannot be used, instead of an error for the first.
+        several_outputs: a row's output may also be a list of strings, of which the first one makes the sample.
 
     Raises:
         DataError: as `prepare`.
@@ -487,9 +498,11 @@ class InstructionData(Dataset):
         empty_outputs: bool = False,
         prepared: str | None = None,
         skip_bad: bool = False,
+        several_outputs: bool = False,
     ):
         self.context_length = tokenizer.context_length
-        file = prepared or prepare(path, tokenizer, max_len, max_src_len, is_skip, empty_outputs, skip_bad=skip_bad)
+        settings = (path, tokenizer, max_len, max_src_len, is_skip, empty_outputs)
+        file = prepared or prepare(*settings, skip_bad=skip_bad, several_outputs=several_outputs)
         ids, records, counts = data_cache.open_cache(file)
         if prepared is None:
             os.unlink(file)  # what is mapped stays
@@ -584,12 +597,13 @@ def collate(samples: list[Sample], context_length: Callable[[list[int]], int], m
     return batch
 
 
-def pack_rows(data: InstructionData, max_len: int, seed: int) -> list[list[int]]:
-    """Put samples together, up to max_len tokens: the longest first, each where it leaves the least room."""
+def pack_rows(data: InstructionData, max_len: int, seed: int, rows: Sequence[int] | None = None) -> list[list[int]]:
+    """Put samples (rows; all of them for None) together, up to max_len tokens: the longest first, each where it leaves
+    the least room."""
     packs: list[list[int]] = []
     room: dict[int, list[int]] = {}  # packs by the tokens that still fit
     rooms = 0  # bit n is set where room[n] holds a pack
-    order = list(range(len(data)))
+    order = list(range(len(data)) if rows is None else rows)
     random.Random(seed).shuffle(order)  # so that chance says which of equal length come together
     for i in sorted(order, key=data.length, reverse=True):
         tokens = data.length(i)

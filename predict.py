@@ -19,6 +19,7 @@ from tqdm import tqdm
 from adapter import check_base, open_adapter, read_config
 from data_set import DataError, read_rows
 from glm_models import MODE
+from glm_models.chat import generate_answers
 from metrics import HEADLINE, describe, kind_of, missing, relation_scores, score
 from utils import UserError, clear_errors, load_base, load_tokenizer, quiet, set_seed, true_or_false
 
@@ -74,26 +75,12 @@ def answer(model, tokenizer, queries: list[str], args) -> list[tuple[str, bool]]
         prompts = [tokenizer.encode_prompt(query, max_src_len=args.max_src_len) for query in queries]
     except ValueError as error:
         raise UserError(f"--max_src_len: {error}") from None
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-    sampling = {"do_sample": False}
+    sampling = {}
     if args.do_sample:
         sampling = {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature}
-    stop = tokenizer.stop_token_ids
-    output = model.generate(
-        **batch,
-        max_new_tokens=max(1, args.max_length - min(map(len, prompts))),
-        eos_token_id=stop,
-        pad_token_id=tokenizer.pad_token_id,
-        repetition_penalty=args.repetition_penalty,
-        num_beams=args.num_beams,
-        **sampling,
-    )
-    answers = []
-    for prompt, ids in zip(prompts, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-        ids = ids[: args.max_length - len(prompt)]
-        end = next((i for i, token in enumerate(ids) if token in stop), None)
-        answers.append((tokenizer.decode_answer(ids[:end]), end is not None))
-    return answers
+    options = {"repetition_penalty": args.repetition_penalty, "num_beams": args.num_beams, **sampling}
+    limits = [max(1, args.max_length - len(prompt)) for prompt in prompts]
+    return generate_answers(model, tokenizer, prompts, limits, **options)
 
 
 def predict_file(model, tokenizer, args) -> None:

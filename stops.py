@@ -230,7 +230,7 @@ class Watch:
     def shape(self) -> str:
         """The micro-batch under way, in words."""
         if not self.batches:
-            return "before the first batch"
+            return f"after step {self.steps}" if self.steps else "before the first batch"
         lengths = [tokens for tokens, _ in self.batches[-1]["segments"]]
         return f"in a micro-batch of {len(lengths)} samples, {sum(lengths)} tokens, the longest {max(lengths)}"
 

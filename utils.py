@@ -7,6 +7,7 @@ import fcntl
 import functools
 import io
 import itertools
+import json
 import logging
 import math
 import os
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
 
 from adapter import BASE_FILE
-from folders import FolderError, new_folder
+from folders import FolderError, new_folder, write_errors, write_file
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.checkpoint import read_json, write_json, write_side_files, write_weights
 from throughput import Flops
@@ -414,8 +415,41 @@ def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype
 # Logging
 
 
+class JsonLines:
+    """A file with a JSON object a line that grows as a run goes on, "step" among its keys. For rank 0 alone.
+
+    Lines of an earlier run, or of steps after the one where this run goes on, go first.
+
+    Args:
+        first: the step where the run goes on; 0 for a new one.
+    """
+
+    def __init__(self, path: str, first: int):
+        self.path = path
+        with write_errors(path):
+            kept = [line for line in self._read() if json.loads(line)["step"] <= first] if first else []
+            write_file(path, "".join(kept))
+
+    def _read(self) -> list[str]:
+        """The lines that are whole: the last one may have been cut by a kill."""
+        if not os.path.exists(self.path):
+            return []
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            return [line for line in file if line.endswith("}\n")]
+
+    def add(self, **values) -> None:
+        """Append a line; what is no finite number is null.
+
+        Raises:
+            FolderError: it cannot be written.
+        """
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with write_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
 class RunLog:
-    """Progress of a training run: a bar and lines on rank 0, TensorBoard files under output_dir.
+    """Progress of a training run: a bar and lines on rank 0; log.jsonl and TensorBoard files under output_dir.
 
     Args:
         engine: DeepSpeed's; it counts the steps.
@@ -455,9 +489,24 @@ class RunLog:
 
             folder = os.path.join(self.output_dir, "tensorboard")
             self.writer = SummaryWriter(folder, purge_step=self.first + 1 if self.first else None)
+            self.file = JsonLines(os.path.join(self.output_dir, "log.jsonl"), self.first)
             self.bar = tqdm(
                 total=self.total_steps, initial=self.first, unit="step", disable=not sys.stderr.isatty(), leave=False
             )
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time within is not the training's."""
+        before = time.perf_counter()
+        yield
+        away = time.perf_counter() - before
+        self.start, self.last = self.start + away, self.last + away
+
+    def write(self, group: str, values: dict[str, float], step: int) -> None:
+        """Add values to the TensorBoard files."""
+        for name, value in values.items():
+            self.writer.add_scalar(f"{group}/{name}", value, step)
+        self.writer.flush()
 
     def add(self, step, epoch: int) -> None:
         """Take note of an optimiser step (stops.Step)."""
@@ -501,9 +550,10 @@ class RunLog:
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr:.3g}", tokens_s=f"{speed:.0f}")
         values = {"loss": loss, "lr": self.lr, "grad_norm": norm, "memory_gib": memory / 2**30}
         values |= {"tokens_per_second": speed, "samples_per_second": samples, "utilisation": used}
-        for name, value in values.items():
-            self.writer.add_scalar(f"train/{name}", value, steps)
-        self.writer.flush()
+        self.write("train", values, steps)
+        done = dict(zip(("tokens", "samples", "operations"), self.whole.tolist(), strict=False))
+        seconds = self.whole[3].item() + now - self.start
+        self.file.add(step=steps, epoch=epoch, **values, **done, seconds=seconds)
 
     def close(self) -> None:
         if self.writer is None:

@@ -205,7 +205,9 @@ class OutputLayer(nn.Linear):
         cross entropy in float32, summed."""
         if targets is None:
             return super().forward(hidden_states)
-        return _SummedCrossEntropy.apply(hidden_states, self.weight, targets)
+        # autograd says that a weight needs a gradient whether or not gradients are wanted now
+        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
+        return _SummedCrossEntropy.apply(hidden_states, weight, targets)
 
 
 def summed_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from utils import UserError, load_ds_config
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"train", "utils", "data_set", "data_cache", "data_check", "data_findings", "throughput", "planner"}
 OURS |= {"memory_trace", "folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe"}
-OURS |= {"glm_models"}
+OURS |= {"evaluation", "glm_models"}
 MAY_IMPORT = {
     "glm_models": set(),
     "adapter": {"folders", "glm_models"},
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "data_findings": set(),
     "data_set": {"data_cache", "data_findings"},
     "data_check": {"data_findings", "data_set"},
+    "evaluation": {"data_set", "folders", "glm_models", "metrics", "utils"},
     "folders": set(),
     "metrics": set(),
     "throughput": {"glm_models"},
@@ -37,6 +38,8 @@ MAY_IMPORT = {
         "data_cache",
         "data_check",
         "data_set",
+        "evaluation",
+        "metrics",
         "planner",
         "states",
         "stops",
