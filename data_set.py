@@ -497,6 +497,7 @@ class InstructionData(Dataset):
         self.lengths = self.samples.lengths  # [samples], tokens of each
         self.answer_lengths = self.lengths - records["answer_start"]  # [samples], of these with a label
         self.lines = records["line"]  # [samples], where each comes from
+        self.files = [(path, self.lines)]  # the same, for messages: rows of several files count on
         self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]
         self.skipped, self.findings = counts["skipped"], counts["findings"]
         self.content = counts["content"]  # SHA-256 of the file
@@ -584,6 +585,11 @@ def collate(samples: list[Sample], context_length: Callable[[list[int]], int], m
     return batch
 
 
+def single_rows(data: InstructionData) -> list[list[int]]:
+    """Packs of one sample each."""
+    return [[i] for i in range(len(data))]
+
+
 def pack_rows(data: InstructionData, max_len: int, seed: int) -> list[list[int]]:
     """Put samples together, up to max_len tokens: the longest first, each where it leaves the least room."""
     packs: list[list[int]] = []
@@ -637,7 +643,7 @@ def plan_epoch(
     largest micro-batches come first, so that ranks have about as much to do at the same time.
 
     Args:
-        packs: what takes the place of a row: one sample each, or several with `pack_rows`.
+        packs: what takes the place of a row: one sample each (`single_rows`), or several (`pack_rows`).
         by_length: put rows of about the same length into a step.
 
     Returns:

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import functools
 import math
 import os
 
@@ -21,10 +22,20 @@ import data_cache
 import data_check
 import planner
 from adapter import record_base
-from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
+from data_set import (
+    DataError,
+    InstructionData,
+    count_steps,
+    epoch_loader,
+    pack_rows,
+    plan_epoch,
+    prepare,
+    single_rows,
+)
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
+from replay import Mixture
 from states import Run, States, check_run, ds_section, find_state, list_states
 from stops import Peers, Watch, told_clearly
 from throughput import matmul_peak, needed_flops
@@ -145,6 +156,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--test_path", help="with --check_data: report its rows that stand in the training file too")
     group.add_argument("--packing", **flag, help="a row of a batch is several samples, up to max_len tokens together")
     group.add_argument("--group_by_length", **flag, help="steps of rows of about the same length: ranks wait less")
+    group.add_argument("--replay_path", help="general rows, some of which come into each epoch, against forgetting")
+    group.add_argument("--replay_ratio", type=float, help="share of them among all rows of an epoch, as 0.1")
     group.add_argument(
         "--data_cache", help="folder that keeps encoded data (default: ~/.cache/chatglm-tuning), or none"
     )
@@ -248,6 +261,10 @@ def check_args(args) -> None:
         wrong.append(f"--prefix_dropout must be at least 0 and less than 1, not {args.prefix_dropout}")
     if not 0 < args.max_src_len < args.max_len:
         wrong.append(f"--max_src_len {args.max_src_len} must be above 0 and less than --max_len {args.max_len}")
+    if (args.replay_path is None) != (args.replay_ratio is None):
+        wrong.append("--replay_path and --replay_ratio go together; 0.1 is a ratio to begin with")
+    if args.replay_ratio is not None and not 0 < args.replay_ratio < 1:
+        wrong.append(f"--replay_ratio must be above 0 and less than 1, not {args.replay_ratio}")
     if args.max_memory is not None and not args.plan:
         wrong.append("--max_memory goes with --plan")
     if args.test_path is not None and not args.check_data:
@@ -256,7 +273,9 @@ def check_args(args) -> None:
         wrong.append("--plan and --check_data exclude each other")
     if args.test_path is not None and not os.path.isfile(args.test_path):
         wrong.append(f"--test_path {args.test_path}: no such file")
-    for name, what in (("train_path", os.path.isfile), ("model_name_or_path", os.path.isdir)):
+    needed = {"model_name_or_path": os.path.isdir}
+    files = {name: os.path.isfile for name in ("train_path", "replay_path") if getattr(args, name) is not None}
+    for name, what in (files | needed).items():
         if not what(getattr(args, name)):
             wrong.append(f"--{name} {getattr(args, name)}: no such {'file' if what is os.path.isfile else 'folder'}")
     if args.offload_inputs and not args.gradient_checkpointing:
@@ -300,9 +319,9 @@ def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict
     }
 
 
-def load_data(args, tokenizer) -> InstructionData:
-    """The samples: prepared by one process a node, or taken from the cache, and then mapped into all of them."""
-    settings = (args.train_path, tokenizer, args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output)
+def load_data(args, tokenizer, path: str) -> InstructionData:
+    """A file's samples: prepared by one process a node, or taken from the cache, and then mapped into all of them."""
+    settings = (path, tokenizer, args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output)
     keep = args.data_cache != "none"
     cache_dir = (args.data_cache or data_cache.default_folder()) if keep else None
     skip = args.on_bad_row == "skip"
@@ -361,21 +380,24 @@ def plan_setup(args, gpus: int) -> planner.Setup:
 
 # Flags that a run may go on without: they change no loss, but for rounding. All others are part of what it is.
 MAY_CHANGE = {
-    *("train_path", "model_name_or_path", "ds_file", "output_dir", "data_cache"),  # their content is compared
+    *("train_path", "replay_path", "model_name_or_path", "ds_file"),  # their content is compared
+    *("output_dir", "data_cache"),
     *("gradient_checkpointing", "tiled_mlp", "offload_inputs", "attn_implementation", "local_rank"),
     *("plan", "max_memory", "plan_gpus", "show_loss_step", "save_model_step", "save_state_steps", "save_total_limit"),
     *("resume_from_checkpoint", "resume_changed", "skip_nonfinite", "verbose", "check_data", "test_path"),
 }
 
 
-def describe_run(args, data, tokenizer, base: dict, ds_config: dict, world_size: int) -> Run:
-    """What losses depend on: flags, and the content of what flags name; base is of `adapter.record_base`."""
+def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, world_size: int) -> Run:
+    """What losses depend on: flags, and the content of what flags name; contents are SHA-256 of data, by flag, and base
+    is of `adapter.record_base`.
+    """
     settings = {f"--{name}": value for name, value in vars(args).items() if name not in MAY_CHANGE}
     # micro-batches count, whoever has them: so the number of processes may change
     del settings["--gradient_accumulation_steps"]
+    settings |= {f"SHA-256 of {flag}": content for flag, content in contents.items()}
     settings |= {
         "--gradient_accumulation_steps x processes": args.gradient_accumulation_steps * world_size,
-        "SHA-256 of --train_path": data.content,
         "weights of --model_name_or_path": base["fingerprint"],
         "config.json of --model_name_or_path": base["config"],
         "tokenizer of --model_name_or_path": tokenizer.fingerprint(),
@@ -420,18 +442,28 @@ def train(args) -> list[tuple[int, float]]:
     state = on_rank_0(lambda: open_output(args))
 
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
-    data = load_data(args, tokenizer)
+    data = load_data(args, tokenizer, args.train_path)
+    contents = {"--train_path": data.content}
     say(f"data: {data.summary()}")
+    pack = functools.partial(pack_rows, max_len=args.max_len, seed=args.seed) if args.packing else single_rows
+    if args.replay_path:
+        general = load_data(args, tokenizer, args.replay_path)
+        contents["--replay_path"] = general.content
+        data = Mixture(data, general, args.replay_ratio, pack, args.per_device_train_batch_size, args.seed)
+        say(f"replay: {data.summary()}")
+        epoch_packs = data.epoch_packs
+    else:
+        packs = pack(data)
+        epoch_packs = lambda epoch: packs  # noqa: E731
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
-    packs = pack_rows(data, args.max_len, args.seed) if args.packing else [[i] for i in range(len(data))]
-    epoch_steps = count_steps(len(packs), *split)
+    epoch_steps = count_steps(len(epoch_packs(1)), *split)  # as many in each
     total_steps = args.num_train_epochs * epoch_steps
 
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
     dtype = compute_dtype(ds_config)
     base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
-    run = describe_run(args, data, tokenizer, base, ds_config, world_size)
+    run = describe_run(args, contents, tokenizer, base, ds_config, world_size)
     for change in check_run(state, run, args.resume_changed) if state else ():
         say(f"warning: changed since {state}: {change}")
 
@@ -452,7 +484,7 @@ def train(args) -> list[tuple[int, float]]:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     engine.lr_scheduler.step(1)  # else the first two steps would have lr 0: DeepSpeed's schedulers count from -1
     log = RunLog(engine, args.output_dir, total_steps, args.show_loss_step, needed_flops(model), matmul_peak(dtype))
-    watch = Watch(engine, data.lines, args.train_path, math.log(config.vocab_size), args.skip_nonfinite)
+    watch = Watch(engine, data.files, math.log(config.vocab_size), args.skip_nonfinite)
     parts = {"log": log, "watch": watch}
     states = States(engine, parts, run, args.output_dir, args.save_state_steps, args.save_total_limit)
     on_rank_0(lambda: check_room(args, model, dtype, states))
@@ -465,7 +497,7 @@ def train(args) -> list[tuple[int, float]]:
     log.begin()
     with watch:
         for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
-            plan = plan_epoch(data, packs, *split, args.seed, epoch, args.group_by_length)
+            plan = plan_epoch(data, epoch_packs(epoch), *split, args.seed, epoch, args.group_by_length)
             todo = plan[engine.global_steps % epoch_steps :]
             for batch in epoch_loader(data, todo, rank, world_size, pin):
                 loss = engine(**watch.begin(batch).to(device())).loss
