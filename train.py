@@ -451,12 +451,9 @@ def train(args) -> list[tuple[int, float]]:
         contents["--replay_path"] = general.content
         data = Mixture(data, general, args.replay_ratio, pack, args.per_device_train_batch_size, args.seed)
         say(f"replay: {data.summary()}")
-        epoch_packs = data.epoch_packs
-    else:
-        packs = pack(data)
-        epoch_packs = lambda epoch: packs  # noqa: E731
+    packs = data.epoch_packs(1) if args.replay_path else pack(data)
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
-    epoch_steps = count_steps(len(epoch_packs(1)), *split)  # as many in each
+    epoch_steps = count_steps(len(packs), *split)
     total_steps = args.num_train_epochs * epoch_steps
 
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
@@ -497,7 +494,9 @@ def train(args) -> list[tuple[int, float]]:
     log.begin()
     with watch:
         for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
-            plan = plan_epoch(data, epoch_packs(epoch), *split, args.seed, epoch, args.group_by_length)
+            if args.replay_path:
+                packs = data.epoch_packs(epoch)  # as many in each
+            plan = plan_epoch(data, packs, *split, args.seed, epoch, args.group_by_length)
             todo = plan[engine.global_steps % epoch_steps :]
             for batch in epoch_loader(data, todo, rank, world_size, pin):
                 loss = engine(**watch.begin(batch).to(device())).loss
