@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEXT, enliven, write_model
+from peft import LoraConfig, get_peft_model
 from runs import Launched
 
 import forgetting
@@ -91,6 +92,27 @@ def test_a_model_forgets_nothing_against_itself(tiny, mode, tmp_path):
     report = compare(mode, tiny[mode], tiny[mode], write(tmp_path / "suite.json", ROWS), CPU, max_new_tokens=6)
     for some in [*report["categories"].values(), report["overall"]]:
         assert (some["forgetting"], some["kl"], some["agree"], some["agree_prefix"]) == (0, 0, 1, 1)
+
+
+def test_adapters_and_prefixes_are_results_too(tiny, load, tmp_path):
+    suite = write(tmp_path / "suite.json", ROWS)
+    model = load("glm3")
+    model.name_or_path = tiny["glm3"]
+    config = LoraConfig(r=4, target_modules=["query_key_value"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for folder in ("merged", "prefix"):
+        shutil.copytree(tiny["glm3"], tmp_path / folder)
+    write_model(adapted.merge_and_unload(), str(tmp_path / "merged"))
+    write_model(load("glm3", pre_seq_len=4, prefix_projection=False), str(tmp_path / "prefix"))
+    settings = json.loads((tmp_path / "prefix" / "config.json").read_text())
+    (tmp_path / "prefix" / "config.json").write_text(json.dumps({**settings, "pre_seq_len": 4}))
+    adapter, merged, prefix = (
+        compare("glm3", tiny["glm3"], str(tmp_path / name), suite, CPU, max_new_tokens=6)["overall"]
+        for name in ("adapter", "merged", "prefix")
+    )
+    assert adapter == pytest.approx(merged, rel=1e-4) and adapter["kl"] > 0.01
+    assert prefix["kl"] > 0.01 and prefix["nll_base"] == adapter["nll_base"]
 
 
 @pytest.mark.parametrize("mode", MODE)
