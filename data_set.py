@@ -510,6 +510,7 @@ class InstructionData(Dataset):
         self.lengths = self.samples.lengths  # [samples], tokens of each
         self.answer_lengths = self.lengths - records["answer_start"]  # [samples], of these with a label
         self.lines = records["line"]  # [samples], where each comes from
+        self.files = [(path, self.lines)]  # the same, for messages: rows of several files count on
         self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]
         self.skipped, self.findings = counts["skipped"], counts["findings"]
         self.content = counts["content"]  # SHA-256 of the file

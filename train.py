@@ -8,6 +8,8 @@
 import argparse
 import math
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 # Else fragments of the allocator cost 2 to 5 GiB of a GPU. To be said before torch comes in.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -27,6 +29,7 @@ from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
 from metrics import HEADLINE, missing
+from replay import Mixture
 from states import Run, States, check_run, ds_section, find_state, list_states
 from stops import Peers, Watch, told_clearly
 from throughput import matmul_peak, needed_flops
@@ -147,6 +150,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--test_path", help="with --check_data: report its rows that stand in the training file too")
     group.add_argument("--packing", **flag, help="a row of a batch is several samples, up to max_len tokens together")
     group.add_argument("--group_by_length", **flag, help="steps of rows of about the same length: ranks wait less")
+    group.add_argument("--replay_path", help="general rows, some of which come into each epoch, against forgetting")
+    group.add_argument("--replay_ratio", type=float, help="share of them among all rows of an epoch, as 0.1")
     group.add_argument(
         "--data_cache", help="folder that keeps encoded data (default: ~/.cache/chatglm-tuning), or none"
     )
@@ -275,6 +280,10 @@ def check_args(args) -> None:
         wrong.append(f"--prefix_dropout must be at least 0 and less than 1, not {args.prefix_dropout}")
     if not 0 < args.max_src_len < args.max_len:
         wrong.append(f"--max_src_len {args.max_src_len} must be above 0 and less than --max_len {args.max_len}")
+    if (args.replay_path is None) != (args.replay_ratio is None):
+        wrong.append("--replay_path and --replay_ratio go together; 0.1 is a ratio to begin with")
+    if args.replay_ratio is not None and not 0 < args.replay_ratio < 1:
+        wrong.append(f"--replay_ratio must be above 0 and less than 1, not {args.replay_ratio}")
     if args.max_memory is not None and not args.plan:
         wrong.append("--max_memory goes with --plan")
     if args.test_path is not None and not args.check_data:
@@ -297,7 +306,9 @@ def check_args(args) -> None:
             wrong.append("--eval_at_start, --eval_generate and --best_metric need --eval_path or --eval_ratio")
     if missing(args.eval_generate):
         wrong.append(f"--eval_generate {args.eval_generate} needs more packages: {missing(args.eval_generate)}")
-    for name, what in (("train_path", os.path.isfile), ("model_name_or_path", os.path.isdir)):
+    needed = {"model_name_or_path": os.path.isdir}
+    files = {name: os.path.isfile for name in ("train_path", "replay_path") if getattr(args, name) is not None}
+    for name, what in (files | needed).items():
         if not what(getattr(args, name)):
             wrong.append(f"--{name} {getattr(args, name)}: no such {'file' if what is os.path.isfile else 'folder'}")
     if args.offload_inputs and not args.gradient_checkpointing:
@@ -360,6 +371,49 @@ def load_data(args, tokenizer, path: str, several_outputs: bool = False) -> Inst
     return data
 
 
+class Sources(NamedTuple):
+    """The rows of a run.
+
+    packs: of an epoch, what it takes of `data`: lists of samples' numbers, the same number of lists in each epoch.
+    held_out: has the rows to validate on, held_out_rows; none without validation.
+    contents: SHA-256 of each file, by the flag that names it.
+    """
+
+    data: InstructionData
+    packs: Callable[[int], list[list[int]]]
+    held_out: InstructionData
+    held_out_rows: list[int]
+    contents: dict[str, str]
+
+
+def load_sources(args, tokenizer) -> Sources:
+    """All files that flags name."""
+    task = held_out = load_data(args, tokenizer, args.train_path)
+    say(f"data: {task.summary()}")
+    contents = {"--train_path": task.content}
+    rows, held_out_rows = range(len(task)), []
+    if args.eval_ratio is not None:
+        rows, held_out_rows = split_rows(task, args.eval_ratio)
+    elif args.eval_path:
+        held_out = load_data(args, tokenizer, args.eval_path, several_outputs=True)
+        held_out_rows, contents["--eval_path"] = list(range(len(held_out))), held_out.content
+        say(f"validation data: {held_out.summary()}")
+
+    def pack(data, rows):
+        return pack_rows(data, args.max_len, args.seed, rows) if args.packing else [[i] for i in rows]
+
+    packs = pack(task, rows)
+    if not args.replay_path:
+        return Sources(task, lambda epoch: packs, held_out, held_out_rows, contents)
+    general = load_data(args, tokenizer, args.replay_path)
+    contents["--replay_path"] = general.content
+    general_packs = pack(general, range(len(general)))
+    longest = args.per_device_train_batch_size
+    mixture = Mixture(task, packs, general, general_packs, args.replay_ratio, longest, args.seed)
+    say(f"replay: {mixture.summary()}")
+    return Sources(mixture, mixture.epoch_packs, held_out, held_out_rows, contents)
+
+
 def check(args) -> None:
     """--check_data: needs the tokenizer, and neither other processes nor the model."""
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
@@ -407,7 +461,8 @@ def plan_setup(args, gpus: int) -> planner.Setup:
 
 # Flags that a run may go on without: they change no loss, but for rounding. All others are part of what it is.
 MAY_CHANGE = {
-    *("train_path", "eval_path", "model_name_or_path", "ds_file", "output_dir", "data_cache"),  # content is compared
+    *("train_path", "eval_path", "replay_path", "model_name_or_path", "ds_file"),  # their content is compared
+    *("output_dir", "data_cache"),
     *("gradient_checkpointing", "tiled_mlp", "offload_inputs", "attn_implementation", "local_rank"),
     *("plan", "max_memory", "plan_gpus", "show_loss_step", "save_model_step", "save_state_steps", "save_total_limit"),
     *("resume_from_checkpoint", "resume_changed", "skip_nonfinite", "verbose", "check_data", "test_path"),
@@ -417,16 +472,17 @@ MAY_CHANGE = {
 OF_ANSWERS = {"eval_generate", "eval_generate_rows", "eval_max_new_tokens"}
 
 
-def describe_run(args, data, held_out, tokenizer, base: dict, ds_config: dict, world_size: int) -> Run:
-    """What losses depend on: flags, and the content of what flags name; base is of `adapter.record_base`."""
+def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, world_size: int) -> Run:
+    """What losses depend on: flags, and the content of what flags name; contents are SHA-256 of data, by flag, and base
+    is of `adapter.record_base`.
+    """
     may_change = MAY_CHANGE | (OF_ANSWERS if args.best_metric in FROM_LOSS else set())
     settings = {f"--{name}": value for name, value in vars(args).items() if name not in may_change}
     # micro-batches count, whoever has them: so the number of processes may change
     del settings["--gradient_accumulation_steps"]
+    settings |= {f"SHA-256 of {flag}": content for flag, content in contents.items()}
     settings |= {
         "--gradient_accumulation_steps x processes": args.gradient_accumulation_steps * world_size,
-        "SHA-256 of --train_path": data.content,
-        "SHA-256 of --eval_path": held_out.content if args.eval_path else None,
         "weights of --model_name_or_path": base["fingerprint"],
         "config.json of --model_name_or_path": base["config"],
         "tokenizer of --model_name_or_path": tokenizer.fingerprint(),
@@ -471,25 +527,16 @@ def train(args) -> list[tuple[int, float]]:
     state = on_rank_0(lambda: open_output(args))
 
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
-    data = held_out = load_data(args, tokenizer, args.train_path)
-    say(f"data: {data.summary()}")
-    rows, held_out_rows = range(len(data)), []
-    if args.eval_ratio is not None:
-        rows, held_out_rows = split_rows(data, args.eval_ratio)
-    elif args.eval_path:
-        held_out = load_data(args, tokenizer, args.eval_path, several_outputs=True)
-        held_out_rows = list(range(len(held_out)))
-        say(f"validation data: {held_out.summary()}")
+    sources = load_sources(args, tokenizer)
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
-    packs = pack_rows(data, args.max_len, args.seed, rows) if args.packing else [[i] for i in rows]
-    epoch_steps = count_steps(len(packs), *split)
+    epoch_steps = count_steps(len(sources.packs(1)), *split)
     total_steps = args.num_train_epochs * epoch_steps
 
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
     dtype = compute_dtype(ds_config)
     base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
-    run = describe_run(args, data, held_out, tokenizer, base, ds_config, world_size)
+    run = describe_run(args, sources.contents, tokenizer, base, ds_config, world_size)
     for change in check_run(state, run, args.resume_changed) if state else ():
         say(f"warning: changed since {state}: {change}")
 
@@ -510,7 +557,7 @@ def train(args) -> list[tuple[int, float]]:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     engine.lr_scheduler.step(1)  # else the first two steps would have lr 0: DeepSpeed's schedulers count from -1
     log = RunLog(engine, args.output_dir, total_steps, args.show_loss_step, needed_flops(model), matmul_peak(dtype))
-    watch = Watch(engine, data.lines, args.train_path, math.log(config.vocab_size), args.skip_nonfinite)
+    watch = Watch(engine, sources.data.files, math.log(config.vocab_size), args.skip_nonfinite)
     parts = {"log": log, "watch": watch}
 
     def keep(name):
@@ -518,9 +565,9 @@ def train(args) -> list[tuple[int, float]]:
 
     validation = None
     if validates(args):
-        where, every = args.eval_path or args.train_path, args.eval_steps or epoch_steps
-        settings = (where, args, every, total_steps, log, lambda: keep("best"))
-        validation = parts["validation"] = Validation(engine, tokenizer, held_out, held_out_rows, *settings)
+        rows = (sources.held_out, sources.held_out_rows, args.eval_path or args.train_path)
+        steps = (args.eval_steps or epoch_steps, total_steps)
+        validation = parts["validation"] = Validation(engine, tokenizer, *rows, args, *steps, log, lambda: keep("best"))
     states = States(engine, parts, run, args.output_dir, args.save_state_steps, args.save_total_limit)
     on_rank_0(lambda: check_room(args, model, dtype, states))
     if state:
@@ -532,7 +579,7 @@ def train(args) -> list[tuple[int, float]]:
     with watch:
         if validation:
             validation.begin()
-        for epoch, batch in training_batches(args, engine, data, packs, split, epoch_steps):
+        for epoch, batch in training_batches(args, engine, sources, split, epoch_steps):
             loss = engine(**watch.begin(batch).to(device())).loss
             engine.backward(loss)
             engine.step()
@@ -556,14 +603,14 @@ def train(args) -> list[tuple[int, float]]:
     return log.history
 
 
-def training_batches(args, engine, data, packs, split, epoch_steps: int):
+def training_batches(args, engine, sources: Sources, split, epoch_steps: int):
     """Yield epoch and batch, each of this rank from where the engine is to the end of the run."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     pin = get_accelerator().device_name() != "cpu"
     for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
-        plan = plan_epoch(data, packs, *split, args.seed, epoch, args.group_by_length)
+        plan = plan_epoch(sources.data, sources.packs(epoch), *split, args.seed, epoch, args.group_by_length)
         todo = plan[engine.global_steps % epoch_steps :]
-        for batch in epoch_loader(data, todo, rank, world_size, pin):
+        for batch in epoch_loader(sources.data, todo, rank, world_size, pin):
             yield epoch, batch
 
 

@@ -13,7 +13,7 @@ from utils import UserError, load_ds_config
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"train", "utils", "data_set", "data_cache", "data_check", "data_findings", "throughput", "planner"}
 OURS |= {"memory_trace", "folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe"}
-OURS |= {"evaluation", "glm_models"}
+OURS |= {"evaluation", "replay", "forgetting", "glm_models"}
 MAY_IMPORT = {
     "glm_models": set(),
     "adapter": {"folders", "glm_models"},
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "data_set": {"data_cache", "data_findings"},
     "data_check": {"data_findings", "data_set"},
     "evaluation": {"data_set", "folders", "glm_models", "metrics", "utils"},
+    "replay": {"data_set"},
     "folders": set(),
     "metrics": set(),
     "throughput": {"glm_models"},
@@ -41,13 +42,15 @@ MAY_IMPORT = {
         "evaluation",
         "metrics",
         "planner",
+        "replay",
         "states",
         "stops",
         "throughput",
         "utils",
     },
     "merge_lora": {"adapter", "folders", "glm_models", "probe", "utils"},
-    "predict": {"adapter", "glm_models", "data_set", "metrics", "utils"},
+    "predict": {"glm_models", "data_set", "metrics", "utils"},
+    "forgetting": {"data_cache", "data_set", "folders", "glm_models", "utils"},
 }
 
 
