@@ -4,7 +4,6 @@ Each epoch has all rows of the training file, and some of the replay file: other
 """
 
 import random
-from collections.abc import Callable
 
 import numpy as np
 from torch.utils.data import ConcatDataset
@@ -17,10 +16,11 @@ class Mixture(InstructionData):
 
     Args:
         task: rows that every epoch has.
+        task_packs: those rows, as `pack_rows` or `single_rows` puts them together.
         general: rows that an epoch has some of.
+        general_packs: likewise. Whole packs are drawn; where they hold several rows, the ratio is that of the mean over
+            epochs.
         ratio: share of general rows among all rows of an epoch, above 0 and below 1.
-        pack: makes the packs of a file's rows (data_set.pack_rows, or single_rows). Whole packs are drawn; where they
-            hold several rows, the ratio is that of the mean over epochs.
         longest: so many of the longest packs are in the first epoch, that a lack of memory shows at once; but at most
             half of what it draws.
         seed: of the draw, together with the epoch.
@@ -29,9 +29,10 @@ class Mixture(InstructionData):
     def __init__(
         self,
         task: InstructionData,
+        task_packs: list[list[int]],
         general: InstructionData,
+        general_packs: list[list[int]],
         ratio: float,
-        pack: Callable[[InstructionData], list[list[int]]],
         longest: int,
         seed: int,
     ):
@@ -40,14 +41,14 @@ class Mixture(InstructionData):
         self.lengths = np.concatenate((task.lengths, general.lengths))
         self.answer_lengths = np.concatenate((task.answer_lengths, general.answer_lengths))
         self.files = task.files + general.files
-        self.task_packs = pack(task)
-        self.packs = sorted(([row + len(task) for row in some] for some in pack(general)), key=self.tokens)
-        wanted = len(task) * ratio / (1 - ratio)  # rows of an epoch
+        self.task_packs, task_rows = task_packs, sum(map(len, task_packs))
+        self.packs = sorted(([row + len(task) for row in some] for some in general_packs), key=self.tokens)
+        wanted = task_rows * ratio / (1 - ratio)  # rows of an epoch
         self.drawn = max(1, round(wanted * len(self.packs) / len(general)))  # packs of an epoch
         self.longest, self.seed = min(longest, self.drawn // 2), seed
         rows = self.drawn * len(general) / len(self.packs)
         about = "" if len(self.packs) == len(general) else "about "
-        self.text = f"{about}{rows:.0f} rows an epoch, {rows / (rows + len(task)):.1%} of all, of {general.summary()}"
+        self.text = f"{about}{rows:.0f} rows an epoch, {rows / (rows + task_rows):.1%} of all, of {general.summary()}"
 
     def summary(self) -> str:
         """One line on the replay file, and what an epoch has of it."""

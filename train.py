@@ -449,7 +449,8 @@ def train(args) -> list[tuple[int, float]]:
     if args.replay_path:
         general = load_data(args, tokenizer, args.replay_path)
         contents["--replay_path"] = general.content
-        data = Mixture(data, general, args.replay_ratio, pack, args.per_device_train_batch_size, args.seed)
+        longest = args.per_device_train_batch_size
+        data = Mixture(data, pack(data), general, pack(general), args.replay_ratio, longest, args.seed)
         say(f"replay: {data.summary()}")
     packs = data.epoch_packs(1) if args.replay_path else pack(data)
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)

@@ -41,6 +41,11 @@ def packing(data):
     return pack_rows(data, 160, 1)
 
 
+def mix(parts, ratio: float, pack, longest: int, seed: int) -> Mixture:
+    task, general = parts
+    return Mixture(task, pack(task), general, pack(general), ratio, longest, seed)
+
+
 def drawn(mixture: Mixture, epoch: int) -> list[int]:
     """Rows of the general file in an epoch, counted from 0."""
     rows = [row for pack in mixture.epoch_packs(epoch) for row in pack]
@@ -50,31 +55,31 @@ def drawn(mixture: Mixture, epoch: int) -> list[int]:
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.2, 10), (0.09, 4), (0.4, 27), (0.001, 1)])
 def test_an_epoch_has_its_share_of_general_rows_none_twice(parts, ratio, count):
-    mixture = Mixture(*parts, ratio, single_rows, 2, seed=1)
+    mixture = mix(parts, ratio, single_rows, 2, seed=1)
     epochs = [drawn(mixture, epoch) for epoch in range(1, 6)]
     for rows in epochs:
         assert len(rows) == len(set(rows)) == count
     assert len(set(map(tuple, epochs))) > 1  # other ones each time
-    assert epochs == [drawn(Mixture(*parts, ratio, single_rows, 2, seed=1), epoch) for epoch in range(1, 6)]
-    assert epochs[1:] != [drawn(Mixture(*parts, ratio, single_rows, 2, seed=2), epoch) for epoch in range(2, 6)]
+    assert epochs == [drawn(mix(parts, ratio, single_rows, 2, seed=1), epoch) for epoch in range(1, 6)]
+    assert epochs[1:] != [drawn(mix(parts, ratio, single_rows, 2, seed=2), epoch) for epoch in range(2, 6)]
 
 
 def test_each_general_row_comes_about_as_often(parts):
-    mixture = Mixture(*parts, 0.2, single_rows, 2, seed=1)
+    mixture = mix(parts, 0.2, single_rows, 2, seed=1)
     counts = np.bincount(np.concatenate([drawn(mixture, epoch) for epoch in range(2, 902)]), minlength=30)
     assert counts.sum() == 9000
     assert abs(counts - 300).max() < 5 * (900 * 1 / 3 * 2 / 3) ** 0.5  # five deviations
 
 
 def test_no_general_row_comes_twice_before_each_came_once(parts):
-    rows = drawn(Mixture(*parts, 0.7, single_rows, 2, seed=1), 1)  # 93 of 30
+    rows = drawn(mix(parts, 0.7, single_rows, 2, seed=1), 1)  # 93 of 30
     counts = np.bincount(rows)
     assert len(rows) == 93 and sorted(counts) == [3] * 27 + [4] * 3
 
 
 def test_the_longest_rows_of_both_files_are_in_the_first_step(parts):
     for files in (parts, parts[::-1]):
-        mixture = Mixture(*files, 0.2, single_rows, 2, seed=1)
+        mixture = mix(files, 0.2, single_rows, 2, seed=1)
         steps = plan_epoch(mixture, mixture.epoch_packs(1), 2, 2, 1, seed=1, epoch=1)
         every = np.sort(np.concatenate([data.lengths for data in files]))
         assert mixture.tokens(steps[0][0].rows) == every[-2:].sum()
@@ -83,7 +88,7 @@ def test_the_longest_rows_of_both_files_are_in_the_first_step(parts):
 @pytest.mark.parametrize("by_length", [False, True])
 @pytest.mark.parametrize("pack", [single_rows, packing])
 def test_epochs_have_as_many_steps_each_and_batches_the_rows_of_both_files(parts, pack, by_length):
-    mixture = Mixture(*parts, 0.3, pack, 2, seed=1)
+    mixture = mix(parts, 0.3, pack, 2, seed=1)
     share = []
     for epoch in range(1, 30):
         packs = mixture.epoch_packs(epoch)
@@ -99,8 +104,8 @@ def test_epochs_have_as_many_steps_each_and_batches_the_rows_of_both_files(parts
 
 
 def test_the_summary_says_what_an_epoch_has(parts):
-    assert "10 rows an epoch, 20.0% of all, of 30 samples" in Mixture(*parts, 0.2, single_rows, 2, 1).summary()
-    assert Mixture(*parts, 0.2, packing, 2, 1).summary().startswith("about ")
+    assert "10 rows an epoch, 20.0% of all, of 30 samples" in mix(parts, 0.2, single_rows, 2, 1).summary()
+    assert mix(parts, 0.2, packing, 2, 1).summary().startswith("about ")
 
 
 def test_flags_that_cannot_be_meant_are_refused(files):
@@ -169,9 +174,8 @@ def test_bad_rows_are_named_with_their_file(tmp_path, base):
     run = Run(tmp_path / "run", base, 1, False)
     rows, general = str(run.general.parent / "rows.json"), str(run.general)
     tokenizer = MODE["glm3"].tokenizer.from_pretrained(base)
-    mixture = Mixture(
-        *(InstructionData(path, tokenizer, 160, 96) for path in (rows, general)), 0.4, single_rows, 2, 1234
-    )
+    parts = [InstructionData(path, tokenizer, 160, 96) for path in (rows, general)]
+    mixture = mix(parts, 0.4, single_rows, 2, 1234)
     plan = plan_epoch(mixture, mixture.epoch_packs(1), 2, 2, 1, 1234, 1)
     step, (mine, other) = next(
         (i, sorted(s[0].rows)) for i, s in enumerate(plan, 1) if min(s[0].rows) < 20 <= max(s[0].rows)
