@@ -78,7 +78,7 @@ def main():
         print(f"== {name}")
         tuned = train(work / name.replace(" ", "-"), base, task, args.epochs, args.rate, *more)
         report = compare("glm3", str(base), str(tuned), suite, max_new_tokens=80)
-        on_task = compare("glm3", str(base), str(tuned), test, max_new_tokens=80)["overall"]
+        on_task = compare("glm3", str(base), str(tuned), test, max_new_tokens=1)["overall"]
         print(*table(report), sep="\n")
         found[name] = {**report["overall"], "task_base": on_task["nll_base"], "task": on_task["nll_tuned"]}
         found[name]["categories"] = {key: some["forgetting"] for key, some in report["categories"].items()}
