@@ -49,11 +49,6 @@ def packing(data):
     return pack_rows(data, 160, 1)
 
 
-def mix(parts, ratio: float, pack, longest: int, seed: int) -> Mixture:
-    task, general = parts
-    return Mixture(task, pack(task), general, pack(general), ratio, longest, seed)
-
-
 def drawn(mixture: Mixture, epoch: int) -> list[int]:
     """Rows of the general file in an epoch, counted from 0."""
     rows = [row for pack in mixture.epoch_packs(epoch) for row in pack]
