@@ -10,7 +10,9 @@ import os
 import random
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +23,8 @@ from tqdm import tqdm
 import data_cache
 
 IGNORE_INDEX = -100
-CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 4_000_000  # most that is read and encoded at once
+CHUNK_ROWS, CHUNK_CHARACTERS = 500, 4_000_000  # most that is encoded at once
+AHEAD = 2  # chunks under way: while one is with SentencePiece, Python is at the other
 PROMPT_CUT, ANSWER_CUT = 1, 2  # bits of a record's `cut`
 
 
@@ -269,15 +272,20 @@ def prepare(
 def _encode_chunks(path, rows, tokenizer, max_len, max_src_len, is_skip, counts, bar):
     """Yield ids and records of some samples at a time, for `data_cache.write_cache`; add to `counts` and `bar`."""
     threads, kept = available_cpus(), 0
-    for chunk in _chunks(rows):
+
+    def encode(chunk):
         lines, some = zip(*chunk, strict=True)
         try:
             samples = encode_samples(tokenizer, some, max_len, max_src_len, threads)
         except ValueError:
             _raise_first_error(path, chunk, tokenizer, max_len, max_src_len)
             raise
+        samples.records["line"] = lines
+        return samples
+
+    for samples in _ahead(encode, _chunks(rows)):
         ids, records = samples.ids, samples.records
-        records["line"] = lines
+        last_line = int(records["line"][-1])
         counts["prompts_cut"] += int(np.count_nonzero(records["cut"] & PROMPT_CUT))
         counts["answers_cut"] += int(np.count_nonzero(records["cut"] & ANSWER_CUT))
         if is_skip:
@@ -288,9 +296,31 @@ def _encode_chunks(path, rows, tokenizer, max_len, max_src_len, is_skip, counts,
             counts["skipped"] += len(samples) - len(records)
         kept += len(records)
         yield ids, records
-        bar.update(lines[-1] - bar.n)
+        bar.update(last_line - bar.n)
     if not kept:
         raise DataError(f"{path}: every row is longer than max_src_len {max_src_len} or max_len {max_len} allow")
+
+
+def _ahead(encode, chunks):
+    """encode(chunk) of each, in order, made ahead: while SentencePiece is at work, Python reads on."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+
+        def jobs():
+            try:
+                for chunk in chunks:
+                    yield pool.submit(encode, chunk)
+            except DataError as error:  # takes its place in the order: a row before it may have an error of its own
+                broken = Future()
+                broken.set_exception(error)
+                yield broken
+
+        waiting = deque()
+        for job in jobs():
+            waiting.append(job)
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _raise_first_error(path, chunk, tokenizer, max_len, max_src_len):

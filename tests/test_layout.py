@@ -12,7 +12,7 @@ from utils import UserError, load_ds_config
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"train", "utils", "data_set", "data_cache", "throughput", "planner", "memory_trace"}
-OURS |= {"folders", "states", "stops", "merge_lora", "predict", "metrics", "glm_models"}
+OURS |= {"folders", "states", "stops", "lora", "merge_lora", "predict", "metrics", "glm_models"}
 MAY_IMPORT = {
     "glm_models": set(),
     "data_cache": set(),
@@ -23,12 +23,14 @@ MAY_IMPORT = {
     "utils": {"folders", "glm_models", "throughput"},
     "states": {"folders", "utils"},
     "stops": {"data_set", "utils"},
+    "lora": {"glm_models"},
     "memory_trace": set(),
     "planner": {"data_set", "glm_models", "memory_trace", "utils"},
-    "train": {"folders", "glm_models", "data_cache", "data_set", "planner", "states", "stops", "throughput", "utils"},
+    "train": {"folders", "glm_models", "data_cache", "data_set", "lora", "planner", "states", "stops", "throughput"},
     "merge_lora": {"folders", "glm_models", "utils"},
     "predict": {"glm_models", "data_set", "metrics", "utils"},
 }
+MAY_IMPORT["train"] |= {"utils"}
 
 
 def imported(path: Path) -> set[str]:
