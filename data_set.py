@@ -12,7 +12,9 @@ import random
 import re
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +26,8 @@ import data_cache
 from data_findings import BROKEN, FIRST, WARNINGS, Findings, lines_text
 
 IGNORE_INDEX = -100
-CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 4_000_000  # most that is read and encoded at once
+CHUNK_ROWS, CHUNK_CHARACTERS = 500, 4_000_000  # most that is encoded at once
+AHEAD = 2  # chunks under way: while one is with SentencePiece, Python is at the other
 PROMPT_CUT, ANSWER_CUT = 1, 2  # bits of a record's `cut`
 
 
@@ -399,7 +402,8 @@ def encode_file(
                 yield line, row
 
     threads = available_cpus()
-    for chunk in _chunks(usable()):
+
+    def encode(chunk):
         lines, rows = zip(*chunk, strict=True)
         no_room: dict[int, str] = {}
         try:
@@ -407,6 +411,9 @@ def encode_file(
         except ValueError:
             _raise_first_error(path, chunk, tokenizer, max_len, max_src_len)
             raise
+        return lines, rows, samples, no_room
+
+    for lines, rows, samples, no_room in _ahead(encode, _chunks(usable())):
         for i, problem in no_room.items():
             leave_out(RowError(f"{path} line {lines[i]}: {problem}", lines[i], Flaw("no_room", problem)))
         if no_room:
@@ -437,6 +444,28 @@ def _kept_chunks(path, encoded, is_skip, findings, counts, bar):
     if not kept:
         raise DataError(f"{path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
     counts["findings"] = findings.finish()
+
+
+def _ahead(encode, chunks):
+    """encode(chunk) of each, in order, made ahead: while SentencePiece is at work, Python reads on."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+
+        def jobs():
+            try:
+                for chunk in chunks:
+                    yield pool.submit(encode, chunk)
+            except DataError as error:  # takes its place in the order: a row before it may have an error of its own
+                broken = Future()
+                broken.set_exception(error)
+                yield broken
+
+        waiting = deque()
+        for job in jobs():
+            waiting.append(job)
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _raise_first_error(path, chunk, tokenizer, max_len, max_src_len):

@@ -11,8 +11,10 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-# Else fragments of the allocator cost 2 to 5 GiB of a GPU. To be said before torch comes in.
+# To be said before torch comes in. Else fragments of the allocator cost 2 to 5 GiB of a GPU.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Large tensors in large pages: page faults would take 7 % of a CPU's time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import deepspeed
 import torch
@@ -28,6 +30,7 @@ from evaluation import FROM_LOSS, Validation, split_rows
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
+from lora import LoraLinear
 from metrics import HEADLINE, missing
 from replay import Mixture
 from states import Run, States, check_run, ds_section, find_state, list_states
@@ -103,6 +106,7 @@ def lora(args, load):
         bias="none",
         task_type="CAUSAL_LM",
     )
+    config._register_custom_module({torch.nn.Linear: LoraLinear})
     model.name_or_path = os.path.abspath(args.model_name_or_path)  # goes into the adapter: its base
     return get_peft_model(model, config)
 

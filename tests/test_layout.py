@@ -13,7 +13,7 @@ from utils import UserError, load_ds_config
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"train", "utils", "data_set", "data_cache", "data_check", "data_findings", "throughput", "planner"}
 OURS |= {"memory_trace", "folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe"}
-OURS |= {"evaluation", "replay", "forgetting", "glm_models"}
+OURS |= {"lora", "evaluation", "replay", "forgetting", "glm_models"}
 MAY_IMPORT = {
     "glm_models": set(),
     "adapter": {"folders", "glm_models"},
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "utils": {"adapter", "folders", "glm_models", "throughput"},
     "states": {"folders", "utils"},
     "stops": {"data_set", "utils"},
+    "lora": {"glm_models"},
     "memory_trace": set(),
     "planner": {"data_set", "glm_models", "memory_trace", "utils"},
     "probe": {"adapter", "glm_models"},
@@ -40,6 +41,7 @@ MAY_IMPORT = {
         "data_check",
         "data_set",
         "evaluation",
+        "lora",
         "metrics",
         "planner",
         "replay",
