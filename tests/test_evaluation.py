@@ -358,7 +358,7 @@ def test_held_out_rows_are_not_trained_on(tmp_path, bases, rows):
 
         def recorded(self, batch):
             with open(tmp_path / "trained", "a") as file:
-                file.write("".join(f"{self.lines[row]}\n" for row in batch.rows))
+                file.write("".join(f"{line}\n" for line in self._lines(batch.rows)[0]))
             return begin(self, batch)
 
         train.Watch.begin = recorded
