@@ -38,6 +38,7 @@ from adapter import BASE_FILE
 from folders import FolderError, new_folder
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.checkpoint import read_json, write_json, write_side_files, write_weights
+from glm_models.config import shown
 from throughput import Flops
 
 
@@ -289,7 +290,9 @@ def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
         raise UserError(f"{path} is nested too deeply") from None
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
         if config.setdefault(key, values[key]) != values[key]:
-            raise UserError(f'{path}: "{key}" is {config[key]}, the command line makes it {values[key]}; use "auto"')
+            raise UserError(
+                f'{path}: "{key}" is {shown(config[key])}, the command line makes it {values[key]}; use "auto"'
+            )
     for section in ("optimizer", "scheduler"):
         if section not in config:
             raise UserError(f'{path}: "{section}" is missing; start from one of the ds_zero*.json files')
@@ -310,10 +313,10 @@ def _check_ds_config(config: dict, path: str) -> None:
     for key, kinds in DS_TYPES.items():
         value = config.get(key)
         if value is not None and (type(value) not in kinds or not 0 <= value < math.inf):
-            raise UserError(f"{path}: {key} must be {' or '.join(k.__name__ for k in kinds)}, not {value!r}")
+            raise UserError(f"{path}: {key} must be {' or '.join(k.__name__ for k in kinds)}, not {shown(value)}")
     stage = config["zero_optimization"].get("stage")
     if type(stage) is not int:
-        raise UserError(f"{path}: zero_optimization.stage must be 1, 2 or 3, not {stage!r}")
+        raise UserError(f"{path}: zero_optimization.stage must be 1, 2 or 3, not {shown(stage)}")
     try:
         part = "what DeepSpeed reads"
         # the batch is checked already, and for --plan of more devices than there are processes
@@ -321,10 +324,10 @@ def _check_ds_config(config: dict, path: str) -> None:
         part = "zero_optimization"
         for key, value in config["zero_optimization"].items():
             if isinstance(value, str) and isinstance(getattr(whole.zero_config, key, None), int | float):
-                raise ValueError(f"{key} must be a number or true or false, not {value!r}")
+                raise ValueError(f"{key} must be a number or true or false, not {shown(value)}")
         part = "data_types"
         if whole.grad_accum_dtype not in GRADIENT_TYPES:
-            raise ValueError(f"grad_accum_dtype {whole.grad_accum_dtype!r} is none of {GRADIENT_TYPES}")
+            raise ValueError(f"grad_accum_dtype {shown(whole.grad_accum_dtype)} is none of {GRADIENT_TYPES}")
         part = "optimizer"
         _try_optimizer(config["optimizer"])
         part = "scheduler"
@@ -332,7 +335,7 @@ def _check_ds_config(config: dict, path: str) -> None:
     except Exception as error:  # DeepSpeed checks by pydantic, by assertions, and by what happens to fail
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = reason.split(" For further information")[0]
-        raise UserError(f"{path}: {part}: {reason}") from None
+        raise UserError(f"{path}: {part}: {reason[:300]}") from None
 
 
 def _try_optimizer(section: dict) -> None:
@@ -374,7 +377,7 @@ def _resolve_precision(config: dict, path: str, as_gpu: bool) -> None:
     wish = {kind: config.setdefault(kind, {}).setdefault("enabled", "auto") for kind in can}
     for kind, enabled in wish.items():
         if type(enabled) is not bool and enabled != "auto":
-            raise UserError(f'{path}: {kind}.enabled must be true, false or "auto", not {enabled!r}')
+            raise UserError(f'{path}: {kind}.enabled must be true, false or "auto", not {shown(enabled)}')
         if enabled is True and not can[kind]:
             name = "this CPU" if on_cpu else accelerator.device_name()
             raise UserError(f'{path}: {kind} is enabled, but {name} cannot do it; set it to "auto" or false')
@@ -394,7 +397,9 @@ def _fill_auto(config: dict, values: dict, path: str, prefix: str = "") -> None:
             _fill_auto(value, values, path, f"{prefix}{key}.")
         elif value == "auto":
             if prefix + key not in values:
-                raise UserError(f'{path}: train.py does not know what "auto" means for {prefix}{key}; give a value')
+                raise UserError(
+                    f'{path}: train.py does not know what "auto" means for {shown(prefix + key)}; give a value'
+                )
             config[key] = values[prefix + key]
 
 

@@ -31,11 +31,12 @@ class ChatGLMConfigBase(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for key in kwargs:
-            if callable(getattr(type(self), key, None)):
+            known = getattr(type(self), key, None)
+            if callable(known) or (isinstance(known, property) and known.fset is None):
                 raise CheckpointError(f"{key} is no key of a config")
         labels = kwargs.get("num_labels", 0)
         if type(labels) is not int or not 0 <= labels <= MOST_LABELS:
-            raise CheckpointError(f"num_labels {_shown(labels)} means nothing here; remove it")
+            raise CheckpointError(f"num_labels {shown(labels)} means nothing here; remove it")
         super().__post_init__(**kwargs)
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
             raise CheckpointError("dtype (or torch_dtype) must name a type of torch")
@@ -52,11 +53,11 @@ class ChatGLMConfigBase(PreTrainedConfig):
         numbers = value if isinstance(value, list) else [value]
         if type(value) not in kinds or (isinstance(value, list) and any(type(number) is not int for number in value)):
             names = " or ".join(sorted("null" if kind is type(None) else kind.__name__ for kind in kinds))
-            raise CheckpointError(f"{key} must be {names}, not {_shown(value)}")
+            raise CheckpointError(f"{key} must be {names}, not {shown(value)}")
         least, most = int(not key.endswith(MAY_BE_ZERO)), MOST.get(key, MOST_OF_OTHERS)
         for number in numbers:
             if type(number) in (int, float) and not (number >= least and number <= most):  # NaN is neither
-                raise CheckpointError(f"{key} {_shown(number)} is not between {least} and {most}")
+                raise CheckpointError(f"{key} {shown(number)} is not between {least} and {most}")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -73,10 +74,10 @@ class ChatGLMConfigBase(PreTrainedConfig):
             raise CheckpointError(f"{path}: {error}") from None
         except Exception as error:  # transformers acts on many more keys, and anything can come of their values
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"{path} does not describe a {cls.title}: {reason}") from error
+            raise CheckpointError(f"{path} does not describe a {cls.title}: {reason[:300]}") from error
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
     """A value from a file, for a message: short, and printable on any terminal."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
