@@ -110,7 +110,7 @@ VALUES = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_
         ({"bf16": {"enabled": "yes"}}, "bf16.enabled must be true, false"),
         ({"train_batch_size": 16}, '"train_batch_size" is 16, the command line makes it 8'),
         ({}, '"optimizer" is missing'),
-        ({"steps_per_print": "auto"}, 'does not know what "auto" means for steps_per_print'),
+        ({"steps_per_print": "auto"}, 'does not know what "auto" means for .steps_per_print'),
     ],
 )
 def test_a_ds_file_that_cannot_be_meant_is_refused(tmp_path, change, message):
