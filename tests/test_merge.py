@@ -16,12 +16,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import merge_lora
-import predict
 from adapter import BASE_FILE, check_base, read_adapter, record_base
 from folders import FolderError, new_folder
 from glm_models import MODE, CheckpointError
 from glm_models.checkpoint import describe_base, read_weights, weight_layout, write_json
-from utils import UserError
+from utils import UserError, load_result
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/benchmark"))
@@ -496,11 +495,11 @@ def test_predict_refuses_adapters_that_do_not_belong_to_the_base(copies, kind, m
     if kind == "unknown target":  # peft minds only if it knows none of them
         change_json(copies[1] / "adapter_config.json", target_modules=["q_proj"])
     with pytest.raises(REFUSALS, match=message):
-        predict.load("glm3", str(copies[1]), str(copies[0]), torch.device("cpu"))
+        load_result("glm3", str(copies[1]), str(copies[0]), torch.device("cpu"))
 
 
 def test_predict_says_what_the_base_is(glm3, capsys):
-    predict.load("glm3", str(glm3[1]), None, torch.device("cpu"))
+    load_result("glm3", str(glm3[1]), None, torch.device("cpu"))
     said = capsys.readouterr().out
     assert f"its base model is {glm3[0]}" in said
     assert "has the fingerprint" in said
@@ -513,7 +512,7 @@ def test_predict_with_an_adapter_on_a_tied_output_layer_is_the_merged_model(tiny
     ids = torch.arange(20, 40)[None]
     outputs = []
     for folder in (adapter, str(tmp_path / "merged")):
-        _, model = predict.load("glm", folder, None, torch.device("cpu"))
+        _, model = load_result("glm", folder, None, torch.device("cpu"))
         with torch.no_grad():
             outputs.append(model(ids).logits)
     torch.testing.assert_close(*outputs)
