@@ -67,7 +67,9 @@ class ChatGLMConfigBase(PreTrainedConfig):
             CheckpointError: config.json is missing, broken, or describes no such model; file and key are named.
         """
         path = os.path.join(pretrained_model_name_or_path, "config.json")
-        read_json(path)  # its errors are clearer than those of transformers
+        for key in read_json(path):  # transformers would believe whatever they say
+            if key in ("attn_implementation", "_attn_implementation"):
+                raise CheckpointError(f"{path}: {key} is not for a config to say; remove it")
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except CheckpointError as error:

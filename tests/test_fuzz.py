@@ -226,7 +226,10 @@ class Fuzz:
             with pytest.raises(DataError):
                 InstructionData(str(path), tokenizer, 200, 100, skip_bad=True)
             raise DataError
-        data = InstructionData(str(path), tokenizer, 200, 100, skip_bad=True)
+        try:
+            data = InstructionData(str(path), tokenizer, 200, 100, skip_bad=True)
+        except DataError as error:
+            raise AssertionError(f"rows that are whole are refused: {error}") from error
         assert data.lines.tolist() == [lines[i] for i in right], (data.lines.tolist(), lines, broken)
         assert list(data.samples) == [encode_sample(tokenizer, rows[i], 200, 100) for i in right]
 
