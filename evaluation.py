@@ -95,7 +95,7 @@ def gather_answers(
     for batch in deal_batches(rows, lengths, batch_size, rank, world_size):
         prompts = [data.samples.prompt(i).tolist() for i in batch.rows]
         # under ZeRO-3 a rank whose answers are complete goes on until those of all are
-        synced = model.zero3 is not None and world_size > 1
+        synced = model.zero3 and world_size > 1
         answers = generate_answers(base, tokenizer, prompts, [max_new_tokens] * len(prompts), synced_gpus=synced)
         if not batch.is_filler:
             mine |= zip(batch.rows, answers, strict=True)

@@ -34,7 +34,6 @@ from deepspeed.runtime.config import ADAM_OPTIMIZER, ADAMW_OPTIMIZER, DEEPSPEED_
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from peft import PeftModel
 from tqdm import tqdm
-from transformers.integrations import HfDeepSpeedConfig
 
 from adapter import BASE_FILE, check_base, open_adapter, read_config
 from folders import FolderError, new_folder, write_errors, write_file
@@ -42,6 +41,7 @@ from glm_models import MODE, CheckpointError, check_family
 from glm_models.checkpoint import read_json, write_json, write_side_files, write_weights
 from glm_models.config import shown
 from throughput import Flops
+from zero3 import load_partitioned
 
 
 class UserError(ValueError):
@@ -433,11 +433,13 @@ def load_base(
     """
     family = MODE[mode]
     check_family(folder, mode)
-    # transformers partitions while loading as long as this object lives; kept on the model, as long as that does
-    zero3 = HfDeepSpeedConfig(ds_config) if ds_config and ds_config["zero_optimization"].get("stage") == 3 else None
+    zero3 = bool(ds_config) and ds_config["zero_optimization"].get("stage") == 3
     config = family.config.from_pretrained(folder, use_cache=ds_config is None, **config)
     try:
-        model = family.model.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
+        if zero3:
+            model = load_partitioned(family.model, folder, config, dtype, attention, ds_config)
+        else:
+            model = family.model.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
     except ImportError as error:  # a package that the attention implementation needs
         raise UserError(f"--attn_implementation {attention}: {error}") from None
     model.zero3 = zero3

@@ -93,20 +93,23 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with all else
         )
+        misshapen = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+        cls.check_fit(folder, info["missing_keys"], info["unexpected_keys"], misshapen)
+        return (model, info) if wants_info else model
+
+    @staticmethod
+    def check_fit(folder: str, missing, unknown, misshapen) -> None:
+        """Make sure that the weights of a folder are those of the model, by the names of those that are not.
+
+        Raises:
+            CheckpointError: they are not; it tells of all three kinds.
+        """
         # only a base checkpoint's lack of a prefix is no error: a trained one must never be lost or made anew
-        info["missing_keys"] = {key for key in info["missing_keys"] if "prefix_encoder." not in key}
-        wrong = []
-        for kind, what in (
-            ("missing_keys", "missing"),
-            ("unexpected_keys", "unknown"),
-            ("mismatched_keys", "misshapen"),
-        ):
-            names = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
-            if names:
-                wrong.append(f"{len(names)} {what} (first: {names[0]})")
+        missing = [name for name in missing if "prefix_encoder." not in name]
+        kinds = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
+        wrong = [f"{len(names)} {kind} (first: {min(names)})" for kind, names in kinds.items() if names]
         if wrong:
             raise CheckpointError(f"the weights in {folder} do not fit its config.json: {', '.join(wrong)}")
-        return (model, info) if wants_info else model
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

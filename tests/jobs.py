@@ -27,7 +27,7 @@ def main():
     for name, argv in json.loads(jobs.read_text()).items():
         print("job", name, flush=True)
         done[name] = train.train(train.parse_args(argv))
-        gc.collect()  # the ZeRO-3 mark of transformers lives as long as the model does
+        gc.collect()  # else models would pile up: engines have cycles
     if utils.is_main():
         results.write_text(json.dumps(done))
 

@@ -13,7 +13,7 @@ from utils import UserError, load_ds_config
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"train", "utils", "data_set", "data_cache", "data_check", "data_findings", "throughput", "planner"}
 OURS |= {"memory_trace", "folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe"}
-OURS |= {"lora", "evaluation", "replay", "forgetting", "glm_models"}
+OURS |= {"lora", "evaluation", "replay", "forgetting", "zero3", "glm_models"}
 MAY_IMPORT = {
     "glm_models": set(),
     "adapter": {"folders", "glm_models"},
@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "folders": set(),
     "metrics": set(),
     "throughput": {"glm_models"},
-    "utils": {"adapter", "folders", "glm_models", "throughput"},
+    "utils": {"adapter", "folders", "glm_models", "throughput", "zero3"},
+    "zero3": {"glm_models"},
     "states": {"folders", "utils"},
     "stops": {"data_set", "utils"},
     "lora": {"glm_models"},

@@ -1,9 +1,10 @@
 """Main memory that loading a checkpoint takes, at the most, in each of two ranks under ZeRO-2 and ZeRO-3.
 
-    python tests/benchmark/loading.py
+    python tests/benchmark/loading.py [--json FILE]
 
-Makes a random ChatGLM3 of about 2 GB in shards of 0.25 GB, and loads it as train.py does. Pages of the files count once
-they are read; under ZeRO-2 on a CPU that is when training first uses a weight.
+Makes a random ChatGLM3 of 2.5 GB in shards of 0.5 GB, and loads it as train.py does. Pages of the files count once they
+are read; under ZeRO-2 on a CPU that is when training first uses a weight. The limits: under ZeRO-2 1.15 times the model
+and one shard, under ZeRO-3 the rank's part and one shard.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def load(folder: str, ds_file: str) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write the figures, in bytes, there as well")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -56,12 +58,13 @@ def main():
     from glm_models.tiny import make_tiny_checkpoint, read_lines
 
     whole = checkpoint.write_weights.__defaults__
-    checkpoint.write_weights.__defaults__ = (2**28,)  # shards of so many bytes
+    checkpoint.write_weights.__defaults__ = (2**29,)  # shards of so many bytes
     with tempfile.TemporaryDirectory() as folder:
         text = read_lines([str(ROOT / "data/spo_0.json")])
-        make_tiny_checkpoint("glm3", folder, text, 30, 1024, 16, embedding_rows=65024)
+        make_tiny_checkpoint("glm3", folder, text, 46, 1024, 16, embedding_rows=65024)
         checkpoint.write_weights.__defaults__ = whole
-        print("| GB of each rank | model | most while loading | after it |\n|---|---|---|---|")
+        shard = max(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        rows = []
         for stage in (2, 3):
             command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29555"]
             command += [__file__, "--worker", folder, f"ds_zero{stage}_no_offload.json"]
@@ -69,9 +72,20 @@ def main():
             if "RESULT " not in done.stdout:
                 sys.exit(done.stdout + done.stderr)
             result = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
+            limit = shard + result["model"] * (1.15 if stage == 2 else 1 / len(result["ranks"]))
             for rank, (most, after) in enumerate(result["ranks"]):
-                figures = (result["model"], most, after)
-                print(f"| ZeRO-{stage}, rank {rank} | " + " | ".join(f"{x / 1e9:.2f}" for x in figures) + " |")
+                figures = {"model": result["model"], "shard": shard, "limit": limit, "most": most, "after": after}
+                rows.append({"stage": stage, "rank": rank, **figures, "ok": most <= limit})
+
+    print(
+        "| GB of each rank | model | a shard | limit | most while loading | after it | |\n|---|---|---|---|---|---|---|"
+    )
+    for row in rows:
+        figures = " | ".join(f"{row[key] / 1e9:.2f}" for key in ("model", "shard", "limit", "most", "after"))
+        print(f"| ZeRO-{row['stage']}, rank {row['rank']} | {figures} | {'ok' if row['ok'] else 'too much'} |")
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    sys.exit(not all(row["ok"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,199 @@
+"""Loading under ZeRO-3, on three ranks, so that weights do not divide evenly: the same model, the same random numbers
+and the same errors as without it.
+
+    deepspeed --num_gpus 3 tests/test_zero3.py CASES.json RESULTS.json
+
+CASES is {name: [mode, folder, changes of config.json]}; RESULTS gets {name: what differs}.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from glm_models import MODE, CheckpointError
+
+ROOT = Path(__file__).resolve().parent.parent
+RANKS = 3
+PREFIX = {"pre_seq_len": 3, "prefix_projection": True}
+
+
+# What runs on the ranks
+
+
+def main():
+    import train
+    import utils
+
+    torch.set_num_threads(1)
+    cases, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
+    utils.quiet(verbose=False)
+    _, world_size = utils.start_distributed(verbose=False)
+    found = {}
+    for name, (mode, folder, changes) in json.loads(cases.read_text()).items():
+        args = train.parse_args(f"--mode {mode} --model_name_or_path {folder} --train_path {__file__}".split())
+        values = train.ds_values(args, world_size, 10, 64)
+        plain, zero3 = (
+            outcome(lambda: utils.load_base(mode, folder, torch.float32, config, **changes))  # noqa: B023
+            for config in (utils.load_ds_config(f"ds_zero{stage}_no_offload.json", values) for stage in (2, 3))
+        )
+        mine = differences(utils, plain, zero3)
+        everyone = [None] * world_size
+        torch.distributed.all_gather_object(everyone, mine)
+        found[name] = everyone
+    if utils.is_main():
+        results.write_text(json.dumps(found))
+
+
+def outcome(load):
+    """What loading gives: the model, or the error's text; and the random number that comes next."""
+    torch.manual_seed(5)
+    try:
+        return load(), torch.rand(1).item()
+    except CheckpointError as error:
+        return str(error), None
+
+
+def differences(utils, plain, zero3) -> list[str]:
+    """What is not equal, or the error that both loadings end with."""
+    (plain, number), (zero3, other_number) = plain, zero3
+    if isinstance(plain, str) or isinstance(zero3, str):
+        return [plain] if plain == zero3 else [f"without ZeRO-3: {plain}", f"with it: {zero3}"]
+    wrong = [] if number == other_number else ["the next random number"]
+    for what in ("config", "generation_config"):
+        one, other = (getattr(model, what).to_dict() for model in (plain, zero3))
+        wrong += [f"{what} {key}" for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
+    wrong += ["training mode"] * (zero3.training or plain.training)
+    wrong += ["a whole weight"] * any(p.numel() for p in zero3.parameters())
+    wrong += ["ties"] * (len(list(plain.parameters())) != len(list(zero3.parameters())))
+    expected = dict(plain.named_parameters(remove_duplicate=False))
+    for name, tensor in utils.gathered(zero3.named_parameters(remove_duplicate=False)):
+        if not (tensor.equal(expected.pop(name)) and tensor.dtype == torch.float32):
+            wrong.append(name)
+    return wrong + list(expected)
+
+
+# Cases
+
+
+def other_weights(base: str, folder: Path, change=lambda weights: weights, shard_bytes: int = 2**30) -> str:
+    """A copy of a checkpoint whose weights are what `change` makes of them."""
+    from glm_models.checkpoint import write_weights
+
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    weights = change(load_file(os.path.join(base, "model.safetensors")))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    write_weights(str(folder), weights.items(), size, max_shard_bytes=shard_bytes)
+    return str(folder)
+
+
+def without(name):
+    return lambda weights: {key: tensor for key, tensor in weights.items() if key != name}
+
+
+def with_(name, make):
+    return lambda weights: weights | {name: make(weights)}
+
+
+def good_cases(tiny, folder) -> dict[str, list]:
+    cases = {}
+    for mode, base in tiny.items():
+        half = other_weights(base, folder / f"{mode}-half", lambda weights: {n: t.half() for n, t in weights.items()})
+        prefixed = folder / f"{mode}-prefix"
+        MODE[mode].model.from_pretrained(
+            base, config=MODE[mode].config.from_pretrained(base, **PREFIX)
+        ).save_pretrained(prefixed)
+        shutil.copy(next(Path(base).glob("*.model")), prefixed)
+        old = shutil.copytree(base, folder / f"{mode}-bin", ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.save(load_file(f"{base}/model.safetensors"), old / "pytorch_model.bin")
+        (old / "generation_config.json").write_text('{"eos_token_id": 7, "top_k": 3}')
+        cases |= {
+            f"{mode}-shards": [mode, other_weights(base, folder / f"{mode}-shards", shard_bytes=100_000), {}],
+            f"{mode}-half": [mode, half, {}],
+            f"{mode}-bin": [mode, str(old), {}],
+            f"{mode}-new_prefix": [mode, base, {"pre_seq_len": 5}],
+            f"{mode}-new_projected_prefix": [mode, base, PREFIX],
+            f"{mode}-trained_prefix": [mode, str(prefixed), {}],
+        }
+    head, rows = "lm_head.weight", "transformer.word_embeddings.weight"
+    changes = {
+        "tied_once": without(head),
+        "tied_the_other_way": lambda weights: without(rows)(weights) | {head: weights[rows]},
+        "not_tied": with_(head, lambda weights: weights[rows] + 1),
+        "tied_twice": with_(head, lambda weights: weights[rows].clone()),
+    }
+    for name, change in changes.items():
+        cases[f"glm-{name}"] = ["glm", other_weights(tiny["glm"], folder / f"glm-{name}", change), {}]
+    return cases
+
+
+def bad_cases(tiny, folder) -> dict[str, list]:
+    """With them, by name, what the message must say."""
+    cases = {}
+    for mode, base in tiny.items():
+        weights = load_file(f"{base}/model.safetensors")
+        name = next(n for n in weights if ".1." in n and n.endswith("mlp.dense_4h_to_h.weight"))
+        changes = {
+            "missing": without(name),
+            "unknown": with_(name.replace(".1.", ".9."), lambda weights: torch.zeros(3)),
+            "misshapen": with_(name, lambda weights, name=name: weights[name][:-1].clone()),
+        }
+        for kind, change in changes.items():
+            cases[f"{mode}-{kind}"] = [mode, other_weights(base, folder / f"{mode}-{kind}", change), {}]
+        trained = with_("transformer.prefix_encoder.embedding.weight", lambda weights: torch.zeros(3, 128))
+        cases[f"{mode}-lost_prefix"] = [mode, other_weights(base, folder / f"{mode}-lost", trained), {}]
+        broken = shutil.copytree(base, folder / f"{mode}-broken")
+        os.truncate(broken / "model.safetensors", 5000)
+        cases[f"{mode}-broken"] = [mode, str(broken), {}]
+    return cases
+
+
+SAYS = {
+    "missing": "1 missing (first: ",
+    "unknown": "1 unknown (first: ",
+    "misshapen": "1 misshapen (first: ",
+    "lost_prefix": "1 unknown (first: transformer.prefix_encoder.embedding.weight)",
+    "broken": "model.safetensors is broken",
+}
+
+
+@pytest.fixture(scope="module")
+def found(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero3")
+    cases, results = folder / "cases.json", folder / "results.json"
+    cases.write_text(json.dumps(good_cases(tiny, folder) | bad_cases(tiny, folder)))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(RANKS)]
+    command += ["--master_port", str(29600 + os.getpid() % 300), __file__, str(cases), str(results)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert results.exists(), run.stdout[-3000:] + run.stderr[-3000:]
+    return json.loads(results.read_text())
+
+
+GOOD = ["shards", "half", "bin", "new_prefix", "new_projected_prefix", "trained_prefix"]
+TIES = ["tied_once", "tied_the_other_way", "not_tied", "tied_twice"]
+
+
+@pytest.mark.parametrize("case", [*(f"{mode}-{kind}" for mode in MODE for kind in GOOD), *(f"glm-{t}" for t in TIES)])
+def test_the_same_model_as_without(found, case):
+    assert found[case] == [[]] * RANKS
+
+
+@pytest.mark.parametrize("kind", SAYS)
+@pytest.mark.parametrize("mode", MODE)
+def test_the_same_errors_as_without(found, mode, kind):
+    for errors in found[f"{mode}-{kind}"]:
+        assert len(errors) == 1, errors
+        assert SAYS[kind] in errors[0]
+
+
+if __name__ == "__main__":
+    main()
