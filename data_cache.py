@@ -32,7 +32,7 @@ class CachedSamples(NamedTuple):
 
     ids: np.ndarray  # int32 [tokens]
     records: np.ndarray  # RECORD [samples]: where its ids end, its line in the data, where its answer starts, cuts
-    counts: dict[str, int | str]  # what else its writer counted
+    counts: dict  # what else its writer counted; json values
 
 
 def default_folder() -> str:
@@ -98,7 +98,7 @@ def _seal(checksum: int, header: dict) -> int:
     return zlib.crc32(json.dumps(header, sort_keys=True).encode(), checksum)
 
 
-def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], counts: dict[str, int | str]) -> None:
+def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], counts: dict) -> None:
     """Write a file in one step: it has its name only once it is whole and on the disk. Memory: one chunk.
 
     Several processes may write the same file at once; each writes its own, and the last one stays.

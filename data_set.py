@@ -1,13 +1,15 @@
 """From an instruction file to batches: rows are read and checked, turned into ids and labels, and dealt out to ranks.
 
-A tokenizer is known here by these only: `encode_prompts`, `encode_answers`, `context_length`, `fingerprint` and
-`eos_token_id`. Where the ids lie on disk is the matter of data_cache.py.
+A tokenizer is known here by these only: `encode_prompts`, `encode_answers`, `context_length`, `fingerprint`,
+`eos_token_id`, and by what data_findings.py asks of it. Where the ids lie on disk is the matter of data_cache.py.
 """
 
+import codecs
 import itertools
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data_cache
+from data_findings import BROKEN, FIRST, WARNINGS, Findings, lines_text
 
 IGNORE_INDEX = -100
 CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 4_000_000  # most that is read and encoded at once
@@ -29,107 +32,182 @@ class DataError(ValueError):
     """A row or file that cannot be used; the message names file and line and what is wrong."""
 
 
+class Flaw(NamedTuple):
+    """Why a row cannot be used."""
+
+    kind: str  # of data_findings.BROKEN
+    problem: str
+    ends: bool = False  # what stands after it in the file cannot be read
+
+
+class RowError(DataError):
+    """One row that cannot be used."""
+
+    def __init__(self, message: str, line: int = 0, flaw: Flaw | None = None):
+        super().__init__(message)  # alone, so that it can be sent to other processes
+        self.line, self.flaw = line, flaw
+
+
 # Rows
 
 
 def read_rows(path: str, several_outputs: bool = False, empty_outputs: bool = False) -> Iterator[tuple[int, dict]]:
-    """Read an instruction file: JSON lines, or one JSON array of objects.
+    """`scan_rows` of a file that must hold no broken row.
+
+    Raises:
+        DataError: as `scan_rows`; or for the first row that is not as it must be.
+    """
+    for line, row in scan_rows(path, several_outputs, empty_outputs):
+        if isinstance(row, RowError):
+            raise row
+        yield line, row
+
+
+def scan_rows(
+    path: str, several_outputs: bool = False, empty_outputs: bool = False
+) -> Iterator[tuple[int, dict | RowError]]:
+    """Read an instruction file to its end: JSON lines, or one JSON array of objects.
 
     Args:
         several_outputs: a row's output may also be a list of strings (references to compare a prediction with).
         empty_outputs: an output may be empty (nothing to extract).
 
     Yields:
-        Line number (of the row's start, from 1) and the row, a dict with strings under instruction, input and output.
+        Line number (of the row's start, from 1) and the row, a dict with strings under instruction, input and output;
+        or what is wrong with it.
 
     Raises:
-        DataError: the file cannot be read, or a row is not as it must be.
+        DataError: the file cannot be read, or is empty.
     """
+    empty = True
     try:
-        # newline="\n": a lone carriage return inside a text is no end of line
-        with open(path, encoding="utf-8", newline="\n") as file:
-            first = file.read(1)
-            while first.isspace():
-                first = file.read(1)
-            file.seek(0)
-            rows = _array_rows(path, file.read()) if first == "[" else _line_rows(path, file)
-            empty = True
-            for line, row in rows:
+        with open(path, "rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
+            start = file.tell()
+            first = next((line for line in file if line.strip()), b"").lstrip()[:1]
+            file.seek(start)
+            for line, row, flaw in _array_rows(file.read()) if first == b"[" else _line_rows(file):
                 empty = False
-                check_row(row, f"{path} line {line}", several_outputs, empty_outputs)
-                yield line, row
+                flaw = flaw or find_flaw(row, several_outputs, empty_outputs)
+                yield line, RowError(f"{path} line {line}: {flaw.problem}", line, flaw) if flaw else row
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from None
     if empty:
         raise DataError(f"{path} holds no rows")
 
 
-def _line_rows(path, file):
+def _object(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+    return row
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is no value of JSON")
+
+
+# JSON as its standard has it: Python's own ways with a key that stands twice and with NaN are lenient
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+LENIENT = json.JSONDecoder(strict=False, parse_int=float)  # finds the end of a value that DECODER refuses
+SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _json_flaw(error, in_lines: bool, ends: bool = False) -> Flaw:
+    if isinstance(error, json.JSONDecodeError):
+        where = f"column {error.colno}" if in_lines else f"line {error.lineno} column {error.colno}"
+        problem = f"{error.msg}, {where}"
+    else:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+    rest = "; the rest of the array cannot be read" if ends else ""
+    return Flaw("json", f"not valid JSON: {problem}{rest}", ends)
+
+
+def _line_rows(file):
+    """Yield line number, row and flaw; each line stands alone. Only a line feed ends one."""
     for line, text in enumerate(file, 1):
-        if text.strip():
-            try:
-                yield line, json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path} line {line} is not valid JSON: {error}") from None
+        if not text.strip():
+            continue
+        try:
+            yield line, DECODER.decode(text.decode("utf-8")), None
+        except UnicodeDecodeError as error:
+            yield line, None, Flaw("json", f"not UTF-8 text: {error.reason} at byte {error.start + 1}")
+        except (ValueError, RecursionError) as error:
+            yield line, None, _json_flaw(error, in_lines=True)
 
 
-def _array_rows(path, text):
-    """Rows of a JSON array, one by one, so that each knows its line."""
-    decoder = json.JSONDecoder()
-    position, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("[") + 1)
-
-    def skip_space(start):
-        end = start
-        while end < len(text) and text[end].isspace():
-            end += 1
-        return end, text.count("\n", start, end)
-
-    position, newlines = skip_space(position)
-    line += newlines
+def _array_rows(content: bytes):
+    """As `_line_rows`, of one JSON array."""
+    try:
+        text, is_utf8 = content.decode("utf-8"), True
+    except UnicodeDecodeError:
+        text, is_utf8 = content.decode("utf-8", "surrogateescape"), False
+    del content
+    position = SPACE.match(text, text.index("[") + 1).end()
+    line, counted = 1, 0  # line at `counted`
     more = text[position : position + 1] != "]"
     while more:
+        line, counted = line + text.count("\n", counted, position), position
+        row = flaw = None
         try:
-            row, end = decoder.raw_decode(text, position)
+            row, end = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} line {line} is not valid JSON: {error}") from None
-        yield line, row
-        line += text.count("\n", position, end)
-        position, newlines = skip_space(end)
-        line += newlines
+            try:
+                _, end = LENIENT.raw_decode(text, position)
+                flaw = _json_flaw(error, in_lines=False)
+            except (ValueError, RecursionError) as error:
+                yield line, None, _json_flaw(error, in_lines=False, ends=True)
+                return
+        if not is_utf8 and has_half_pair(text[position:end]):
+            flaw = Flaw("json", "not UTF-8 text")
+        yield line, row, flaw
+        position = SPACE.match(text, end).end()
         mark = text[position : position + 1]
         if mark not in (",", "]"):
-            raise DataError(f"{path} line {line}: expected a comma or ] after a row of the array")
+            line += text.count("\n", counted, position)
+            problem = "expected a comma or ] after a row of the array; the rest of it cannot be read"
+            yield line, None, Flaw("json", problem, ends=True)
+            return
         more = mark == ","
-        position, newlines = skip_space(position + 1)
-        line += newlines
+        position = SPACE.match(text, position + 1).end()
     if position < len(text):
-        raise DataError(f"{path} line {line}: there is more after the end of the array")
+        line += text.count("\n", counted, position)
+        yield line, None, Flaw("json", "there is more after the end of the array", ends=True)
 
 
-def check_row(row, where: str, several_outputs: bool = False, empty_outputs: bool = False) -> None:
-    """Make sure that a row has what training needs.
-
-    Raises:
-        DataError: with `where` in front.
-    """
+def find_flaw(row, several_outputs: bool = False, empty_outputs: bool = False) -> Flaw | None:
+    """What a value from a file lacks to be a row as `scan_rows` gives them."""
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a row must be an object with instruction, input and output, not {_kind(row)}")
+        return Flaw("type", f"a row must be an object with instruction, input and output, not {_kind(row)}")
     for key in ("instruction", "input", "output"):
         if key not in row:
-            raise DataError(f"{where}: the key {key!r} is missing; a row has instruction, input and output")
+            return Flaw("type", f"the key {key!r} is missing; a row has instruction, input and output")
     for key in ("instruction", "input"):
         if not isinstance(row[key], str):
-            raise DataError(f"{where}: {key} must be a string, not {_kind(row[key])}")
-    if not (row["instruction"] + row["input"]).strip():
-        raise DataError(f"{where}: instruction and input are both empty")
+            return Flaw("type", f"{key} must be a string, not {_kind(row[key])}")
     outputs = row["output"] if several_outputs and isinstance(row["output"], list) else [row["output"]]
     if not outputs or not all(isinstance(output, str) for output in outputs):
         wanted = "a string or a list of strings" if several_outputs else "a string"
-        raise DataError(f"{where}: output must be {wanted}, not {_kind(row['output'])}")
+        return Flaw("type", f"output must be {wanted}, not {_kind(row['output'])}")
+    query = row["instruction"] + row["input"]
+    if not query.strip():
+        return Flaw("empty", "instruction and input are both empty")
     if not empty_outputs and not all(output.strip() for output in outputs):
-        raise DataError(f"{where}: output is empty; --allow_empty_output trains such rows to answer nothing")
+        return Flaw("empty", "output is empty; --allow_empty_output trains such rows to answer nothing")
+    if has_half_pair(query + "".join(outputs)):
+        return Flaw("json", "a text holds half a surrogate pair, which is no character")
+    return None
+
+
+def has_half_pair(text: str) -> bool:
+    """Whether a text holds half a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _kind(value) -> str:
@@ -172,7 +250,14 @@ class Samples(Sequence):
         return Sample(ids, int(record["answer_start"]), bool(cut & PROMPT_CUT), bool(cut & ANSWER_CUT))
 
 
-def encode_samples(tokenizer, rows: list[dict], max_len: int, max_src_len: int, threads: int = 1) -> Samples:
+def encode_samples(
+    tokenizer,
+    rows: list[dict],
+    max_len: int,
+    max_src_len: int | None,
+    threads: int = 1,
+    no_room: dict[int, str] | None = None,
+) -> Samples:
     """Of each row: prompt, answer, end token.
 
     An answer that does not fit is cut and then has no end token: an end token after a cut would teach the model to stop
@@ -180,6 +265,8 @@ def encode_samples(tokenizer, rows: list[dict], max_len: int, max_src_len: int, 
 
     Args:
         threads: of SentencePiece.
+        no_room: gets the places of rows whose prompts leave no room for an answer, and what is wrong; they have no
+            sample. Without it they are an error.
 
     Raises:
         ValueError: a prompt leaves no room for an answer, max_src_len none for its query, or a text is none. It does
@@ -190,19 +277,23 @@ def encode_samples(tokenizer, rows: list[dict], max_len: int, max_src_len: int, 
     answers = tokenizer.encode_answers([row["output"] for row in rows], threads=threads)
     end_token = np.array([tokenizer.eos_token_id], np.int32)
     parts, lengths, starts, cuts = [], [], [], []
-    for (*prompt, prompt_cut), answer in zip(prompts, answers, strict=True):
+    for i, ((*prompt, prompt_cut), answer) in enumerate(zip(prompts, answers, strict=True)):
         start = sum(map(len, prompt))
         room = max_len - start
         if room < 1:
-            raise ValueError(f"the prompt's {start} tokens leave no room for an answer in max_len {max_len}")
+            problem = f"the prompt's {start} tokens leave no room for an answer in max_len {max_len}"
+            if no_room is None:
+                raise ValueError(problem)
+            no_room[i] = problem
+            continue
         answer_cut = len(answer) >= room  # the end token needs room too
         parts += (*prompt, answer[:room]) if answer_cut else (*prompt, answer, end_token)
         lengths.append(max_len if answer_cut else start + len(answer) + 1)
         starts.append(start)
         cuts.append(prompt_cut * PROMPT_CUT + answer_cut * ANSWER_CUT)
-    records = np.zeros(len(rows), data_cache.RECORD)
+    records = np.zeros(len(starts), data_cache.RECORD)
     records["end"], records["answer_start"], records["cut"] = np.cumsum(lengths), starts, cuts
-    return Samples(np.concatenate(parts), records)
+    return Samples(np.concatenate(parts or [end_token[:0]]), records)
 
 
 def encode_sample(tokenizer, row: dict, max_len: int, max_src_len: int) -> Sample:
@@ -222,13 +313,14 @@ def prepare(
     empty_outputs: bool = False,
     cache_dir: str | None = None,
     progress: bool = False,
+    skip_bad: bool = False,
 ) -> str:
     """Encode an instruction file into a cache file, unless that is there already.
 
     Memory is that of a few chunks, whatever the size of the file; but a JSON array is read as a whole.
 
     Args:
-        path to empty_outputs: as for `InstructionData`.
+        path to empty_outputs, skip_bad: as for `InstructionData`.
         cache_dir: where cache files are kept; with None it is a temporary file, for the caller to delete.
         progress: show a bar, if stderr is a terminal.
 
@@ -244,16 +336,22 @@ def prepare(
         content, line_breaks = data_cache.file_hash(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    key = (content, tokenizer.fingerprint(), max_len, max_src_len, is_skip, empty_outputs)
+    key = (content, tokenizer.fingerprint(), max_len, max_src_len, is_skip, empty_outputs, skip_bad)
     file = data_cache.cache_file(cache_dir or tempfile.gettempdir(), *key, *([] if cache_dir else [os.urandom(16)]))
     if data_cache.is_whole(file):
         return file
 
-    counts = {"prompts_cut": 0, "answers_cut": 0, "skipped": 0, "content": content}
+    counts, findings = {"prompts_cut": 0, "answers_cut": 0, "skipped": 0, "content": content}, Findings(tokenizer)
+
+    def leave_out(error: RowError):
+        if not skip_bad or error.flaw.ends:
+            raise error
+        findings.note(error.flaw.kind, error.line)
+
     hidden = not (progress and sys.stderr.isatty())
     with tqdm(total=line_breaks + 1, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
-        rows = read_rows(path, empty_outputs=empty_outputs)
-        chunks = _encode_chunks(path, rows, tokenizer, max_len, max_src_len, is_skip, counts, bar)
+        encoded = encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, leave_out)
+        chunks = _kept_chunks(path, encoded, is_skip, findings, counts, bar)
         try:
             data_cache.write_cache(file, chunks, counts)
         except OSError as error:
@@ -266,18 +364,52 @@ def prepare(
     return file
 
 
-def _encode_chunks(path, rows, tokenizer, max_len, max_src_len, is_skip, counts, bar):
-    """Yield ids and records of some samples at a time, for `data_cache.write_cache`; add to `counts` and `bar`."""
-    threads, kept = available_cpus(), 0
-    for chunk in _chunks(rows):
-        lines, some = zip(*chunk, strict=True)
+def encode_file(
+    path: str,
+    tokenizer,
+    max_len: int,
+    max_src_len: int,
+    empty_outputs: bool,
+    leave_out: Callable[[RowError], None],
+) -> Iterator[tuple[Sequence[int], Sequence[dict], Samples]]:
+    """Lines, rows and samples of an instruction file, some at a time.
+
+    Args:
+        leave_out: gets what is wrong with each row that cannot be used, and raises it or does not.
+
+    Raises:
+        DataError: the file cannot be used, or max_src_len leaves no room for a query.
+    """
+
+    def usable():
+        for line, row in scan_rows(path, empty_outputs=empty_outputs):
+            if isinstance(row, RowError):
+                leave_out(row)
+            else:
+                yield line, row
+
+    threads = available_cpus()
+    for chunk in _chunks(usable()):
+        lines, rows = zip(*chunk, strict=True)
+        no_room: dict[int, str] = {}
         try:
-            samples = encode_samples(tokenizer, some, max_len, max_src_len, threads)
+            samples = encode_samples(tokenizer, rows, max_len, max_src_len, threads, no_room)
         except ValueError:
             _raise_first_error(path, chunk, tokenizer, max_len, max_src_len)
             raise
+        for i, problem in no_room.items():
+            leave_out(RowError(f"{path} line {lines[i]}: {problem}", lines[i], Flaw("no_room", problem)))
+        if no_room:
+            lines, rows = ([item for i, item in enumerate(items) if i not in no_room] for items in (lines, rows))
+        samples.records["line"] = lines
+        yield lines, rows, samples
+
+
+def _kept_chunks(path, encoded, is_skip, findings, counts, bar):
+    """Yield ids and records of some samples at a time, for `data_cache.write_cache`; add to `counts` and `bar`."""
+    usable = kept = 0
+    for lines, rows, samples in encoded:
         ids, records = samples.ids, samples.records
-        records["line"] = lines
         counts["prompts_cut"] += int(np.count_nonzero(records["cut"] & PROMPT_CUT))
         counts["answers_cut"] += int(np.count_nonzero(records["cut"] & ANSWER_CUT))
         if is_skip:
@@ -286,11 +418,15 @@ def _encode_chunks(path, rows, tokenizer, max_len, max_src_len, is_skip, counts,
             records = records[whole]
             records["end"] = np.cumsum(samples.lengths[whole])
             counts["skipped"] += len(samples) - len(records)
-        kept += len(records)
+        usable, kept = usable + len(rows), kept + len(records)
+        findings.feed(lines, rows)
         yield ids, records
-        bar.update(lines[-1] - bar.n)
+        bar.update((lines[-1] if lines else bar.n) - bar.n)
+    if not usable:
+        raise DataError(f"{path}: every row is broken; --check_data says what is wrong with each")
     if not kept:
-        raise DataError(f"{path}: every row is longer than max_src_len {max_src_len} or max_len {max_len} allow")
+        raise DataError(f"{path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
+    counts["findings"] = findings.finish()
 
 
 def _raise_first_error(path, chunk, tokenizer, max_len, max_src_len):
@@ -335,6 +471,7 @@ class InstructionData(Dataset):
         is_skip: drop samples that would be cut.
         empty_outputs: an empty output is an answer too: the end token alone.
         prepared: what `prepare` returned for these arguments; None does it here, without keeping a cache.
+        skip_bad: leave out rows that cannot be used, instead of an error for the first.
 
     Raises:
         DataError: as `prepare`.
@@ -349,9 +486,10 @@ class InstructionData(Dataset):
         is_skip: bool = False,
         empty_outputs: bool = False,
         prepared: str | None = None,
+        skip_bad: bool = False,
     ):
         self.context_length = tokenizer.context_length
-        file = prepared or prepare(path, tokenizer, max_len, max_src_len, is_skip, empty_outputs)
+        file = prepared or prepare(path, tokenizer, max_len, max_src_len, is_skip, empty_outputs, skip_bad=skip_bad)
         ids, records, counts = data_cache.open_cache(file)
         if prepared is None:
             os.unlink(file)  # what is mapped stays
@@ -360,7 +498,7 @@ class InstructionData(Dataset):
         self.answer_lengths = self.lengths - records["answer_start"]  # [samples], of these with a label
         self.lines = records["line"]  # [samples], where each comes from
         self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]
-        self.skipped = counts["skipped"]
+        self.skipped, self.findings = counts["skipped"], counts["findings"]
         self.content = counts["content"]  # SHA-256 of the file
 
     def __len__(self) -> int:
@@ -371,9 +509,18 @@ class InstructionData(Dataset):
         median, longest = np.sort(self.lengths)[[len(self) // 2, -1]]
         text = f"{len(self)} samples, {self.lengths.sum()} tokens (median {median}, longest {longest})"
         if self.skipped:
-            return f"{text}; {self.skipped} longer ones skipped (--is_skip)"
-        if self.prompts_cut or self.answers_cut:
-            text += f"; cut to fit: {self.prompts_cut} prompts (--max_src_len), {self.answers_cut} answers (--max_len)"
+            text += f"; {self.skipped} longer ones skipped (--is_skip)"
+        elif self.prompts_cut or self.answers_cut:
+            text += f"; cut to fit: {self.prompts_cut} prompts (--max_src_len)"
+            text += f", {self.answers_cut} answers, which so have no end token (--max_len)"
+        broken = [self.findings[kind] for kind in BROKEN if kind in self.findings]
+        if broken:
+            lines = sorted(itertools.chain.from_iterable(lines for _, lines in broken))
+            count = sum(count for count, _ in broken)
+            text += f"; left out as broken (--on_bad_row skip): {lines_text(count, lines[:FIRST])}"
+        for kind in (kind for kind in WARNINGS if kind in self.findings):
+            count, lines = self.findings[kind]
+            text += f"; warning: {WARNINGS[kind]}: {lines_text(count, lines)}"
         return text
 
     def length(self, row: int) -> int:

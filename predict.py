@@ -16,9 +16,9 @@ from deepspeed.accelerator import get_accelerator
 from peft import PeftModel
 from tqdm import tqdm
 
+from adapter import check_base, open_adapter, read_config
 from data_set import DataError, read_rows
 from glm_models import MODE
-from glm_models.checkpoint import read_json
 from metrics import HEADLINE, describe, kind_of, missing, relation_scores, score
 from utils import UserError, clear_errors, load_base, load_tokenizer, quiet, set_seed, true_or_false
 
@@ -42,13 +42,25 @@ def load(mode: str, folder: str, base: str | None, device: torch.device):
     config_path = os.path.join(folder, "adapter_config.json")
     if not os.path.isfile(config_path):
         return load_tokenizer(mode, folder), load_base(mode, folder, dtype).to(device).eval()
-    base = base or read_json(config_path).get("base_model_name_or_path")
-    if not base or not os.path.isdir(base):
+    config = read_config(folder)
+    if foreign := [key for key in ("megatron_config", "arrow_config") if config.get(key)]:
+        raise UserError(f"{config_path}: {foreign[0]} leads to code or files elsewhere; not loaded")
+    weights = open_adapter(folder)  # broken or empty ones end here
+    base = base or config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not os.path.isdir(base):
         raise UserError(
             f"{folder} is a LoRA adapter and its base model {base} is not here; name it with --ori_model_dir"
         )
     print(f"{folder} is a LoRA adapter; its base model is {base}")
-    model = PeftModel.from_pretrained(load_base(mode, base, dtype), folder).merge_and_unload()
+    print(check_base(folder, mode, base))
+    # an output layer that was tied to the embedding no longer equals it
+    changes = {"tie_word_embeddings": False} if any(".lm_head." in name for name in weights.names) else {}
+    model = load_base(mode, base, dtype, **changes)
+    try:
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # shapes, modules or keys that do not go together
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} is no adapter for {base}: {reason}") from None
     return load_tokenizer(mode, base), model.to(device).eval()
 
 

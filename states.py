@@ -235,7 +235,11 @@ class States:
     def _publish(self, partial: str, folder: str, files: dict) -> None:
         finish_folder(partial, folder, files)
         write_file(os.path.join(self.parent, LATEST), os.path.basename(folder) + "\n")
-        for old in list_states(os.path.dirname(self.parent))[self.keep :]:
+        here = step_of(folder)
+        others = list_states(os.path.dirname(self.parent))
+        past = [state for state in others if step_of(state) <= here]
+        # later ones are damaged, or of a course that was left when the run went back to an earlier state
+        for old in [*past[self.keep :], *(state for state in others if step_of(state) > here)]:
             remove_folder(old)
 
     def load(self, state: str) -> None:

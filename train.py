@@ -18,8 +18,9 @@ from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
 
 import data_cache
+import data_check
 import planner
-from data_cache import file_hash
+from adapter import record_base
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
@@ -137,6 +138,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--max_src_len", type=int, default=512, help="most tokens of its prompt; longer queries are cut")
     group.add_argument("--is_skip", **flag, help="leave out samples that would be cut")
     group.add_argument("--allow_empty_output", **flag, help="train rows with an empty output to answer nothing")
+    group.add_argument(
+        "--on_bad_row", choices=("error", "skip"), default="error", help="end at a broken row, or train without it"
+    )
+    group.add_argument("--check_data", **flag, help="start nothing: report all that is wrong or odd in the data")
+    group.add_argument("--test_path", help="with --check_data: report its rows that stand in the training file too")
     group.add_argument("--packing", **flag, help="a row of a batch is several samples, up to max_len tokens together")
     group.add_argument("--group_by_length", **flag, help="steps of rows of about the same length: ranks wait less")
     group.add_argument(
@@ -244,6 +250,12 @@ def check_args(args) -> None:
         wrong.append(f"--max_src_len {args.max_src_len} must be above 0 and less than --max_len {args.max_len}")
     if args.max_memory is not None and not args.plan:
         wrong.append("--max_memory goes with --plan")
+    if args.test_path is not None and not args.check_data:
+        wrong.append("--test_path goes with --check_data")
+    if args.plan and args.check_data:
+        wrong.append("--plan and --check_data exclude each other")
+    if args.test_path is not None and not os.path.isfile(args.test_path):
+        wrong.append(f"--test_path {args.test_path}: no such file")
     for name, what in (("train_path", os.path.isfile), ("model_name_or_path", os.path.isdir)):
         if not what(getattr(args, name)):
             wrong.append(f"--{name} {getattr(args, name)}: no such {'file' if what is os.path.isfile else 'folder'}")
@@ -293,12 +305,20 @@ def load_data(args, tokenizer) -> InstructionData:
     settings = (args.train_path, tokenizer, args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output)
     keep = args.data_cache != "none"
     cache_dir = (args.data_cache or data_cache.default_folder()) if keep else None
-    prepared = once_per_node(lambda: prepare(*settings, cache_dir=cache_dir, progress=is_main()))
+    skip = args.on_bad_row == "skip"
+    prepared = once_per_node(lambda: prepare(*settings, cache_dir=cache_dir, progress=is_main(), skip_bad=skip))
     data = InstructionData(*settings, prepared=prepared)
     if not keep:
         torch.distributed.barrier()
         once_per_node(lambda: os.unlink(prepared))  # what is mapped stays readable
     return data
+
+
+def check(args) -> None:
+    """--check_data: needs the tokenizer, and neither other processes nor the model."""
+    tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
+    limits = (args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output, args.on_bad_row == "skip")
+    data_check.check_data(args.train_path, tokenizer, *limits, args.test_path, args.output_dir)
 
 
 def build_model(args, load):
@@ -344,16 +364,17 @@ MAY_CHANGE = {
     *("train_path", "model_name_or_path", "ds_file", "output_dir", "data_cache"),  # their content is compared
     *("gradient_checkpointing", "tiled_mlp", "offload_inputs", "attn_implementation", "local_rank"),
     *("plan", "max_memory", "plan_gpus", "show_loss_step", "save_model_step", "save_state_steps", "save_total_limit"),
-    *("resume_from_checkpoint", "resume_changed", "skip_nonfinite", "verbose"),
+    *("resume_from_checkpoint", "resume_changed", "skip_nonfinite", "verbose", "check_data", "test_path"),
 }
 
 
-def describe_run(args, data, tokenizer, ds_config: dict, world_size: int) -> Run:
-    """What losses depend on: flags, and the content of what flags name."""
+def describe_run(args, data, tokenizer, base: dict, ds_config: dict, world_size: int) -> Run:
+    """What losses depend on: flags, and the content of what flags name; base is of `adapter.record_base`."""
     settings = {f"--{name}": value for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings |= {
         "SHA-256 of --train_path": data.content,
-        "config.json of --model_name_or_path": file_hash(os.path.join(args.model_name_or_path, "config.json"))[0],
+        "weights of --model_name_or_path": base["fingerprint"],
+        "config.json of --model_name_or_path": base["config"],
         "tokenizer of --model_name_or_path": tokenizer.fingerprint(),
     }
     for section in ("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"):
@@ -406,7 +427,8 @@ def train(args) -> list[tuple[int, float]]:
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
     dtype = compute_dtype(ds_config)
-    run = describe_run(args, data, tokenizer, ds_config, world_size)
+    base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
+    run = describe_run(args, data, tokenizer, base, ds_config, world_size)
     for change in check_run(state, run, args.resume_changed) if state else ():
         say(f"warning: changed since {state}: {change}")
 
@@ -414,6 +436,7 @@ def train(args) -> list[tuple[int, float]]:
         return load_base(args.mode, args.model_name_or_path, dtype, ds_config, args.attn_implementation, **config)
 
     model = build_model(args, load)
+    model.base_record = base
     if args.tiled_mlp and model.zero3:
         deepspeed.utils.set_z3_leaf_modules(model, [TiledMLP])  # see there
     groups = parameter_groups(model, args.weight_decay)
@@ -459,13 +482,17 @@ def train(args) -> list[tuple[int, float]]:
     return log.history
 
 
+def result_size(model, dtype) -> int:
+    """Bytes of the weights of one result."""
+    parameters = [p for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config")]
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * dtype.itemsize
+
+
 def check_room(args, model, dtype, states: States) -> None:
     """Make sure that the disk has room for one result and the states; warn if not for all results."""
-    parameters = [p for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config")]
-    result = sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * dtype.itemsize
-    kept = (
-        states.size() * (args.save_total_limit + 1) if args.save_state_steps else 0
-    )  # a new one before an old one goes
+    result = result_size(model, dtype)
+    # a new state is there before an old one goes
+    kept = states.size() * (args.save_total_limit + 1) if args.save_state_steps else 0
     check_space(args.output_dir, result + kept, "a result and the training states" if kept else "a result")
     if free_space(args.output_dir) < args.num_train_epochs * result + kept:
         say(f"warning: the disk of {args.output_dir} has no room for the results of all epochs")
@@ -473,6 +500,7 @@ def check_room(args, model, dtype, states: States) -> None:
 
 def save(args, engine, model, tokenizer, epoch: int, dtype) -> None:
     folder = os.path.join(args.output_dir, f"epoch-{epoch}-step-{engine.global_steps}")
+    on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype), folder))
     save_model(model, tokenizer, args.model_name_or_path, folder, dtype)
     say(f"saved {folder}")
 
@@ -493,6 +521,10 @@ def main(argv=None) -> None:
             check_args(args)
             trim_deepspeed()
             planner.plan(args, plan_setup)
+        elif args.check_data:
+            check_args(args)
+            if is_main():
+                check(args)
         else:
             train(args)
 

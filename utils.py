@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import fcntl
 import functools
 import io
 import itertools
@@ -21,15 +22,17 @@ import warnings
 
 import deepspeed
 import torch
+import torch.utils.cpp_extension
 import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
 
+from adapter import BASE_FILE
 from folders import FolderError, new_folder
 from glm_models import MODE, CheckpointError, check_family
-from glm_models.checkpoint import read_json, write_side_files, write_weights
+from glm_models.checkpoint import read_json, write_json, write_side_files, write_weights
 from throughput import Flops
 
 
@@ -60,11 +63,51 @@ def start_distributed(verbose: bool) -> tuple[int, int]:
             port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.utils.cpp_extension.FileBaton = CompileLock
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):  # "built successfully"
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+class CompileLock:
+    """In the place of torch's FileBaton, which keeps processes from compiling the same operation at once.
+
+    Torch's is a file that is there or not: a process that is killed while it loads DeepSpeed's operations leaves it,
+    and every later one waits for ever. This one is a lock on that file, which ends with the process that has it.
+    """
+
+    def __init__(self, path: str, *_, **__):
+        self.path, self.handle = path, None
+
+    def _acquire(self, wait: bool) -> bool:
+        while True:
+            handle = os.open(self.path, os.O_CREAT | os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                os.close(handle)
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(self.path)):
+                    self.handle = handle
+                    return True
+            os.close(handle)  # the one before has just removed it
+
+    def try_acquire(self) -> bool:
+        """Whether this process has it now."""
+        return self._acquire(wait=False)
+
+    def wait(self) -> None:
+        """Return when nobody has it."""
+        self._acquire(wait=True)
+        self.release()
+
+    def release(self) -> None:
+        """Give it back, and remove the file, for programs that use torch's."""
+        os.remove(self.path)
+        os.close(self.handle)
 
 
 @functools.cache
@@ -334,6 +377,7 @@ def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> 
     All ZeRO stages write the same files. One tensor is gathered at a time, and rank 0 holds one shard.
 
     Args:
+        model: beside an adapter goes its `base_record`, see adapter.record_base.
         base: the checkpoint folder that training started from; config, tokenizer and official code come from there.
     """
     if hasattr(model, "peft_config"):
@@ -342,6 +386,7 @@ def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> 
         if is_main():
             with new_folder(folder) as partial:
                 model.save_pretrained(partial, state_dict=tensors, save_embedding_layers=False)
+                write_json(os.path.join(partial, BASE_FILE), model.base_record)
     else:
         save_full_model(model, tokenizer, base, folder, dtype)
     torch.distributed.barrier()

@@ -1,19 +1,25 @@
-"""Official checkpoint folders: which family one belongs to, and writing one.
+"""Official checkpoint folders: which family one belongs to, reading and writing its weights, its fingerprint.
 
 All three official configs say `"model_type": "chatglm"`, so the family is read off the config's keys and the name of
 the vocabulary file. ChatGLM2 and ChatGLM3 are one network with one vocabulary; only the names in their json files and
 the tokenizer code that lies beside the weights tell them apart.
 """
 
+import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
+import zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+# Types that weights on disk may have, by their name in safetensors.
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
+DTYPES |= {torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 class CheckpointError(ValueError):
@@ -86,43 +92,151 @@ def check_family(folder: str, mode: str, need: tuple[str, ...] = ("config", "voc
 
 
 def weight_files(folder: str) -> list[str]:
-    """The weight files of a checkpoint folder, safetensors before .bin.
+    """The weight files of a checkpoint folder, safetensors before .bin; all of them lie in the folder itself.
 
     Raises:
-        CheckpointError: there are none, or one that the index names is missing.
+        CheckpointError: there are none, or the index is broken, leads out of the folder or names a missing file.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
-        for path, is_index in ((single, False), (single + ".index.json", True)):
-            path = os.path.join(folder, path)
-            if not os.path.isfile(path):
-                continue
-            if not is_index:
-                return [path]
-            names = sorted(set(read_json(path).get("weight_map", {}).values()))
-            files = [os.path.join(folder, os.path.basename(name)) for name in names]
-            missing = [file for file in files if not os.path.isfile(file)]
-            if missing or not files:
-                raise CheckpointError(f"{path} names {missing[0] if missing else 'no file'}, which is not there")
-            return files
+        path = os.path.join(folder, single)
+        if os.path.isfile(path):
+            return [path]
+        if os.path.isfile(path + ".index.json"):
+            return [os.path.join(folder, name) for name in sorted(set(_weight_map(folder, single).values()))]
     raise CheckpointError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor an index")
 
 
-def read_weights(folder: str):
-    """Yield (name, tensor) of all weights of a folder, one file open at a time; nothing is unpickled but tensors.
+def _weight_map(folder: str, single: str) -> dict[str, str]:
+    """The file of each weight, as the index of model.safetensors or pytorch_model.bin has it."""
+    path = os.path.join(folder, single + ".index.json")
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f'{path}: "weight_map" must name the file of each weight')
+    suffix = os.path.splitext(single)[1]
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(suffix):
+            raise CheckpointError(f"{path}: {name} is said to be in {file!r}, which is no {suffix} file of this folder")
+        if not os.path.isfile(os.path.join(folder, file)):
+            raise CheckpointError(f"{path} names {file}, which is not there")
+    return weight_map
+
+
+class WeightFile:
+    """A weights file, memory-mapped: pages are read as tensors are. Nothing is unpickled but tensors.
+
+    Args:
+        path: a .safetensors file, or a .bin that torch.save wrote.
 
     Raises:
-        CheckpointError: a file is missing or broken.
+        CheckpointError: broken, or holds anything but dense tensors of the types in DTYPES.
     """
-    for path in weight_files(folder):
+
+    def __init__(self, path: str):
+        self.path = path
+        if path.endswith(".safetensors"):
+            try:
+                self.file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is broken or no weights file: {error}") from None
+            self.names, self.get = list(self.file.keys()), self.file.get_tensor
+        else:
+            try:
+                mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote others
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            except Exception as error:  # a broken pickle can raise anything; torch's text tells how to load it unsafely
+                kind = type(error).__name__
+                raise CheckpointError(f"{path} is broken, or holds more than tensors; not loaded ({kind})") from None
+            if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+                raise CheckpointError(f"{path} is no weights file: it does not hold tensors by name")
+            self.names, self.get = list(tensors), tensors.__getitem__
+
+    def __getitem__(self, name: str) -> torch.Tensor:
         try:
-            if path.endswith(".safetensors"):
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - not a dict
-                        yield name, file.get_tensor(name)
-            else:
-                yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-        except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"{path} is broken or not a weights file: {error}") from None
+            tensor = self.get(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path}: {name}: {error}") from None
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.dtype not in DTYPES:
+            what = f"tensor of type {tensor.dtype}" if plain else type(tensor).__name__
+            raise CheckpointError(f"{self.path}: {name} is a {what}, no dense tensor of a known type")
+        # a view that repeats numbers may be far larger than its file
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{self.path}: {name} is larger than its storage")
+        return tensor.detach()
+
+
+def weight_layout(folder: str) -> dict[str, dict[str, tuple[torch.dtype, torch.Size]]]:
+    """Type and shape of every weight of a folder, by file and name; no weight is read.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or does not hold what the index says.
+    """
+    files = weight_files(folder)
+    single = "model.safetensors" if files[0].endswith(".safetensors") else "pytorch_model.bin"
+    weight_map = {} if os.path.basename(files[0]) == single else _weight_map(folder, single)
+    layout, seen = {}, {}
+    for path in files:
+        file = WeightFile(path)
+        layout[path] = {name: (file[name].dtype, file[name].shape) for name in file.names}
+        for name in layout[path]:
+            if seen.setdefault(name, path) != path:
+                raise CheckpointError(f"{name} is both in {seen[name]} and in {path}")
+    for name, file in weight_map.items():
+        if name not in layout[os.path.join(folder, file)]:
+            raise CheckpointError(f"{os.path.join(folder, file)} does not hold {name}, which the index says is in it")
+    return layout
+
+
+def read_weights(folder: str):
+    """Yield (name, tensor) of all weights of a folder, one file open at a time.
+
+    Raises:
+        CheckpointError: see weight_layout.
+    """
+    for path, names in weight_layout(folder).items():
+        file = WeightFile(path)
+        for name in names:
+            yield name, file[name]
+
+
+# Of a config: what a network computes from its weights depends on these.
+CONFIG_KEYS = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size")
+CONFIG_KEYS += ("ffn_hidden_size", "kv_channels", "multi_query_attention", "multi_query_group_num", "rope_ratio")
+CONFIG_KEYS += ("layernorm_epsilon", "position_encoding_2d", "gmask_token_id", "mask_token_id")
+CONFIG_KEYS += ("tie_word_embeddings", "pre_seq_len", "prefix_projection")
+BLOCKS, BLOCK = 16, 64  # of each weight, so many places, and so many numbers at each
+
+
+def describe_base(mode: str, folder: str) -> dict:
+    """What a checkpoint is, however it is sharded and whether it is safetensors or .bin.
+
+    The fingerprint is a hash of names, shapes, types and samples of all weights: 16 evenly spaced runs of 64 numbers
+    each, a few thousand pages of a 12 GB checkpoint. It tells apart models of which all numbers of a weight differ, as
+    after any training; not such that differ in a few numbers or rows alone, where the samples miss them.
+
+    Returns:
+        mode, config (the keys that change what the network computes), fingerprint.
+
+    Raises:
+        CheckpointError: of another family, or broken.
+    """
+    from . import MODE
+
+    check_family(folder, mode, need=("config",))
+    config = MODE[mode].config.from_pretrained(folder)
+    digests = {}
+    for name, tensor in read_weights(folder):
+        if name.endswith("inv_freq"):  # computed, never read: some official files hold them, some do not
+            continue
+        flat = tensor.reshape(-1)
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        for i in range(BLOCKS):
+            start = max(0, len(flat) - BLOCK) * i // (BLOCKS - 1)
+            digest.update(flat[start : start + BLOCK].contiguous().view(torch.uint8).numpy())
+        digests[name] = digest.hexdigest()
+    fingerprint = hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
+    values = {key: getattr(config, key) for key in CONFIG_KEYS if hasattr(config, key)}
+    return {"mode": mode, "config": values, "fingerprint": fingerprint}
 
 
 def write_json(path: str, content) -> None:
@@ -172,6 +286,30 @@ def write_weights(folder: str, tensors, total_bytes: int, max_shard_bytes: int =
         os.path.join(folder, "model.safetensors.index.json"),
         {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
     )
+
+
+def write_safetensors(path: str, layout: dict[str, tuple[torch.dtype, torch.Size]], parts) -> None:
+    """Write one safetensors file without ever holding it: https://huggingface.co/docs/safetensors, "Format".
+
+    Args:
+        layout: type and shape of each tensor.
+        parts: name -> an iterator of tensors on the CPU whose numbers, one after the other, are the tensor's.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    names = sorted(layout, key=lambda name: -layout[name][0].itemsize)  # so that each is aligned to its type
+    for name in names:
+        dtype, shape = layout[name]
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            for part in parts(name):
+                file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy())
+            if file.tell() != 8 + len(text) + header[name]["data_offsets"][1]:
+                raise ValueError(f"the parts of {name} are not of its size")
 
 
 def write_side_files(folder: str, base: str, dtype: torch.dtype, stop_ids: list[int], **config) -> None:

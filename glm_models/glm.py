@@ -92,6 +92,12 @@ class GLMTokenizer(ChatGLMTokenizerBase):
         text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
         return re.sub(r"<\|blank_(\d+)\|>", lambda run: " " * int(run[1]), text)
 
+    @property
+    def special_texts(self) -> list[str]:
+        # the pieces for white space would become it
+        blanks = (f"<|blank_{count}|>" for count in range(2, self.MAX_BLANKS + 1))
+        return sorted({*super().special_texts, self.end_token, "<n>", "<|tab|>", *blanks})
+
     def encode_texts(self, texts, threads=1) -> list[np.ndarray]:
         texts = [self._to_pieces_text(text) for text in texts]
         return [ids + self.num_image_tokens for ids in self._encode_pieces(texts, threads)]

@@ -129,6 +129,11 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
         """What every prompt begins with."""
         return [self.get_command("[gMASK]"), self.get_command("sop")]
 
+    @property
+    def special_texts(self) -> list[str]:
+        # `sop` and `eop` are also words
+        return sorted({*super().special_texts, *(token for token in self.special_tokens if token[0] in "[<")})
+
     def encode_prompts(self, queries, history=None, max_src_len=None, threads=1) -> list[Prompt]:
         before, after = self._template(history)
         begin = np.array(self.get_prefix_tokens(), np.int32)

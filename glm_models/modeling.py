@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .checkpoint import CheckpointError, check_family
+from .checkpoint import CheckpointError, check_family, weight_layout
 from .ops import TiledMLP, summed_cross_entropy, to_cpu
 
 IGNORE_INDEX = -100  # the label of a token that the loss leaves out, as in torch and transformers
@@ -82,6 +82,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         """
         folder = str(pretrained_model_name_or_path)
         check_family(folder, cls.mode, need=("config",))
+        weight_layout(folder)  # else broken files and indices end in a traceback, or lead out of the folder
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             folder,

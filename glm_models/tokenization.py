@@ -135,6 +135,18 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         return self.decode(ids)
 
     @property
+    def special_texts(self) -> list[str]:
+        """Tokens that are no text, as they are written. In the text of users they are letters, or it is not kept."""
+        names = (self.sp_model.IdToPiece(i) for i in range(self.sp_model.GetPieceSize()) if self.sp_model.IsControl(i))
+        return sorted({*names, self.unk_token})
+
+    def lost_characters(self, characters: str) -> set[str]:
+        """Those of some characters that leave no trace in the ids of a text, or only the unknown token."""
+        plain, *encoded = self.encode_texts(["ab", *(f"a{character}b" for character in characters)])
+        pairs = zip(characters, encoded, strict=True)
+        return {one for one, ids in pairs if self.unk_token_id in ids or np.array_equal(ids, plain)}
+
+    @property
     def stop_token_ids(self) -> list[int]:
         """Ids that end a generated answer."""
         return [self.eos_token_id]

@@ -221,7 +221,7 @@ def test_a_failed_start_leaves_nothing_and_old_debris_goes(tokenizers, write, tm
     (cache / "somebody else's.partial").touch()
     for name in ("abc.samples.0123.partial", "somebody else's.partial"):
         os.utime(cache / name, (1, 1))
-    with pytest.raises(DataError, match="line 21 is not valid JSON"):
+    with pytest.raises(DataError, match="line 21: not valid JSON"):
         prepare(write([*odd_rows(20), "{"]), tokenizers["glm3"], 70, 40, False, True, str(cache))
     assert sorted(os.listdir(cache)) == ["new.samples.0123.partial", "somebody else's.partial"]
 
@@ -236,12 +236,12 @@ def test_a_file_that_changes_meanwhile_is_refused(tokenizers, write, tmp_path, m
     path = write(odd_rows(20))
 
     def read_and_append(*args, **kwargs):
-        yield from read_rows(*args, **kwargs)
+        yield from scan_rows(*args, **kwargs)
         with open(path, "a") as file:
             file.write("\n")
 
-    read_rows = data_set.read_rows
-    monkeypatch.setattr(data_set, "read_rows", read_and_append)
+    scan_rows = data_set.scan_rows
+    monkeypatch.setattr(data_set, "scan_rows", read_and_append)
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(path, tokenizers["glm3"], 70, 40, False, True, str(tmp_path / "cache"))
     assert os.listdir(tmp_path / "cache") == []
@@ -283,7 +283,7 @@ def test_the_first_broken_row_of_the_file_is_named(tokenizers, mode, write, monk
         ([good, good, long, wrong], "line 3: the prompt's 5"),
         ([good, wrong, long], "line 2: output must be a string"),
         ([good, long, "{", long], "line 2: the prompt's 5"),
-        ([good] * 5 + ["{"], "line 6 is not valid JSON"),
+        ([good] * 5 + ["{"], "line 6: not valid JSON"),
         ([good, good, json.dumps(half), "{"], "line 3: a text holds half a surrogate pair"),
     ]:
         with pytest.raises(DataError) as error:
@@ -292,5 +292,5 @@ def test_the_first_broken_row_of_the_file_is_named(tokenizers, mode, write, monk
 
 
 def test_a_file_of_rows_that_are_all_too_long_is_refused(tokenizers, write):
-    with pytest.raises(DataError, match=r"rows\.json: every row is longer than max_src_len 10 or max_len 70 allow"):
+    with pytest.raises(DataError, match=r"rows\.json: every row is longer than --max_src_len or --max_len allow"):
         InstructionData(write(odd_rows(20)[1:2]), tokenizers["glm3"], 70, 10, is_skip=True, empty_outputs=True)

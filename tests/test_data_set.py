@@ -54,7 +54,7 @@ def test_lines_and_arrays_are_read_with_their_line_numbers(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (line() + "{broken\n", "line 2 is not valid JSON"),
+        (line() + "{broken\n", "line 2: not valid JSON"),
         (line() + line(output="gone"), "line 2: the key 'output' is missing"),
         (line(output=["a"]), "line 1: output must be a string, not a list"),
         (line(output=None), "line 1: output must be a string, not null"),
@@ -66,10 +66,10 @@ def test_lines_and_arrays_are_read_with_their_line_numbers(write):
         ("", "holds no rows"),
         ("[" + line().strip() + " " + line().strip() + "]", "line 1: expected a comma or ]"),
         ("[" + line().strip(), "line 1: expected a comma or ]"),
-        ("[" + line().strip() + ",]", "line 1 is not valid JSON"),
-        (line().encode() + b'{"instruction": "\xff"}\n', "is not UTF-8"),
+        ("[" + line().strip() + ",]", "line 1: not valid JSON"),
+        (line().encode() + b'{"instruction": "\xff"}\n', "line 2: not UTF-8 text"),
         ("[" + line().strip() + "]]", "line 1: there is more after the end"),
-        ("[" * 100_000, "is not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
     ],
 )
 def test_a_broken_file_is_one_clear_error(write, text, message):

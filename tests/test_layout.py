@@ -11,23 +11,40 @@ from train import TRAIN_TYPE, check_args, parse_args
 from utils import UserError, load_ds_config
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"train", "utils", "data_set", "data_cache", "throughput", "planner", "memory_trace"}
-OURS |= {"folders", "states", "stops", "merge_lora", "predict", "metrics", "glm_models"}
+OURS = {"train", "utils", "data_set", "data_cache", "data_check", "data_findings", "throughput", "planner"}
+OURS |= {"memory_trace", "folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe"}
+OURS |= {"glm_models"}
 MAY_IMPORT = {
     "glm_models": set(),
+    "adapter": {"folders", "glm_models"},
     "data_cache": set(),
-    "data_set": {"data_cache"},
+    "data_findings": set(),
+    "data_set": {"data_cache", "data_findings"},
+    "data_check": {"data_findings", "data_set"},
     "folders": set(),
     "metrics": set(),
     "throughput": {"glm_models"},
-    "utils": {"folders", "glm_models", "throughput"},
+    "utils": {"adapter", "folders", "glm_models", "throughput"},
     "states": {"folders", "utils"},
     "stops": {"data_set", "utils"},
     "memory_trace": set(),
     "planner": {"data_set", "glm_models", "memory_trace", "utils"},
-    "train": {"folders", "glm_models", "data_cache", "data_set", "planner", "states", "stops", "throughput", "utils"},
-    "merge_lora": {"folders", "glm_models", "utils"},
-    "predict": {"glm_models", "data_set", "metrics", "utils"},
+    "probe": {"adapter", "glm_models"},
+    "train": {
+        "adapter",
+        "folders",
+        "glm_models",
+        "data_cache",
+        "data_check",
+        "data_set",
+        "planner",
+        "states",
+        "stops",
+        "throughput",
+        "utils",
+    },
+    "merge_lora": {"adapter", "folders", "glm_models", "probe", "utils"},
+    "predict": {"adapter", "glm_models", "data_set", "metrics", "utils"},
 }
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import merge_lora
 import predict
+from adapter import check_base
 from glm_models import MODE
 from train import TRAIN_TYPE
 
@@ -287,6 +288,7 @@ def test_merged_model_equals_the_adapter(losses, tiny, folder):
     for mode in MODE:
         result = folder / f"{mode}-lora-4x1-1/epoch-3-step-6"
         merged_folder = folder / f"equal-{mode}"
+        assert "has the fingerprint" in check_base(str(result), mode, str(tiny[mode]))
         merge_lora.merge(mode, str(tiny[mode]), str(result), str(merged_folder))
         family = MODE[mode]
         adapter = PeftModel.from_pretrained(family.model.from_pretrained(tiny[mode]), result).eval()
