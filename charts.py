@@ -78,7 +78,9 @@ def finite(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [point for point in points if all(map(math.isfinite, point))]
 
 
-def line_chart(title: str, x_label: str, y_label: str, series: dict[str, list[list[tuple[float, float]]]], colours) -> str:
+def line_chart(
+    title: str, x_label: str, y_label: str, series: dict[str, list[list[tuple[float, float]]]], colours
+) -> str:
     """Curves. Returns "" if there is nothing to draw.
 
     Args:
@@ -163,6 +165,10 @@ def interval_chart(title: str, x_label: str, rows: list[tuple[str, float, float,
 
 def legend(colours: dict[str, str]) -> str:
     """Names and their colours, as HTML."""
-    return '<p class="legend">' + "".join(
-        f'<span><i style="background:{colour}"></i>{escape(name)}</span> ' for name, colour in colours.items()
-    ) + "</p>"
+    return (
+        '<p class="legend">'
+        + "".join(
+            f'<span><i style="background:{colour}"></i>{escape(name)}</span> ' for name, colour in colours.items()
+        )
+        + "</p>"
+    )
