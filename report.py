@@ -528,6 +528,21 @@ def write_report(folder: str, runs: list[dict], settings: dict[str, str], sweep:
 # ---- the script
 
 
+def summary(family: Family, rows: int = 4) -> list[str]:
+    """The scores, and a few answers beside references, for a terminal."""
+    lines = []
+    for row, answers in samples(family)[:rows]:
+        lines += [f"input:     {row['input']}"]
+        references = row["output"] if isinstance(row["output"], list) else [row["output"]]
+        for name, text, value in [("reference", " / ".join(references), None), *answers]:
+            said = text.replace("\n", "; ")
+            lines.append(f"  {name}: {said}" + ("" if value is None else f"   ({family.measure} {value:.2f})"))
+    for method in family.methods:
+        low, high = bootstrap(list(method.rows), seed=0)
+        lines.append(f"{method.name}: {family.measure} {method.mean:.4f} (95 % interval {low:.4f} to {high:.4f})")
+    return lines
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=MODE, required=True, help="model family")
@@ -554,7 +569,9 @@ def main(argv=None) -> None:
             run = {"mode": args.mode, "method": name, "seed": None, "status": "done"}
             run["predictions"] = os.path.relpath(answers, args.output_dir)
             runs.append(run | (read_curves(training) if training else {}))
-        print(f"report: {write_report(args.output_dir, runs, {'runs': ' '.join(args.run)}, title=args.title)}")
+        path = write_report(args.output_dir, runs, {"runs": " ".join(args.run)}, title=args.title)
+        (family,) = evaluate(args.output_dir, runs)
+        print(*summary(family), f"report: {path}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,35 +1,28 @@
 #!/usr/bin/env bash
 # From nothing to a scored model on this machine, a CPU being enough: an environment, a small ChatGLM3 that knows workshop
-# notes a little, LoRA on it with DeepSpeed, merge, prediction of rows that training never saw.
+# notes a little, LoRA on it with DeepSpeed, merge, prediction of rows that training never saw, a report with curves and
+# answers beside references.
 #
 #   VENV   the virtual environment       (default .venv)
 #   WORK   where models and results go   (default output-quickstart); the small base is reused if it is there
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
+source scripts/small_base.sh
 make_environment requirements.txt
 work=${WORK:-output-quickstart}
 base=$work/base
 launcher=(deepspeed --log_level warning --num_gpus 1 --master_port "${PORT:-29521}")
 common=(--mode glm3 --max_len 384 --max_src_len 256 --weight_decay 0.01 --show_loss_step 50)
 
-if [ ! -d "$base" ]; then
-  echo "== 1/5 a small base: random weights, then trained on workshop notes (none of them in data/spo_1.json)"
-  rm -rf "$work/random" "$work/base-training"
-  mkdir -p "$work"
-  python data/make_data.py --more 3000 "$work/notes.json"
-  python -m glm_models.tiny --mode glm3 --output "$work/random" --layers 4 --hidden_size 192 --heads 6 --vocab_size 1000 \
-    --text "$work/notes.json" data/spo_0.json
-  "${launcher[@]}" train.py "${common[@]}" --train_type all --model_name_or_path "$work/random" \
-    --train_path "$work/notes.json" --per_device_train_batch_size 16 --num_train_epochs 3 --learning_rate 2e-3 \
-    --output_dir "$work/base-training"
-  mv "$work"/base-training/epoch-3-step-* "$base"
-fi
+echo "== 1/5 a small base: random weights, then trained on workshop notes (none of them in data/spo_1.json) and questions"
+make_small_base glm3 "$base"
 
 score() {
   python predict.py --mode glm3 --predict_path data/spo_1.json --max_length 384 --batch_size 50 --model_path "$@"
 }
 
+rm -f "$work"/*-predictions.jsonl
 echo "== 2/5 what the base makes of data/spo_1.json"
 score "$base" --output_path "$work/base-predictions.jsonl"
 
@@ -44,4 +37,7 @@ adapter=$(echo "$work"/lora/epoch-4-step-*)
 python merge_lora.py --mode glm3 --ori_model_dir "$base" --model_dir "$adapter" --output_dir "$work/merged"
 
 echo "== 5/5 data/spo_1.json again"
-score "$work/merged"
+score "$work/merged" --output_path "$work/lora-predictions.jsonl"
+
+python report.py --output_dir "$work/report" --mode glm3 --title "Quick start: a small ChatGLM3 before and after LoRA" \
+  --run "base=$work/base-predictions.jsonl" --run "lora=$work/lora-predictions.jsonl,$work/lora"

@@ -13,8 +13,11 @@ from utils import UserError, load_ds_config
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"train", "utils", "data_set", "data_cache", "data_check", "data_findings", "throughput", "planner"}
 OURS |= {"memory_trace", "folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe"}
-OURS |= {"glm_models"}
+OURS |= {"glm_models", "charts", "report", "compare_methods"}
 MAY_IMPORT = {
+    "charts": set(),
+    "report": {"charts", "folders", "glm_models", "metrics", "utils"},
+    "compare_methods": {"data_set", "folders", "glm_models", "report", "utils"},
     "glm_models": set(),
     "adapter": {"folders", "glm_models"},
     "data_cache": set(),
