@@ -24,14 +24,8 @@ else
     make_small_base "$mode" "$output/bases/$mode"
     models+=("$mode=$output/bases/$mode")
   done
-  # forgetting is measured on the other task that a small base knows: of general prompts it has no idea
-  python - data/d2q_1.json "$output/suite.json" <<'PYTHON'
-import json, sys
-with open(sys.argv[1], encoding="utf-8") as rows, open(sys.argv[2], "w", encoding="utf-8") as suite:
-    for row in map(json.loads, rows):
-        row |= {"output": row["output"][0], "category": "question generation"}
-        suite.write(json.dumps(row, ensure_ascii=False) + "\n")
-PYTHON
+  # forgetting is measured on what a small base knows, on notes it never saw: of general prompts it has no idea
+  rows_of_small_base data/spo_1.json "$output/suite.json" "notes in the base's form"
   head -n "${ROWS:-700}" "$data" >"$output/rows.json"
   data=$output/rows.json
   flags=(--suite "$output/suite.json")

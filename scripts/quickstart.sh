@@ -15,7 +15,7 @@ base=$work/base
 launcher=(deepspeed --log_level warning --num_gpus 1 --master_port "${PORT:-29521}")
 common=(--mode glm3 --max_len 384 --max_src_len 256 --weight_decay 0.01 --show_loss_step 50)
 
-echo "== 1/5 a small base: random weights, then trained on workshop notes (none of them in data/spo_1.json) and questions"
+echo "== 1/5 a small base: random weights, then trained on workshop notes, answering in another form"
 make_small_base glm3 "$base"
 
 score() {
