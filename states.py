@@ -15,6 +15,9 @@ import json
 import os
 import random
 import re
+import shutil
+import subprocess
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from folders import (
+    PARTIAL,
     FolderError,
     check_folder,
     check_space,
@@ -149,11 +153,6 @@ def check_run(state: str, run: Run, allow_changes: bool) -> list[str]:
         UserError: something changed that cannot, or may not unless allowed.
     """
     old = read_run(state)
-    if old.ranks != run.ranks:
-        raise UserError(
-            f"{state} was saved by {old.ranks} processes, this run has {run.ranks}: DeepSpeed's state files are cut "
-            f"into {old.ranks} parts; start {old.ranks} processes (--num_gpus {old.ranks})"
-        )
     if old.stage != run.stage:
         raise UserError(f"{state} was saved under ZeRO stage {old.stage}; take a ds file of that stage")
     changed = []
@@ -243,20 +242,54 @@ class States:
             remove_folder(old)
 
     def load(self, state: str) -> None:
-        """Go on from a state whose content was checked: weights, optimiser, schedule, generators, place, log."""
-        # weights_only=False inside: pickles of DeepSpeed's, each byte as this project wrote it
+        """Go on from a state whose content was checked: weights, optimiser, schedule, generators, place, log.
+
+        Where another number of processes saved it (see `ds_section`), further losses are the same but for rounding, and
+        for dropout, whose random numbers each process draws for itself.
+        """
         decay = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
-        path, _ = self.engine.load_checkpoint(state, tag=ENGINE, load_module_strict=False)
-        if path is None:
-            raise FolderError(f"{state} holds no files of DeepSpeed's")
+        ranks = read_run(state).ranks
+        if ranks == self.run.ranks:
+            self._load_engine(state)
+        else:
+            converted = state.rstrip("/") + f".for-{self.run.ranks}-ranks{PARTIAL}"  # swept away if this is killed
+            on_rank_0(lambda: _make_universal(state, converted))
+            self._load_engine(converted)
+            on_rank_0(lambda: None)  # all have read it
+            on_rank_0(lambda: shutil.rmtree(converted))
         # what the flags say now, where that was allowed to change; else these are the state's own values once more
         for group, value in zip(self.engine.optimizer.param_groups, decay, strict=True):
             group["weight_decay"] = value
         self.engine.lr_scheduler.step(self.engine.lr_scheduler.last_batch_iteration)
-        with safe_open(os.path.join(state, f"rank-{self.rank}.safetensors"), framework="pt") as file:
+        with safe_open(os.path.join(state, f"rank-{self.rank % ranks}.safetensors"), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             texts = file.metadata()
         for part, owner in self.parts.items():
             mine = [name for name in tensors if name.startswith(f"{part}.")]
             owner.set_state({name.removeprefix(f"{part}."): tensors[name] for name in mine})
         unpack_generators(tensors, texts)
+
+    def _load_engine(self, folder: str) -> None:
+        # weights_only=False inside: pickles of DeepSpeed's, each byte as this project wrote it
+        path, _ = self.engine.load_checkpoint(folder, tag=ENGINE, load_module_strict=False)
+        if path is None:
+            raise FolderError(f"{folder} holds no files of DeepSpeed's")
+
+
+def ds_section(state: str | None, ranks: int) -> dict:
+    """What the ds config needs for going on from a state: DeepSpeed's universal format if its number of processes is
+    another."""
+    return {"checkpoint": {"load_universal": True}} if state and read_run(state).ranks != ranks else {}
+
+
+def _make_universal(state: str, folder: str) -> None:
+    """Write DeepSpeed's files of a state in the format that any number of processes can load."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", os.path.join(state, ENGINE), "--output_folder", os.path.join(folder, ENGINE)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        raise FolderError(
+            f"{state} was saved by {read_run(state).ranks} processes, and DeepSpeed's conversion for another number "
+            f"failed: {last}; start as many as before"
+        )

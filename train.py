@@ -25,7 +25,7 @@ from data_set import DataError, InstructionData, count_steps, epoch_loader, pack
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
-from states import Run, States, check_run, find_state, list_states
+from states import Run, States, check_run, ds_section, find_state, list_states
 from stops import Peers, Watch, told_clearly
 from throughput import matmul_peak, needed_flops
 from utils import (
@@ -371,7 +371,10 @@ MAY_CHANGE = {
 def describe_run(args, data, tokenizer, base: dict, ds_config: dict, world_size: int) -> Run:
     """What losses depend on: flags, and the content of what flags name; base is of `adapter.record_base`."""
     settings = {f"--{name}": value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    # micro-batches count, whoever has them: so the number of processes may change
+    del settings["--gradient_accumulation_steps"]
     settings |= {
+        "--gradient_accumulation_steps x processes": args.gradient_accumulation_steps * world_size,
         "SHA-256 of --train_path": data.content,
         "weights of --model_name_or_path": base["fingerprint"],
         "config.json of --model_name_or_path": base["config"],
@@ -445,6 +448,7 @@ def train(args) -> list[tuple[int, float]]:
     say(f"model: {trained:,} of {every:,} parameters train ({trained / every:.2%}), in {dtype}")
 
     fit_buckets(ds_config, trained)
+    ds_config |= ds_section(state, world_size)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     engine.lr_scheduler.step(1)  # else the first two steps would have lr 0: DeepSpeed's schedulers count from -1
     log = RunLog(engine, args.output_dir, total_steps, args.show_loss_step, needed_flops(model), matmul_peak(dtype))

@@ -518,11 +518,34 @@ def test_another_run_does_not_go_on_from_a_state(stopped, base, rows):
         (error,) = errors(text)
         assert message in text[text.index(error) :]
     codes, text = stopped.run(ranks=2)
-    assert set(codes.values()) == {2} and "was saved by 1 processes, this run has 2" in text
+    assert set(codes.values()) == {2} and "--gradient_accumulation_steps x processes: 2 before, 4 now" in text
     assert stopped.states() == [f"step-0000000{step}" for step in (7, 6, 4)]
     codes, text = stopped.run("--learning_rate", "1e-3", "--resume_changed", "True")
     assert codes == {0: 0}
     assert "warning: changed since" in text and "--learning_rate: 0.005 before, 0.001 now" in text
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 1)])
+def test_another_number_of_processes_goes_on(whole, tmp_path, base, rows, stage, ranks):
+    before, after = ranks
+    plain = ["--lora_dropout", "0"]
+    losses = {}
+    for name, stop in (("unbroken", None), ("broken", 6)):
+        trial = Trial(tmp_path / name, base, rows, ranks=before, stage=stage)
+        trial.folder.mkdir()
+        parts = {rank: ["--gradient_accumulation_steps", str(2 // rank)] for rank in ranks}
+        if stop is None:
+            assert trial.run(*plain, *parts[before])[0] == dict.fromkeys(range(before), 0)
+        else:
+            prepare = before_step(stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert trial.run(*plain, *parts[before], prepare=prepare)[0] == dict.fromkeys(range(before), 75)
+            codes, text = trial.run(*plain, *parts[after], ranks=after)
+            assert codes == dict.fromkeys(range(after), 0), text
+            assert [step for step, _ in read_losses(trial.losses)] == list(range(1, 37))
+            assert not list(trial.output.rglob(f"*{folders.PARTIAL}"))
+        losses[name] = [float.fromhex(loss) for _, loss in read_losses(trial.losses)]
+    assert losses["broken"] == pytest.approx(losses["unbroken"], rel=1e-5)
 
 
 def test_a_new_run_does_not_mix_with_states_of_an_earlier_one(stopped):
