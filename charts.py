@@ -27,20 +27,20 @@ def span(values: list[float]) -> tuple[float, float]:
 class Axes:
     """The frame of a chart and the way from values to pixels."""
 
-    def __init__(self, title: str, x_label: str, y_label: str, xs: list[float], ys: list[float], height: int = HEIGHT):
-        self.height = height
+    def __init__(self, title: str, x_label: str, y_label: str, xs, ys, height: int = HEIGHT, left: int = LEFT):
+        self.height, self.left = height, left
         (self.x0, self.x1), (self.y0, self.y1) = span(xs), span(ys)
         middle = (TOP + height - BOTTOM) / 2
         self.parts = [
             f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" '
             f'aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">',
-            text(LEFT, 16, title, anchor="start", style="title"),
-            text((LEFT + WIDTH - RIGHT) / 2, height - 6, x_label),
+            text(8, 16, title, anchor="start", style="title"),
+            text((left + WIDTH - RIGHT) / 2, height - 6, x_label),
             f'<g transform="translate(12 {middle:.1f}) rotate(-90)">{text(0, 0, y_label)}</g>',
         ]
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+        return self.left + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - self.left - RIGHT)
 
     def y(self, value: float) -> float:
         return self.height - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (self.height - TOP - BOTTOM)
@@ -54,8 +54,8 @@ class Axes:
     def y_ticks(self) -> None:
         for value in ticks(self.y0, self.y1):
             y = self.y(value)
-            self.line(LEFT, y, WIDTH - RIGHT, y)
-            self.parts.append(text(LEFT - 5, y + 4, f"{value:g}", anchor="end"))
+            self.line(self.left, y, WIDTH - RIGHT, y)
+            self.parts.append(text(self.left - 5, y + 4, f"{value:g}", anchor="end"))
 
     def line(self, x0, y0, x1, y1, style: str = 'stroke="#e3e3e3"') -> None:
         self.parts.append(f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" {style}/>')
@@ -151,7 +151,8 @@ def interval_chart(title: str, x_label: str, rows: list[tuple[str, float, float,
         return ""
     height = TOP + BOTTOM + 26 * len(rows)
     values = [value for _, mean, low, high, single in rows for value in (mean, low, high, *single)]
-    axes = Axes(title, x_label, "", values, [0, 1], height)
+    widest = max(len(name) for name, *_ in rows)
+    axes = Axes(title, x_label, "", values, [0, 1], height, left=min(150, 16 + 7 * widest))
     axes.x_ticks()
     for i, (name, mean, low, high, single) in enumerate(rows):
         y, colour = TOP + 26 * i + 13, colours[name]
@@ -159,7 +160,7 @@ def interval_chart(title: str, x_label: str, rows: list[tuple[str, float, float,
         for value in single:
             axes.line(axes.x(value), y - 5, axes.x(value), y + 5, f'stroke="{colour}" stroke-width="1.2"')
         axes.dot(axes.x(mean), y, colour, f"{name}: {mean:.4g} ({low:.4g} to {high:.4g})")
-        axes.parts.append(text(LEFT - 5, y + 4, name, anchor="end"))
+        axes.parts.append(text(axes.left - 5, y + 4, name, anchor="end"))
     return axes.svg()
 
 

@@ -50,6 +50,8 @@ LARGE_FLAGS += "--weight_decay 0.1 --save_state_steps 200"
 SMALL_FLAGS = "--max_len 384 --max_src_len 256 --per_device_train_batch_size 16 --num_train_epochs 2 "
 SMALL_FLAGS += "--prefix_dropout 0 --lora_dropout 0 --show_loss_step 10 --weight_decay 0.01 --save_total_limit 1"
 
+LARGE_EVAL, SMALL_EVAL = "--eval_steps 100 --eval_generate_rows 50", "--eval_steps 19 --eval_batch_size 50"
+
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -237,7 +239,8 @@ def train_command(args, paths: dict, mode: str, method: str, seed: int, rate: fl
     command += ["--mode", mode, "--model_name_or_path", args.model[mode], "--train_path", paths[on], *flags, *common]
     command += ["--learning_rate", f"{rate:g}", "--seed", str(seed), "--resume_from_checkpoint", "auto"]
     if on == "train" and knows("train.py", "--eval_path"):
-        command += ["--eval_path", paths["validation"], "--eval_generate"]
+        command += ["--eval_path", paths["validation"], "--eval_generate", "auto", "--eval_at_start"]
+        command += shlex.split(SMALL_EVAL if is_small(args, mode) else LARGE_EVAL)
     return [*command, *shlex.split(args.train_flags), "--output_dir", os.path.join(folder, "training")]
 
 
@@ -373,7 +376,7 @@ def remove_weights(training: str) -> None:
     """Leave of a training what is small: logs, not weights and states."""
     if os.path.isdir(training):
         for entry in os.scandir(training):
-            if entry.is_dir() and (entry.name.startswith("epoch-") or entry.name == "states"):
+            if entry.is_dir() and (entry.name.startswith("epoch-") or entry.name in ("states", "best")):
                 shutil.rmtree(entry.path)
 
 

@@ -30,6 +30,7 @@ from utils import UserError, clear_errors
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 BESIDE = {"triples": ("precision", "recall"), "questions": ("accuracy_points", "diversity_points")}
 BESIDE |= {"classes": ("macro_f1",), "text": ("rouge_1", "rouge_2", "bleu_4", "exact_match")}
+NAMES = {"f1": "F1", "question_points": "points", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
 SHOWN_ROWS = 8  # rows of the test file whose answers are shown
 
 
@@ -136,6 +137,11 @@ class Family(NamedTuple):
     methods: list[Method]
     rows: list[dict]  # the test rows
 
+    @property
+    def label(self) -> str:
+        """The headline score, for readers."""
+        return NAMES.get(self.measure, self.measure)
+
 
 def evaluate(folder: str, runs: list[dict]) -> list[Family]:
     """Score the runs that are done.
@@ -188,7 +194,7 @@ def plural(count: int, what: str) -> str:
 
 def quality_table(family: Family) -> Table:
     beside = [name for name in BESIDE[family.kind] if name in family.methods[0].scores]
-    columns = ["method", family.measure, "± over seeds", "95 % over rows", *beside, "seeds", "end by themselves"]
+    columns = ["method", family.label, "± over seeds", "95 % over rows", *beside, "seeds", "end by themselves"]
     rows = []
     for method in family.methods:
         low, high = bootstrap(list(method.rows), seed=0)
@@ -310,12 +316,12 @@ def charts(family: Family, colours: dict[str, str]) -> list[str]:
         }
 
     drawn = [
-        interval_chart(f"{measure} on the test rows", measure, rows, colours),
-        line_chart("Training loss", "step", "loss", curves("curve", lambda at: at["loss"]), colours),
-        line_chart("Validation loss", "step", "loss", curves("validation", lambda at: at["loss"]), colours),
+        interval_chart(f"{family.label} on the test rows", family.label, rows, colours),
+        line_chart("Training loss", "optimiser step", "loss", curves("curve", lambda at: at["loss"]), colours),
+        line_chart("Validation loss", "optimiser step", "loss", curves("validation", lambda at: at["loss"]), colours),
     ]
     scored = curves("validation", lambda at: (at.get("scores") or at).get(measure, float("nan")))
-    drawn.append(line_chart(f"Validation {measure}", "step", measure, scored, colours))
+    drawn.append(line_chart(f"Validation {family.label}", "optimiser step", family.label, scored, colours))
     if base:
         points = {
             method.name: [
@@ -324,7 +330,11 @@ def charts(family: Family, colours: dict[str, str]) -> list[str]:
             for method in family.methods
             if method is not base
         }
-        drawn.append(scatter_chart("Forgetting against gain", f"gain in {measure}", "nats per token", points, colours))
+        drawn.append(
+            scatter_chart(
+                "Forgetting against gain", f"gain in {family.label}", "forgetting, nats per token", points, colours
+            )
+        )
     return [chart for chart in drawn if chart]
 
 
@@ -381,7 +391,7 @@ def notes(families: list[Family]) -> list[str]:
     """How the figures were made, for readers of tables."""
     some = families[0]
     lines = [
-        f"Scores: {some.measure}, the mean over {len(some.rows)} test rows that training did not see. ± is the "
+        f"Scores: {some.label}, the mean over {len(some.rows)} test rows that training did not see. ± is the "
         "standard deviation over seeds, the interval a bootstrap over the test rows (scores averaged over seeds). A "
         "difference is beyond chance where the paired bootstrap's interval leaves out 0; many pairs are compared, so "
         "take single ones with care."
@@ -418,7 +428,7 @@ def html_report(families, runs, settings, versions, sweep, title) -> str:
         count = plural(len({run["seed"] for run in runs if run["mode"] == family.mode} - {None}), "seed")
         parts.append(f"<h2>{escape(title_of(family.mode))} <small>({escape(count)})</small></h2>{legend(colours)}")
         parts.append(f'<div class="charts">{"".join(charts(family, colours))}</div>')
-        parts += [html_table(table, best.name) for table in tables(family)]
+        parts += [html_table(table, best.name if table.title == "Quality" else "") for table in tables(family)]
         shown = samples(family)
         top = max(value for _, answers in shown for *_, value in answers)
         parts.append("<h3>Answers beside references (of the first seed)</h3>")
@@ -471,7 +481,7 @@ def markdown_report(families, runs, settings, versions, sweep, title) -> str:
             rows += [
                 [row["input"], " / ".join(references), name, text, f"{value:.2f}"] for name, text, value in answers
             ]
-        lines += markdown_table(Table("Answers", ["input", "reference", "methods", "answer", family.measure], rows))
+        lines += markdown_table(Table("Answers", ["input", "reference", "methods", "answer", family.label], rows))
     if sweep:
         lines += ["## Sweep of learning rates", "", *markdown_table(sweep_table(sweep))]
     rows = [list(item) for item in (settings | versions).items()]
@@ -536,10 +546,10 @@ def summary(family: Family, rows: int = 4) -> list[str]:
         references = row["output"] if isinstance(row["output"], list) else [row["output"]]
         for name, text, value in [("reference", " / ".join(references), None), *answers]:
             said = text.replace("\n", "; ")
-            lines.append(f"  {name}: {said}" + ("" if value is None else f"   ({family.measure} {value:.2f})"))
+            lines.append(f"  {name}: {said}" + ("" if value is None else f"   ({family.label} {value:.2f})"))
     for method in family.methods:
         low, high = bootstrap(list(method.rows), seed=0)
-        lines.append(f"{method.name}: {family.measure} {method.mean:.4f} (95 % interval {low:.4f} to {high:.4f})")
+        lines.append(f"{method.name}: {family.label} {method.mean:.4f} (95 % interval {low:.4f} to {high:.4f})")
     return lines
 
 

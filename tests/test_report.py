@@ -81,7 +81,7 @@ def test_tables_have_the_runs_figures(runs, tmp_path):
     assert base.mean == 0.25 and lora.seeds == [0.75, 1.0]
     low, high = bootstrap([1, 1, 1, 0.5], seed=0)
     quality = dict(zip(quality_table(family).columns, quality_table(family).rows[1], strict=True))
-    assert quality["f1"] == "0.8750" and quality["± over seeds"] == f"{np.std([0.75, 1], ddof=1):.4f}"
+    assert quality["F1"] == "0.8750" and quality["± over seeds"] == f"{np.std([0.75, 1], ddof=1):.4f}"
     assert quality["95 % over rows"] == f"{low:.4f} to {high:.4f}"
     assert quality["precision"] == quality["recall"] == "0.8750" and quality["end by themselves"] == "75%"
     (cost,) = report.cost_table(family).rows
@@ -148,7 +148,7 @@ def test_other_kinds_of_answers_and_runs_without_any(tmp_path):
             file.write(json.dumps(each | {"prediction": "轮胎多久换？"}) + "\n")
     run = {"mode": "glm", "method": "lora", "seed": 1, "status": "done", "predictions": "a.jsonl"}
     write_report(str(tmp_path), [run], {})
-    assert "question_points" in (tmp_path / "report.md").read_text()
+    assert "| points |" in (tmp_path / "report.md").read_text()
     failed = run | {"status": "failed", "error": "no luck"}
     Page(Path(write_report(str(tmp_path), [failed], {})).read_text())
     assert "glm lora seed 1: failed. no luck" in (tmp_path / "report.md").read_text()
