@@ -238,7 +238,7 @@ def train_command(args, paths: dict, mode: str, method: str, seed: int, rate: fl
         command += ["--num_gpus", str(args.num_gpus), "train.py"]
     command += ["--mode", mode, "--model_name_or_path", args.model[mode], "--train_path", paths[on], *flags, *common]
     command += ["--learning_rate", f"{rate:g}", "--seed", str(seed), "--resume_from_checkpoint", "auto"]
-    if on == "train" and knows("train.py", "--eval_path"):
+    if on == "train":
         command += ["--eval_path", paths["validation"], "--eval_generate", "auto", "--eval_at_start"]
         command += shlex.split(SMALL_EVAL if is_small(args, mode) else LARGE_EVAL)
     return [*command, *shlex.split(args.train_flags), "--output_dir", os.path.join(folder, "training")]
@@ -253,14 +253,6 @@ def predict_command(args, mode: str, model: str, rows: str, output: str) -> list
 
 def is_small(args, mode: str) -> bool:
     return read_json(os.path.join(args.model[mode], "config.json"))["hidden_size"] < SMALL
-
-
-def knows(script: str, flag: str) -> bool:
-    path = os.path.join(HERE, script)
-    if not os.path.isfile(path):
-        return False
-    with open(path, encoding="utf-8") as file:
-        return f'"{flag}"' in file.read()
 
 
 def do_run(args, paths: dict, runner, folder: str, run: dict, on: str = "train") -> dict:

@@ -12,7 +12,9 @@ import random
 import re
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +26,8 @@ import data_cache
 from data_findings import BROKEN, FIRST, WARNINGS, Findings, lines_text
 
 IGNORE_INDEX = -100
-CHUNK_ROWS, CHUNK_CHARACTERS = 2000, 4_000_000  # most that is read and encoded at once
+CHUNK_ROWS, CHUNK_CHARACTERS = 500, 4_000_000  # most that is encoded at once
+AHEAD = 2  # chunks under way: while one is with SentencePiece, Python is at the other
 PROMPT_CUT, ANSWER_CUT = 1, 2  # bits of a record's `cut`
 
 
@@ -249,6 +252,11 @@ class Samples(Sequence):
         ids = self.ids[end - int(self.lengths[i]) : end].tolist()
         return Sample(ids, int(record["answer_start"]), bool(cut & PROMPT_CUT), bool(cut & ANSWER_CUT))
 
+    def prompt(self, i: int) -> np.ndarray:
+        """Ids of what comes before the answer, int32."""
+        start = int(self.records[i]["end"]) - int(self.lengths[i])
+        return self.ids[start : start + int(self.records[i]["answer_start"])]
+
 
 def encode_samples(
     tokenizer,
@@ -314,13 +322,14 @@ def prepare(
     cache_dir: str | None = None,
     progress: bool = False,
     skip_bad: bool = False,
+    several_outputs: bool = False,
 ) -> str:
     """Encode an instruction file into a cache file, unless that is there already.
 
     Memory is that of a few chunks, whatever the size of the file; but a JSON array is read as a whole.
 
     Args:
-        path to empty_outputs, skip_bad: as for `InstructionData`.
+        path to empty_outputs, skip_bad, several_outputs: as for `InstructionData`.
         cache_dir: where cache files are kept; with None it is a temporary file, for the caller to delete.
         progress: show a bar, if stderr is a terminal.
 
@@ -336,7 +345,7 @@ def prepare(
         content, line_breaks = data_cache.file_hash(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    key = (content, tokenizer.fingerprint(), max_len, max_src_len, is_skip, empty_outputs, skip_bad)
+    key = (content, tokenizer.fingerprint(), max_len, max_src_len, is_skip, empty_outputs, skip_bad, several_outputs)
     file = data_cache.cache_file(cache_dir or tempfile.gettempdir(), *key, *([] if cache_dir else [os.urandom(16)]))
     if data_cache.is_whole(file):
         return file
@@ -350,7 +359,7 @@ def prepare(
 
     hidden = not (progress and sys.stderr.isatty())
     with tqdm(total=line_breaks + 1, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
-        encoded = encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, leave_out)
+        encoded = encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, leave_out, several_outputs)
         chunks = _kept_chunks(path, encoded, is_skip, findings, counts, bar)
         try:
             data_cache.write_cache(file, chunks, counts)
@@ -371,25 +380,30 @@ def encode_file(
     max_src_len: int,
     empty_outputs: bool,
     leave_out: Callable[[RowError], None],
+    several_outputs: bool = False,
 ) -> Iterator[tuple[Sequence[int], Sequence[dict], Samples]]:
     """Lines, rows and samples of an instruction file, some at a time.
 
     Args:
         leave_out: gets what is wrong with each row that cannot be used, and raises it or does not.
+        several_outputs: as for `InstructionData`.
 
     Raises:
         DataError: the file cannot be used, or max_src_len leaves no room for a query.
     """
 
     def usable():
-        for line, row in scan_rows(path, empty_outputs=empty_outputs):
+        for line, row in scan_rows(path, several_outputs, empty_outputs):
             if isinstance(row, RowError):
                 leave_out(row)
+            elif isinstance(row["output"], list):
+                yield line, {**row, "output": row["output"][0]}
             else:
                 yield line, row
 
     threads = available_cpus()
-    for chunk in _chunks(usable()):
+
+    def encode(chunk):
         lines, rows = zip(*chunk, strict=True)
         no_room: dict[int, str] = {}
         try:
@@ -397,6 +411,9 @@ def encode_file(
         except ValueError:
             _raise_first_error(path, chunk, tokenizer, max_len, max_src_len)
             raise
+        return lines, rows, samples, no_room
+
+    for lines, rows, samples, no_room in _ahead(encode, _chunks(usable())):
         for i, problem in no_room.items():
             leave_out(RowError(f"{path} line {lines[i]}: {problem}", lines[i], Flaw("no_room", problem)))
         if no_room:
@@ -427,6 +444,28 @@ def _kept_chunks(path, encoded, is_skip, findings, counts, bar):
     if not kept:
         raise DataError(f"{path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
     counts["findings"] = findings.finish()
+
+
+def _ahead(encode, chunks):
+    """encode(chunk) of each, in order, made ahead: while SentencePiece is at work, Python reads on."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+
+        def jobs():
+            try:
+                for chunk in chunks:
+                    yield pool.submit(encode, chunk)
+            except DataError as error:  # takes its place in the order: a row before it may have an error of its own
+                broken = Future()
+                broken.set_exception(error)
+                yield broken
+
+        waiting = deque()
+        for job in jobs():
+            waiting.append(job)
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _raise_first_error(path, chunk, tokenizer, max_len, max_src_len):
@@ -472,6 +511,7 @@ class InstructionData(Dataset):
         empty_outputs: an empty output is an answer too: the end token alone.
         prepared: what `prepare` returned for these arguments; None does it here, without keeping a cache.
         skip_bad: leave out rows that cannot be used, instead of an error for the first.
+        several_outputs: a row's output may also be a list of strings, of which the first one makes the sample.
 
     Raises:
         DataError: as `prepare`.
@@ -487,9 +527,11 @@ class InstructionData(Dataset):
         empty_outputs: bool = False,
         prepared: str | None = None,
         skip_bad: bool = False,
+        several_outputs: bool = False,
     ):
         self.context_length = tokenizer.context_length
-        file = prepared or prepare(path, tokenizer, max_len, max_src_len, is_skip, empty_outputs, skip_bad=skip_bad)
+        settings = (path, tokenizer, max_len, max_src_len, is_skip, empty_outputs)
+        file = prepared or prepare(*settings, skip_bad=skip_bad, several_outputs=several_outputs)
         ids, records, counts = data_cache.open_cache(file)
         if prepared is None:
             os.unlink(file)  # what is mapped stays
@@ -497,6 +539,7 @@ class InstructionData(Dataset):
         self.lengths = self.samples.lengths  # [samples], tokens of each
         self.answer_lengths = self.lengths - records["answer_start"]  # [samples], of these with a label
         self.lines = records["line"]  # [samples], where each comes from
+        self.files = [(path, self.lines)]  # the same, for messages: rows of several files count on
         self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]
         self.skipped, self.findings = counts["skipped"], counts["findings"]
         self.content = counts["content"]  # SHA-256 of the file
@@ -584,12 +627,13 @@ def collate(samples: list[Sample], context_length: Callable[[list[int]], int], m
     return batch
 
 
-def pack_rows(data: InstructionData, max_len: int, seed: int) -> list[list[int]]:
-    """Put samples together, up to max_len tokens: the longest first, each where it leaves the least room."""
+def pack_rows(data: InstructionData, max_len: int, seed: int, rows: Sequence[int] | None = None) -> list[list[int]]:
+    """Put samples (rows; all of them for None) together, up to max_len tokens: the longest first, each where it leaves
+    the least room."""
     packs: list[list[int]] = []
     room: dict[int, list[int]] = {}  # packs by the tokens that still fit
     rooms = 0  # bit n is set where room[n] holds a pack
-    order = list(range(len(data)))
+    order = list(range(len(data)) if rows is None else rows)
     random.Random(seed).shuffle(order)  # so that chance says which of equal length come together
     for i in sorted(order, key=data.length, reverse=True):
         tokens = data.length(i)

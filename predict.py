@@ -12,56 +12,13 @@ import json
 import os
 
 import torch
-from deepspeed.accelerator import get_accelerator
-from peft import PeftModel
 from tqdm import tqdm
 
-from adapter import check_base, open_adapter, read_config
 from data_set import DataError, read_rows
 from glm_models import MODE
+from glm_models.chat import generate_answers
 from metrics import HEADLINE, describe, kind_of, missing, relation_scores, score
-from utils import UserError, clear_errors, load_base, load_tokenizer, quiet, set_seed, true_or_false
-
-
-def load(mode: str, folder: str, base: str | None, device: torch.device):
-    """Tokenizer and model of a result of train.py or merge_lora.py, ready to generate.
-
-    Args:
-        base: the base model of an adapter; None for the one that the adapter's config names.
-    """
-    if not os.path.isdir(folder):
-        raise UserError(f"--model_path {folder}: no such folder")
-    # float32 on a CPU: half precision is slow there
-    dtype = (
-        torch.float32
-        if device.type == "cpu"
-        else torch.bfloat16
-        if get_accelerator().is_bf16_supported()
-        else torch.float16
-    )
-    config_path = os.path.join(folder, "adapter_config.json")
-    if not os.path.isfile(config_path):
-        return load_tokenizer(mode, folder), load_base(mode, folder, dtype).to(device).eval()
-    config = read_config(folder)
-    if foreign := [key for key in ("megatron_config", "arrow_config") if config.get(key)]:
-        raise UserError(f"{config_path}: {foreign[0]} leads to code or files elsewhere; not loaded")
-    weights = open_adapter(folder)  # broken or empty ones end here
-    base = base or config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not os.path.isdir(base):
-        raise UserError(
-            f"{folder} is a LoRA adapter and its base model {base} is not here; name it with --ori_model_dir"
-        )
-    print(f"{folder} is a LoRA adapter; its base model is {base}")
-    print(check_base(folder, mode, base))
-    # an output layer that was tied to the embedding no longer equals it
-    changes = {"tie_word_embeddings": False} if any(".lm_head." in name for name in weights.names) else {}
-    model = load_base(mode, base, dtype, **changes)
-    try:
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # shapes, modules or keys that do not go together
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} is no adapter for {base}: {reason}") from None
-    return load_tokenizer(mode, base), model.to(device).eval()
+from utils import UserError, clear_errors, load_result, named_device, quiet, set_seed, true_or_false
 
 
 @torch.inference_mode()
@@ -74,26 +31,12 @@ def answer(model, tokenizer, queries: list[str], args) -> list[tuple[str, bool]]
         prompts = [tokenizer.encode_prompt(query, max_src_len=args.max_src_len) for query in queries]
     except ValueError as error:
         raise UserError(f"--max_src_len: {error}") from None
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-    sampling = {"do_sample": False}
+    sampling = {}
     if args.do_sample:
         sampling = {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature}
-    stop = tokenizer.stop_token_ids
-    output = model.generate(
-        **batch,
-        max_new_tokens=max(1, args.max_length - min(map(len, prompts))),
-        eos_token_id=stop,
-        pad_token_id=tokenizer.pad_token_id,
-        repetition_penalty=args.repetition_penalty,
-        num_beams=args.num_beams,
-        **sampling,
-    )
-    answers = []
-    for prompt, ids in zip(prompts, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-        ids = ids[: args.max_length - len(prompt)]
-        end = next((i for i, token in enumerate(ids) if token in stop), None)
-        answers.append((tokenizer.decode_answer(ids[:end]), end is not None))
-    return answers
+    options = {"repetition_penalty": args.repetition_penalty, "num_beams": args.num_beams, **sampling}
+    limits = [max(1, args.max_length - len(prompt)) for prompt in prompts]
+    return generate_answers(model, tokenizer, prompts, limits, **options)
 
 
 def predict_file(model, tokenizer, args) -> None:
@@ -250,11 +193,9 @@ def check_args(args) -> None:
         name = os.path.splitext(os.path.basename(args.predict_path))[0]
         args.output_path = args.output_path or os.path.join(args.model_path, f"predictions-{name}.jsonl")
     try:
-        device = args.device or get_accelerator().current_device_name()
-        args.device = torch.device(f"{get_accelerator().device_name()}:{device}" if device.isdigit() else device)
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError, ValueError):
-        wrong.append(f"--device {args.device} is not there")
+        args.device = named_device(args.device)
+    except UserError as error:
+        wrong.append(str(error))
     if wrong:
         raise UserError("\n       ".join(wrong))
 
@@ -265,7 +206,7 @@ def main(argv=None) -> None:
     with clear_errors(DataError):
         check_args(args)
         set_seed(args.seed)
-        tokenizer, model = load(args.mode, args.model_path, args.ori_model_dir, args.device)
+        tokenizer, model = load_result(args.mode, args.model_path, args.ori_model_dir, args.device)
         if args.predict_path:
             predict_file(model, tokenizer, args)
         elif args.instruction or args.input:

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -122,13 +122,13 @@ class Watch:
 
     Args:
         engine: DeepSpeed's; it leaves the weights alone in a step whose gradients are not finite.
-        lines: [samples], where each comes from in `path`.
+        files: path and lines [samples] of each file that rows come from; a row's number counts on from file to file.
         guess: loss of guessing: log of the vocabulary's size.
         may_skip: so many steps that are not finite are passed over.
     """
 
-    def __init__(self, engine, lines, path: str, guess: float, may_skip: int = 0):
-        self.engine, self.lines, self.path, self.may_skip = engine, lines, path, may_skip
+    def __init__(self, engine, files: list[tuple[str, Sequence[int]]], guess: float, may_skip: int = 0):
+        self.engine, self.files, self.may_skip = engine, files, may_skip
         self.signals, self.interrupted = Signals(), False
         self.steps, self.skipped, self.limit = engine.global_steps, 0, FAR * guess
         self.batches: list[Batch] = []  # of the step under way
@@ -196,11 +196,12 @@ class Watch:
     def _give_up(self, what: str, batches: list[Batch], bad: torch.Tensor, skippable: bool = True) -> None:
         """Stop, or go on if so many steps may be skipped."""
         rows = [row for batch, is_bad in zip(batches, bad.tolist(), strict=True) if is_bad for row in batch.rows]
-        mine = [int(line) for line in sorted(self.lines[row] for row in rows)]
         everyone = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, mine, control_group())
-        where = "; ".join(f"rank {rank}: line {_list(some)}" for rank, some in enumerate(everyone) if some)
-        text = f"step {self.steps}: {what}. Rows of {self.path}, {where}."
+        torch.distributed.all_gather_object(everyone, self._lines(rows), control_group())
+        text = f"step {self.steps}: {what}."
+        for (path, _), ranks in zip(self.files, zip(*everyone, strict=True), strict=True):
+            where = "; ".join(f"rank {rank}: line {_list(some)}" for rank, some in enumerate(ranks) if some)
+            text += f" Rows of {path}, {where}." if where else ""
         self.skipped += skippable
         if skippable and self.skipped <= self.may_skip:
             say(f"warning: {text} Step skipped ({self.skipped} of at most {self.may_skip}, --skip_nonfinite)")
@@ -211,6 +212,14 @@ class Watch:
         elif skippable:
             hint += "; --skip_nonfinite N passes over N such steps"
         raise StopTraining(DIVERGED, f"{text} Stopped; folders saved before are as they were: {hint}")
+
+    def _lines(self, rows: list[int]) -> list[list[int]]:
+        """Lines of some rows, by file."""
+        found = []
+        for _, lines in self.files:
+            found.append(sorted({int(lines[row]) for row in rows if row < len(lines)}))
+            rows = [row - len(lines) for row in rows if row >= len(lines)]
+        return found
 
     def end_if_interrupted(self, state: str) -> None:
         """End all ranks after a signal to any of them.
@@ -230,7 +239,7 @@ class Watch:
     def shape(self) -> str:
         """The micro-batch under way, in words."""
         if not self.batches:
-            return "before the first batch"
+            return f"after step {self.steps}" if self.steps else "before the first batch"
         lengths = [tokens for tokens, _ in self.batches[-1]["segments"]]
         return f"in a micro-batch of {len(lengths)} samples, {sum(lengths)} tokens, the longest {max(lengths)}"
 

@@ -8,9 +8,13 @@
 import argparse
 import math
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
-# Else fragments of the allocator cost 2 to 5 GiB of a GPU. To be said before torch comes in.
+# To be said before torch comes in. Else fragments of the allocator cost 2 to 5 GiB of a GPU.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Large tensors in large pages: page faults would take 7 % of a CPU's time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import deepspeed
 import torch
@@ -22,9 +26,13 @@ import data_check
 import planner
 from adapter import record_base
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
+from evaluation import FROM_LOSS, Validation, split_rows
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
+from lora import LoraLinear
+from metrics import HEADLINE, missing
+from replay import Mixture
 from states import Run, States, check_run, ds_section, find_state, list_states
 from stops import Peers, Watch, told_clearly
 from throughput import matmul_peak, needed_flops
@@ -98,6 +106,7 @@ def lora(args, load):
         bias="none",
         task_type="CAUSAL_LM",
     )
+    config._register_custom_module({torch.nn.Linear: LoraLinear})
     model.name_or_path = os.path.abspath(args.model_name_or_path)  # goes into the adapter: its base
     return get_peft_model(model, config)
 
@@ -145,6 +154,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument("--test_path", help="with --check_data: report its rows that stand in the training file too")
     group.add_argument("--packing", **flag, help="a row of a batch is several samples, up to max_len tokens together")
     group.add_argument("--group_by_length", **flag, help="steps of rows of about the same length: ranks wait less")
+    group.add_argument("--replay_path", help="general rows, some of which come into each epoch, against forgetting")
+    group.add_argument("--replay_ratio", type=float, help="share of them among all rows of an epoch, as 0.1")
     group.add_argument(
         "--data_cache", help="folder that keeps encoded data (default: ~/.cache/chatglm-tuning), or none"
     )
@@ -207,6 +218,31 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument(
         "--save_model_step", type=int, help="also save every so many optimiser steps (always: each epoch)"
     )
+    group = parser.add_argument_group("validation")
+    group.add_argument("--eval_path", help="validate on this file; a row's output may be a list of references")
+    group.add_argument(
+        "--eval_ratio", type=float, help="validate on this share of --train_path, as 0.1; not trained on"
+    )
+    group.add_argument("--eval_steps", type=int, help="optimiser steps between validations (default: each epoch)")
+    group.add_argument("--eval_at_start", **flag, help="validate before the first step too")
+    group.add_argument("--eval_batch_size", type=int, default=8, help="most rows of a validation batch, on each device")
+    group.add_argument(
+        "--eval_generate",
+        choices=["off", "auto", *HEADLINE],
+        default="off",
+        help="also answer rows and score them: as the references look, or as one of these kinds",
+    )
+    group.add_argument("--eval_generate_rows", type=int, default=200, help="answer at most so many, evenly spaced")
+    group.add_argument(
+        "--eval_max_new_tokens",
+        type=int,
+        help="most tokens of an answer (default: the longest reference, and a quarter)",
+    )
+    group.add_argument(
+        "--best_metric", default="loss", help="figure by which the best model is kept in output_dir/best"
+    )
+    group.add_argument("--early_stopping_patience", type=int, help="end after so many validations without improvement")
+
     group = parser.add_argument_group("interruptions")
     group.add_argument("--save_state_steps", type=int, help="save a training state every so many optimiser steps")
     group.add_argument(
@@ -230,10 +266,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 def check_args(args) -> None:
     """Raise one UserError that lists all that is wrong with the arguments."""
     wrong = []
-    for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "show_loss_step"):
-        if getattr(args, name) < 1:
-            wrong.append(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("save_model_step", "save_state_steps", "save_total_limit"):
+    counts = ["num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "show_loss_step"]
+    counts += ["save_model_step", "save_state_steps", "save_total_limit", "eval_steps", "eval_batch_size"]
+    counts += ["eval_generate_rows", "eval_max_new_tokens", "early_stopping_patience"]
+    for name in counts:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             wrong.append(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.skip_nonfinite < 0:
@@ -248,6 +284,10 @@ def check_args(args) -> None:
         wrong.append(f"--prefix_dropout must be at least 0 and less than 1, not {args.prefix_dropout}")
     if not 0 < args.max_src_len < args.max_len:
         wrong.append(f"--max_src_len {args.max_src_len} must be above 0 and less than --max_len {args.max_len}")
+    if (args.replay_path is None) != (args.replay_ratio is None):
+        wrong.append("--replay_path and --replay_ratio go together; 0.1 is a ratio to begin with")
+    if args.replay_ratio is not None and not 0 < args.replay_ratio < 1:
+        wrong.append(f"--replay_ratio must be above 0 and less than 1, not {args.replay_ratio}")
     if args.max_memory is not None and not args.plan:
         wrong.append("--max_memory goes with --plan")
     if args.test_path is not None and not args.check_data:
@@ -256,7 +296,23 @@ def check_args(args) -> None:
         wrong.append("--plan and --check_data exclude each other")
     if args.test_path is not None and not os.path.isfile(args.test_path):
         wrong.append(f"--test_path {args.test_path}: no such file")
-    for name, what in (("train_path", os.path.isfile), ("model_name_or_path", os.path.isdir)):
+    if args.eval_path and args.eval_ratio is not None:
+        wrong.append("--eval_path and --eval_ratio exclude each other")
+    if args.eval_ratio is not None and not 0 < args.eval_ratio < 1:
+        wrong.append(f"--eval_ratio must be above 0 and less than 1, not {args.eval_ratio}")
+    if args.eval_path and not os.path.isfile(args.eval_path):
+        wrong.append(f"--eval_path {args.eval_path}: no such file")
+    if not validates(args):
+        for name in ("eval_steps", "eval_max_new_tokens", "early_stopping_patience"):
+            if getattr(args, name) is not None:
+                wrong.append(f"--{name} needs --eval_path or --eval_ratio")
+        if args.eval_at_start or args.eval_generate != "off" or args.best_metric != "loss":
+            wrong.append("--eval_at_start, --eval_generate and --best_metric need --eval_path or --eval_ratio")
+    if missing(args.eval_generate):
+        wrong.append(f"--eval_generate {args.eval_generate} needs more packages: {missing(args.eval_generate)}")
+    needed = {"model_name_or_path": os.path.isdir}
+    files = {name: os.path.isfile for name in ("train_path", "replay_path") if getattr(args, name) is not None}
+    for name, what in (files | needed).items():
         if not what(getattr(args, name)):
             wrong.append(f"--{name} {getattr(args, name)}: no such {'file' if what is os.path.isfile else 'folder'}")
     if args.offload_inputs and not args.gradient_checkpointing:
@@ -265,6 +321,11 @@ def check_args(args) -> None:
         wrong.append("--packing and --group_by_length exclude each other: packed rows are all about max_len long")
     if wrong:
         raise UserError("\n       ".join(wrong))
+
+
+def validates(args) -> bool:
+    """Whether there are rows to validate on."""
+    return bool(args.eval_path) or args.eval_ratio is not None
 
 
 # Training
@@ -300,18 +361,61 @@ def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict
     }
 
 
-def load_data(args, tokenizer) -> InstructionData:
-    """The samples: prepared by one process a node, or taken from the cache, and then mapped into all of them."""
-    settings = (args.train_path, tokenizer, args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output)
+def load_data(args, tokenizer, path: str, several_outputs: bool = False) -> InstructionData:
+    """A file's samples: prepared by one process a node, or taken from the cache, and then mapped into all of them."""
+    settings = (path, tokenizer, args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output)
     keep = args.data_cache != "none"
     cache_dir = (args.data_cache or data_cache.default_folder()) if keep else None
-    skip = args.on_bad_row == "skip"
-    prepared = once_per_node(lambda: prepare(*settings, cache_dir=cache_dir, progress=is_main(), skip_bad=skip))
+    more = {"skip_bad": args.on_bad_row == "skip", "several_outputs": several_outputs}
+    prepared = once_per_node(lambda: prepare(*settings, cache_dir=cache_dir, progress=is_main(), **more))
     data = InstructionData(*settings, prepared=prepared)
     if not keep:
         torch.distributed.barrier()
         once_per_node(lambda: os.unlink(prepared))  # what is mapped stays readable
     return data
+
+
+class Sources(NamedTuple):
+    """The rows of a run.
+
+    packs: of an epoch, what it takes of `data`: lists of samples' numbers, the same number of lists in each epoch.
+    held_out: has the rows to validate on, held_out_rows; none without validation.
+    contents: SHA-256 of each file, by the flag that names it.
+    """
+
+    data: InstructionData
+    packs: Callable[[int], list[list[int]]]
+    held_out: InstructionData
+    held_out_rows: list[int]
+    contents: dict[str, str]
+
+
+def load_sources(args, tokenizer) -> Sources:
+    """All files that flags name."""
+    task = held_out = load_data(args, tokenizer, args.train_path)
+    say(f"data: {task.summary()}")
+    contents = {"--train_path": task.content}
+    rows, held_out_rows = range(len(task)), []
+    if args.eval_ratio is not None:
+        rows, held_out_rows = split_rows(task, args.eval_ratio)
+    elif args.eval_path:
+        held_out = load_data(args, tokenizer, args.eval_path, several_outputs=True)
+        held_out_rows, contents["--eval_path"] = list(range(len(held_out))), held_out.content
+        say(f"validation data: {held_out.summary()}")
+
+    def pack(data, rows):
+        return pack_rows(data, args.max_len, args.seed, rows) if args.packing else [[i] for i in rows]
+
+    packs = pack(task, rows)
+    if not args.replay_path:
+        return Sources(task, lambda epoch: packs, held_out, held_out_rows, contents)
+    general = load_data(args, tokenizer, args.replay_path)
+    contents["--replay_path"] = general.content
+    general_packs = pack(general, range(len(general)))
+    longest = args.per_device_train_batch_size
+    mixture = Mixture(task, packs, general, general_packs, args.replay_ratio, longest, args.seed)
+    say(f"replay: {mixture.summary()}")
+    return Sources(mixture, mixture.epoch_packs, held_out, held_out_rows, contents)
 
 
 def check(args) -> None:
@@ -361,21 +465,28 @@ def plan_setup(args, gpus: int) -> planner.Setup:
 
 # Flags that a run may go on without: they change no loss, but for rounding. All others are part of what it is.
 MAY_CHANGE = {
-    *("train_path", "model_name_or_path", "ds_file", "output_dir", "data_cache"),  # their content is compared
+    *("train_path", "eval_path", "replay_path", "model_name_or_path", "ds_file"),  # their content is compared
+    *("output_dir", "data_cache"),
     *("gradient_checkpointing", "tiled_mlp", "offload_inputs", "attn_implementation", "local_rank"),
     *("plan", "max_memory", "plan_gpus", "show_loss_step", "save_model_step", "save_state_steps", "save_total_limit"),
     *("resume_from_checkpoint", "resume_changed", "skip_nonfinite", "verbose", "check_data", "test_path"),
+    *("eval_batch_size", "eval_at_start"),
 }
+# These too, unless the best model is chosen by answers.
+OF_ANSWERS = {"eval_generate", "eval_generate_rows", "eval_max_new_tokens"}
 
 
-def describe_run(args, data, tokenizer, base: dict, ds_config: dict, world_size: int) -> Run:
-    """What losses depend on: flags, and the content of what flags name; base is of `adapter.record_base`."""
-    settings = {f"--{name}": value for name, value in vars(args).items() if name not in MAY_CHANGE}
+def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, world_size: int) -> Run:
+    """What losses depend on: flags, and the content of what flags name; contents are SHA-256 of data, by flag, and base
+    is of `adapter.record_base`.
+    """
+    may_change = MAY_CHANGE | (OF_ANSWERS if args.best_metric in FROM_LOSS else set())
+    settings = {f"--{name}": value for name, value in vars(args).items() if name not in may_change}
     # micro-batches count, whoever has them: so the number of processes may change
     del settings["--gradient_accumulation_steps"]
+    settings |= {f"SHA-256 of {flag}": content for flag, content in contents.items()}
     settings |= {
         "--gradient_accumulation_steps x processes": args.gradient_accumulation_steps * world_size,
-        "SHA-256 of --train_path": data.content,
         "weights of --model_name_or_path": base["fingerprint"],
         "config.json of --model_name_or_path": base["config"],
         "tokenizer of --model_name_or_path": tokenizer.fingerprint(),
@@ -412,7 +523,7 @@ def train(args) -> list[tuple[int, float]]:
     """The whole run. Returns (step, loss) of every line it showed."""
     check_args(args)
     trim_deepspeed()
-    rank, world_size = start_distributed(args.verbose)
+    _, world_size = start_distributed(args.verbose)
     peers = Peers()
     set_seed(args.seed)
     locks = []  # held until this function returns
@@ -420,18 +531,16 @@ def train(args) -> list[tuple[int, float]]:
     state = on_rank_0(lambda: open_output(args))
 
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
-    data = load_data(args, tokenizer)
-    say(f"data: {data.summary()}")
+    sources = load_sources(args, tokenizer)
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
-    packs = pack_rows(data, args.max_len, args.seed) if args.packing else [[i] for i in range(len(data))]
-    epoch_steps = count_steps(len(packs), *split)
+    epoch_steps = count_steps(len(sources.packs(1)), *split)
     total_steps = args.num_train_epochs * epoch_steps
 
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
     dtype = compute_dtype(ds_config)
     base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
-    run = describe_run(args, data, tokenizer, base, ds_config, world_size)
+    run = describe_run(args, sources.contents, tokenizer, base, ds_config, world_size)
     for change in check_run(state, run, args.resume_changed) if state else ():
         say(f"warning: changed since {state}: {change}")
 
@@ -452,38 +561,61 @@ def train(args) -> list[tuple[int, float]]:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     engine.lr_scheduler.step(1)  # else the first two steps would have lr 0: DeepSpeed's schedulers count from -1
     log = RunLog(engine, args.output_dir, total_steps, args.show_loss_step, needed_flops(model), matmul_peak(dtype))
-    watch = Watch(engine, data.lines, args.train_path, math.log(config.vocab_size), args.skip_nonfinite)
+    watch = Watch(engine, sources.data.files, math.log(config.vocab_size), args.skip_nonfinite)
     parts = {"log": log, "watch": watch}
+
+    def keep(name):
+        save(args, model, tokenizer, name, dtype)
+
+    validation = None
+    if validates(args):
+        rows = (sources.held_out, sources.held_out_rows, args.eval_path or args.train_path)
+        steps = (args.eval_steps or epoch_steps, total_steps)
+        validation = parts["validation"] = Validation(engine, tokenizer, *rows, args, *steps, log, lambda: keep("best"))
     states = States(engine, parts, run, args.output_dir, args.save_state_steps, args.save_total_limit)
     on_rank_0(lambda: check_room(args, model, dtype, states))
     if state:
         states.load(state)
     say(f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows")
 
-    pin = get_accelerator().device_name() != "cpu"
     engine.train()
     log.begin()
     with watch:
-        for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
-            plan = plan_epoch(data, packs, *split, args.seed, epoch, args.group_by_length)
-            todo = plan[engine.global_steps % epoch_steps :]
-            for batch in epoch_loader(data, todo, rank, world_size, pin):
-                loss = engine(**watch.begin(batch).to(device())).loss
-                engine.backward(loss)
-                engine.step()
+        if validation:
+            validation.begin()
+        for epoch, batch in training_batches(args, engine, sources, split, epoch_steps):
+            loss = engine(**watch.begin(batch).to(device())).loss
+            engine.backward(loss)
+            engine.step()
 
-                step = watch.end(loss)  # None until all micro-batches of an optimiser step are through
-                if step is None:
-                    continue
-                log.add(step, epoch)
-                done = engine.global_steps
-                if done % epoch_steps == 0 or (args.save_model_step and done % args.save_model_step == 0):
-                    save(args, engine, model, tokenizer, epoch, dtype)
-                if done < total_steps and (states.due() or watch.interrupted):
-                    watch.end_if_interrupted(states.save())
+            step = watch.end(loss)  # None until all micro-batches of an optimiser step are through
+            if step is None:
+                continue
+            log.add(step, epoch)
+            done, result = engine.global_steps, f"epoch-{epoch}-step-{engine.global_steps}"
+            wanted = done % epoch_steps == 0 or (args.save_model_step and done % args.save_model_step == 0)
+            if wanted:
+                keep(result)
+            if validation and validation.due() and validation.run(epoch):
+                if not wanted:
+                    keep(result)
+                break
+            if done < total_steps and (states.due() or watch.interrupted):
+                watch.end_if_interrupted(states.save())
     peers.close()
     log.close()
     return log.history
+
+
+def training_batches(args, engine, sources: Sources, split, epoch_steps: int):
+    """Yield epoch and batch, each of this rank from where the engine is to the end of the run."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    pin = get_accelerator().device_name() != "cpu"
+    for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
+        plan = plan_epoch(sources.data, sources.packs(epoch), *split, args.seed, epoch, args.group_by_length)
+        todo = plan[engine.global_steps % epoch_steps :]
+        for batch in epoch_loader(sources.data, todo, rank, world_size, pin):
+            yield epoch, batch
 
 
 def result_size(model, dtype) -> int:
@@ -498,12 +630,14 @@ def check_room(args, model, dtype, states: States) -> None:
     # a new state is there before an old one goes
     kept = states.size() * (args.save_total_limit + 1) if args.save_state_steps else 0
     check_space(args.output_dir, result + kept, "a result and the training states" if kept else "a result")
-    if free_space(args.output_dir) < args.num_train_epochs * result + kept:
+    results = args.num_train_epochs + 2 * validates(args)  # a new best one is there before the old one goes
+    if free_space(args.output_dir) < results * result + kept:
         say(f"warning: the disk of {args.output_dir} has no room for the results of all epochs")
 
 
-def save(args, engine, model, tokenizer, epoch: int, dtype) -> None:
-    folder = os.path.join(args.output_dir, f"epoch-{epoch}-step-{engine.global_steps}")
+def save(args, model, tokenizer, name: str, dtype) -> None:
+    """Write the model to a folder of that name in --output_dir."""
+    folder = os.path.join(args.output_dir, name)
     on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype), folder))
     save_model(model, tokenizer, args.model_name_or_path, folder, dtype)
     say(f"saved {folder}")

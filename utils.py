@@ -2,11 +2,14 @@
 
 import argparse
 import contextlib
+import copy
 import datetime
 import fcntl
 import functools
+import inspect
 import io
 import itertools
+import json
 import logging
 import math
 import os
@@ -25,14 +28,19 @@ import torch
 import torch.utils.cpp_extension
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.config import ADAM_OPTIMIZER, ADAMW_OPTIMIZER, DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from peft import PeftModel
 from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
 
-from adapter import BASE_FILE
-from folders import FolderError, new_folder
+from adapter import BASE_FILE, check_base, open_adapter, read_config
+from folders import FolderError, new_folder, write_errors, write_file
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.checkpoint import read_json, write_json, write_side_files, write_weights
+from glm_models.config import shown
 from throughput import Flops
 
 
@@ -262,8 +270,9 @@ def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
         as_gpu: resolve precision for a GPU with bf16, whatever this machine has.
 
     Raises:
-        UserError: unreadable, a section is missing, an unknown "auto", a precision that the device cannot do, or a
-            number that contradicts the command line.
+        UserError: a section is missing, an unknown "auto", a precision that the device cannot do, a number that
+            contradicts the command line, or a value that DeepSpeed cannot take.
+        CheckpointError: unreadable.
     """
     if not os.path.exists(path):
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.path.basename(path))
@@ -271,17 +280,92 @@ def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
     config = read_json(path)
     if not isinstance(config.get("zero_optimization"), dict):
         raise UserError(f'{path}: "zero_optimization" is missing; start from one of the ds_zero*.json files')
+    for section in ("bf16", "fp16", "optimizer", "scheduler"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f'{path}: "{section}" must be an object, as in the ds_zero*.json files')
     _resolve_precision(config, path, as_gpu)
     # bf16 sums of gradients would be exact to three digits, and be copied to float32 at each step
     values = values | {"data_types.grad_accum_dtype": "fp32" if config["bf16"]["enabled"] else None}
-    _fill_auto(config, values, path)
+    try:
+        _fill_auto(config, values, path)
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply") from None
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
         if config.setdefault(key, values[key]) != values[key]:
-            raise UserError(f'{path}: "{key}" is {config[key]}, the command line makes it {values[key]}; use "auto"')
+            raise UserError(
+                f'{path}: "{key}" is {shown(config[key])}, the command line makes it {values[key]}; use "auto"'
+            )
     for section in ("optimizer", "scheduler"):
         if section not in config:
             raise UserError(f'{path}: "{section}" is missing; start from one of the ds_zero*.json files')
+    _check_ds_config(config, path)
     return config
+
+
+# Keys of the ds file that DeepSpeed takes as they are, and trips over in the middle of a training.
+DS_TYPES = dict.fromkeys(("gradient_clipping", "gradient_predivide_factor"), (int, float))
+DS_TYPES |= dict.fromkeys(("steps_per_print", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu"), (int,))
+DS_TYPES |= dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state", "prescale_gradients"), (bool,))
+DS_TYPES |= dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), (bool,))
+GRADIENT_TYPES = (None, "fp32", "fp16", "bf16")
+
+
+def _check_ds_config(config: dict, path: str) -> None:
+    """Let DeepSpeed read the config, and make the scheduler and, as far as torch has it, the optimiser."""
+    for key, kinds in DS_TYPES.items():
+        value = config.get(key)
+        if value is not None and (type(value) not in kinds or not 0 <= value < math.inf):
+            raise UserError(f"{path}: {key} must be {' or '.join(k.__name__ for k in kinds)}, not {shown(value)}")
+    stage = config["zero_optimization"].get("stage")
+    if type(stage) is not int:
+        raise UserError(f"{path}: zero_optimization.stage must be 1, 2 or 3, not {shown(stage)}")
+    try:
+        part = "what DeepSpeed reads"
+        # the batch is checked already, and for --plan of more devices than there are processes
+        whole = DeepSpeedConfig({k: v for k, v in copy.deepcopy(config).items() if k != "train_batch_size"})
+        part = "zero_optimization"
+        for key, value in config["zero_optimization"].items():
+            if isinstance(value, str) and isinstance(getattr(whole.zero_config, key, None), int | float):
+                raise ValueError(f"{key} must be a number or true or false, not {shown(value)}")
+        part = "data_types"
+        if whole.grad_accum_dtype not in GRADIENT_TYPES:
+            raise ValueError(f"grad_accum_dtype {shown(whole.grad_accum_dtype)} is none of {GRADIENT_TYPES}")
+        part = "optimizer"
+        _try_optimizer(config["optimizer"])
+        part = "scheduler"
+        _try_scheduler(config["scheduler"])
+    except Exception as error:  # DeepSpeed checks by pydantic, by assertions, and by what happens to fail
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason.split(" For further information")[0]
+        raise UserError(f"{path}: {part}: {reason[:300]}") from None
+
+
+def _try_optimizer(section: dict) -> None:
+    name, params = section["type"], dict(section.get("params", {}))
+    known = [torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam]
+    if name.lower() in (ADAM_OPTIMIZER, ADAMW_OPTIMIZER):
+        names = {parameter for kind in known for parameter in inspect.signature(kind).parameters}
+        if unknown := sorted(params.keys() - names - {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}):
+            raise ValueError(f"{unknown[0]} is no parameter of {name}")
+        params = {key: params[key] for key in ("lr", "betas", "eps", "weight_decay") if key in params}
+        kind = torch.optim.AdamW
+    elif name.lower() in DEEPSPEED_OPTIMIZERS:
+        return
+    else:
+        kind = getattr(torch.optim, name)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            raise ValueError(f"{name} is no optimizer")
+    kind([torch.zeros(1)], **params)
+
+
+def _try_scheduler(section: dict) -> None:
+    name = section["type"]
+    kind = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name)
+    if not isinstance(kind, type):
+        raise ValueError(f"{name} is no scheduler")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kind(torch.optim.SGD([torch.zeros(1)], lr=1.0), **section.get("params", {})).step()
 
 
 def _resolve_precision(config: dict, path: str, as_gpu: bool) -> None:
@@ -294,8 +378,8 @@ def _resolve_precision(config: dict, path: str, as_gpu: bool) -> None:
     }
     wish = {kind: config.setdefault(kind, {}).setdefault("enabled", "auto") for kind in can}
     for kind, enabled in wish.items():
-        if enabled not in (True, False, "auto"):
-            raise UserError(f'{path}: {kind}.enabled must be true, false or "auto", not {enabled!r}')
+        if type(enabled) is not bool and enabled != "auto":
+            raise UserError(f'{path}: {kind}.enabled must be true, false or "auto", not {shown(enabled)}')
         if enabled is True and not can[kind]:
             name = "this CPU" if on_cpu else accelerator.device_name()
             raise UserError(f'{path}: {kind} is enabled, but {name} cannot do it; set it to "auto" or false')
@@ -315,7 +399,9 @@ def _fill_auto(config: dict, values: dict, path: str, prefix: str = "") -> None:
             _fill_auto(value, values, path, f"{prefix}{key}.")
         elif value == "auto":
             if prefix + key not in values:
-                raise UserError(f'{path}: train.py does not know what "auto" means for {prefix}{key}; give a value')
+                raise UserError(
+                    f'{path}: train.py does not know what "auto" means for {shown(prefix + key)}; give a value'
+                )
             config[key] = values[prefix + key]
 
 
@@ -356,6 +442,62 @@ def load_base(
         raise UserError(f"--attn_implementation {attention}: {error}") from None
     model.zero3 = zero3
     return model
+
+
+def named_device(name: str | None) -> torch.device:
+    """The device of a --device flag: as cuda, cuda:1 or cpu, or a number; None for the accelerator, else the CPU.
+
+    Raises:
+        UserError: it is not there.
+    """
+    name = name or get_accelerator().current_device_name()
+    try:
+        found = torch.device(f"{get_accelerator().device_name()}:{name}" if name.isdigit() else name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ValueError):
+        raise UserError(f"--device {name} is not there") from None
+    return found
+
+
+def load_result(mode: str, folder: str, base: str | None, device: torch.device):
+    """Tokenizer and model of a result of train.py or merge_lora.py, ready to generate.
+
+    Args:
+        base: the base model of an adapter; None for the one that the adapter's config names.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder")
+    # float32 on a CPU: half precision is slow there
+    dtype = (
+        torch.float32
+        if device.type == "cpu"
+        else torch.bfloat16
+        if get_accelerator().is_bf16_supported()
+        else torch.float16
+    )
+    config_path = os.path.join(folder, "adapter_config.json")
+    if not os.path.isfile(config_path):
+        return load_tokenizer(mode, folder), load_base(mode, folder, dtype).to(device).eval()
+    config = read_config(folder)
+    if foreign := [key for key in ("megatron_config", "arrow_config") if config.get(key)]:
+        raise UserError(f"{config_path}: {foreign[0]} leads to code or files elsewhere; not loaded")
+    weights = open_adapter(folder)  # broken or empty ones end here
+    base = base or config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not os.path.isdir(base):
+        raise UserError(
+            f"{folder} is a LoRA adapter and its base model {base} is not here; name it with --ori_model_dir"
+        )
+    print(f"{folder} is a LoRA adapter; its base model is {base}")
+    print(check_base(folder, mode, base))
+    # an output layer that was tied to the embedding no longer equals it
+    changes = {"tie_word_embeddings": False} if any(".lm_head." in name for name in weights.names) else {}
+    model = load_base(mode, base, dtype, **changes)
+    try:
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # shapes, modules or keys that do not go together
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} is no adapter for {base}: {reason}") from None
+    return load_tokenizer(mode, base), model.to(device).eval()
 
 
 # Saving
@@ -414,8 +556,41 @@ def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype
 # Logging
 
 
+class JsonLines:
+    """A file with a JSON object a line that grows as a run goes on, "step" among its keys. For rank 0 alone.
+
+    Lines of an earlier run, or of steps after the one where this run goes on, go first.
+
+    Args:
+        first: the step where the run goes on; 0 for a new one.
+    """
+
+    def __init__(self, path: str, first: int):
+        self.path = path
+        with write_errors(path):
+            kept = [line for line in self._read() if json.loads(line)["step"] <= first] if first else []
+            write_file(path, "".join(kept))
+
+    def _read(self) -> list[str]:
+        """The lines that are whole: the last one may have been cut by a kill."""
+        if not os.path.exists(self.path):
+            return []
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            return [line for line in file if line.endswith("}\n")]
+
+    def add(self, **values) -> None:
+        """Append a line; what is no finite number is null.
+
+        Raises:
+            FolderError: it cannot be written.
+        """
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with write_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
 class RunLog:
-    """Progress of a training run: a bar and lines on rank 0, TensorBoard files under output_dir.
+    """Progress of a training run: a bar and lines on rank 0; log.jsonl and TensorBoard files under output_dir.
 
     Args:
         engine: DeepSpeed's; it counts the steps.
@@ -455,9 +630,24 @@ class RunLog:
 
             folder = os.path.join(self.output_dir, "tensorboard")
             self.writer = SummaryWriter(folder, purge_step=self.first + 1 if self.first else None)
+            self.file = JsonLines(os.path.join(self.output_dir, "log.jsonl"), self.first)
             self.bar = tqdm(
                 total=self.total_steps, initial=self.first, unit="step", disable=not sys.stderr.isatty(), leave=False
             )
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time within is not the training's."""
+        before = time.perf_counter()
+        yield
+        away = time.perf_counter() - before
+        self.start, self.last = self.start + away, self.last + away
+
+    def write(self, group: str, values: dict[str, float], step: int) -> None:
+        """Add values to the TensorBoard files."""
+        for name, value in values.items():
+            self.writer.add_scalar(f"{group}/{name}", value, step)
+        self.writer.flush()
 
     def add(self, step, epoch: int) -> None:
         """Take note of an optimiser step (stops.Step)."""
@@ -501,9 +691,10 @@ class RunLog:
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr:.3g}", tokens_s=f"{speed:.0f}")
         values = {"loss": loss, "lr": self.lr, "grad_norm": norm, "memory_gib": memory / 2**30}
         values |= {"tokens_per_second": speed, "samples_per_second": samples, "utilisation": used}
-        for name, value in values.items():
-            self.writer.add_scalar(f"train/{name}", value, steps)
-        self.writer.flush()
+        self.write("train", values, steps)
+        done = dict(zip(("tokens", "samples", "operations"), self.whole.tolist(), strict=False))
+        seconds = self.whole[3].item() + now - self.start
+        self.file.add(step=steps, epoch=epoch, **values, **done, seconds=seconds)
 
     def close(self) -> None:
         if self.writer is None:

@@ -112,10 +112,9 @@ def _attend_segments(module, q, k, v, segments, prefix) -> torch.Tensor:
     twice, as part of the square for the answer's sake and by itself; a mask would cost tokens^2 bytes instead.
     """
     outputs = []
-    start = 0
-    for i, (tokens, context) in enumerate(segments):
-        query, key, value = (x[:, :, start : start + tokens] for x in (q, k, v))
-        start += tokens
+    # split, not sliced: the gradient of a slice is as large as the whole
+    parts = zip(*(x.split([segment.tokens for segment in segments], dim=2) for x in (q, k, v)), strict=True)
+    for i, ((tokens, context), (query, key, value)) in enumerate(zip(segments, parts, strict=True)):
         before = 0
         if prefix is not None:
             key, value = (torch.cat((prefix[n, i : i + 1], x), dim=2) for n, x in enumerate((key, value)))

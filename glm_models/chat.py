@@ -64,6 +64,31 @@ def stream_ids(model, stop_ids: list[int], **kwargs):
         thread.join()
 
 
+@torch.no_grad()
+def generate_answers(
+    model, tokenizer, prompts: list[list[int]], limits: list[int], **options
+) -> list[tuple[str, bool]]:
+    """Answers to a batch of prompts, each with whether it ended by itself; greedy unless options say otherwise.
+
+    A row's answer does not depend on the rows beside it.
+
+    Args:
+        prompts: ids, of any lengths.
+        limits: most ids of each answer, at least 1.
+        options: further arguments of `generate`.
+    """
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+    stop = tokenizer.stop_token_ids
+    options = {"do_sample": False, "use_cache": True, "max_new_tokens": max(limits)} | options
+    output = model.generate(**batch, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, **options)
+    answers = []
+    for limit, ids in zip(limits, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+        ids = ids[:limit]
+        end = next((i for i, token in enumerate(ids) if token in stop), None)
+        answers.append((tokenizer.decode_answer(ids[:end]), end is not None))
+    return answers
+
+
 class ChatMixin:
     """Turns prompts into replies. The families add the official signatures, and their ways with history."""
 

@@ -39,6 +39,8 @@ def read_json(path: str) -> dict:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:  # json and UTF-8 errors alike
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path} is nested too deeply") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content

@@ -10,18 +10,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention import Segment, attend, real_tokens, split_heads, visible_mask
 from .chat import ChatMixin
+from .checkpoint import CheckpointError
+from .config import ChatGLMConfigBase
 from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
 from .ops import OutputLayer, TiledMLP, rotary, through
 from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 
 
-class GLMConfig(PreTrainedConfig):
+class GLMConfig(ChatGLMConfigBase):
     """config.json of ChatGLM-6B; the defaults are the official values."""
 
     model_type = "chatglm"
@@ -50,6 +52,15 @@ class GLMConfig(PreTrainedConfig):
     # The official config does not say, and means true (transformers 4 tied by default, transformers 5 does not).
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        pairs = 4 if self.position_encoding_2d else 2  # each axis rotates pairs
+        if self.hidden_size % (self.num_attention_heads * pairs):
+            raise CheckpointError(
+                f"hidden_size {self.hidden_size} is no multiple of {pairs} x num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
 
 
 class GLMTokenizer(ChatGLMTokenizerBase):

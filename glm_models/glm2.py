@@ -6,19 +6,20 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention import Segment, attend, split_heads, visible_mask
 from .chat import ChatMixin
 from .checkpoint import CheckpointError
+from .config import ChatGLMConfigBase
 from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
 from .ops import OutputLayer, TiledMLP, rms_norm, rotary, swiglu, through
 from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 
 
-class ChatGLM2Config(PreTrainedConfig):
+class ChatGLM2Config(ChatGLMConfigBase):
     """config.json of ChatGLM2-6B; the defaults are the official values."""
 
     model_type = "chatglm"
@@ -75,10 +76,17 @@ class ChatGLM2Config(PreTrainedConfig):
     }
 
     def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
         for key, value in self.only.items():
             if getattr(self, key) != value:
-                raise CheckpointError(f"config.json: {key} {getattr(self, key)} is not supported, only {value}")
-        super().__post_init__(**kwargs)
+                raise CheckpointError(f"{key} {getattr(self, key)} is not supported, only {value}")
+        if self.num_attention_heads % self.num_groups:
+            raise CheckpointError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of multi_query_group_num "
+                f"{self.num_groups}"
+            )
+        if self.kv_channels % 4:  # pairs of half of each head are rotated
+            raise CheckpointError(f"kv_channels {self.kv_channels} is no multiple of 4")
 
     @property
     def num_groups(self) -> int:

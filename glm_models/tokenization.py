@@ -8,6 +8,7 @@ Two ways lead from text to ids, and the difference matters:
   text, as transformers does everywhere.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -185,11 +186,12 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         that holds any character of the template counts as template.
         """
         fitted = []
+        find = functools.cache(self._find_template)  # many queries begin and end alike
         texts = [before + query + after for query in queries]
         for query, ids in zip(queries, self._encode_pieces(texts, threads), strict=True):
             cut = max_src_len is not None and len(ids) > max_src_len
             if cut:
-                head, tail = self._template_pieces(before, query, after, ids)
+                head, tail = self._template_pieces(before, query, after, ids, find)
                 room = max_src_len - head - tail
                 if room < 0:
                     raise ValueError(
@@ -199,7 +201,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
             fitted.append((ids, cut))
         return fitted
 
-    def _template_pieces(self, before: str, query: str, after: str, ids: np.ndarray) -> tuple[int, int]:
+    def _template_pieces(self, before: str, query: str, after: str, ids: np.ndarray, find) -> tuple[int, int]:
         """How many of the `ids` of before + query + after hold characters of `before`, and how many of `after`.
 
         Asking SentencePiece where pieces lie is slow, so a long query is asked about without its middle. That has the
@@ -208,16 +210,16 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         if not before and not after:
             return 0, 0
         if len(query) > 2 * SEAM:
-            head, tail, pieces = self._find_template(before, query[:SEAM] + query[-SEAM:], after)
+            head, tail, known = find(before, query[:SEAM] + query[-SEAM:], after)
             # compare some pieces of the query too, but none near the gap, where the text is another
-            more = min(SEAM // 2, (len(pieces) - head - tail) // 4)
+            more = min(SEAM // 2, (len(known) - head - tail) // 4)
             ends = ((0, head + more), (-tail - more, None))
-            if more and all([piece.id for piece in pieces[a:b]] == ids[a:b].tolist() for a, b in ends):
+            if more and all(known[a:b] == ids[a:b].tolist() for a, b in ends):
                 return head, tail
-        return self._find_template(before, query, after)[:2]
+        return find(before, query, after)[:2]
 
-    def _find_template(self, before: str, query: str, after: str):
-        """Number of pieces with characters of `before` and of `after`, and all pieces."""
+    def _find_template(self, before: str, query: str, after: str) -> tuple[int, int, list[int]]:
+        """Number of pieces with characters of `before` and of `after`, and the ids of all."""
         pieces = self.sp_model.encode(before + query + after, out_type="proto").pieces  # begin and end count bytes
         query_start, query_end = (len(part.encode()) for part in (before, before + query))
         # (of a character spelled in bytes all pieces but the last are empty, and lie at its beginning)
@@ -225,4 +227,4 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         tail = (
             bisect_right(pieces, query_end, key=lambda piece: max(piece.begin + 1, piece.end)) if after else len(pieces)
         )
-        return head, len(pieces) - tail, pieces
+        return head, len(pieces) - tail, [piece.id for piece in pieces]

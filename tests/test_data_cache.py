@@ -86,18 +86,18 @@ def test_many_rows_at_once_are_what_each_alone_is(tokenizers, mode):
 
 
 @pytest.mark.parametrize("mode", ["glm", "glm2"])
-def test_asking_about_the_ends_of_a_query_is_asking_about_all_of_it(tokenizers, mode, monkeypatch):
+def test_asking_about_the_ends_of_a_query_is_asking_about_all_of_it(tokenizers, mode):
     """The short cut against the long way, which must not be taken always."""
     tokenizer = tokenizers[mode]
-    find = tokenizer._find_template
     before, after = "[Round 1]\n\n问：", "\n\n答："
     spared = 0
     for row in odd_rows(150):
         query = row["instruction"] + row["input"]
         ids = np.array(tokenizer.sp_model.encode(before + query + after))
-        monkeypatch.setattr(tokenizer, "_find_template", Mock(wraps=find))
-        assert tokenizer._template_pieces(before, query, after, ids) == find(before, query, after)[:2]
-        spared += call(before, query, after) not in tokenizer._find_template.mock_calls
+        find = Mock(wraps=tokenizer._find_template)
+        expected = tokenizer._find_template(before, query, after)[:2]
+        assert tokenizer._template_pieces(before, query, after, ids, find) == expected
+        spared += call(before, query, after) not in find.mock_calls
     assert spared > 75
 
 

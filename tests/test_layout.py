@@ -13,7 +13,7 @@ from utils import UserError, load_ds_config
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"train", "utils", "data_set", "data_cache", "data_check", "data_findings", "throughput", "planner"}
 OURS |= {"memory_trace", "folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe"}
-OURS |= {"glm_models", "charts", "report", "compare_methods"}
+OURS |= {"lora", "evaluation", "replay", "forgetting", "glm_models", "charts", "report", "compare_methods"}
 MAY_IMPORT = {
     "charts": set(),
     "report": {"charts", "folders", "glm_models", "metrics", "utils"},
@@ -24,12 +24,15 @@ MAY_IMPORT = {
     "data_findings": set(),
     "data_set": {"data_cache", "data_findings"},
     "data_check": {"data_findings", "data_set"},
+    "evaluation": {"data_set", "folders", "glm_models", "metrics", "utils"},
+    "replay": {"data_set"},
     "folders": set(),
     "metrics": set(),
     "throughput": {"glm_models"},
     "utils": {"adapter", "folders", "glm_models", "throughput"},
     "states": {"folders", "utils"},
     "stops": {"data_set", "utils"},
+    "lora": {"glm_models"},
     "memory_trace": set(),
     "planner": {"data_set", "glm_models", "memory_trace", "utils"},
     "probe": {"adapter", "glm_models"},
@@ -40,14 +43,19 @@ MAY_IMPORT = {
         "data_cache",
         "data_check",
         "data_set",
+        "evaluation",
+        "lora",
+        "metrics",
         "planner",
+        "replay",
         "states",
         "stops",
         "throughput",
         "utils",
     },
     "merge_lora": {"adapter", "folders", "glm_models", "probe", "utils"},
-    "predict": {"adapter", "glm_models", "data_set", "metrics", "utils"},
+    "predict": {"glm_models", "data_set", "metrics", "utils"},
+    "forgetting": {"data_cache", "data_set", "folders", "glm_models", "utils"},
 }
 
 
@@ -105,7 +113,7 @@ VALUES = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_
         ({"bf16": {"enabled": "yes"}}, "bf16.enabled must be true, false"),
         ({"train_batch_size": 16}, '"train_batch_size" is 16, the command line makes it 8'),
         ({}, '"optimizer" is missing'),
-        ({"steps_per_print": "auto"}, 'does not know what "auto" means for steps_per_print'),
+        ({"steps_per_print": "auto"}, 'does not know what "auto" means for .steps_per_print'),
     ],
 )
 def test_a_ds_file_that_cannot_be_meant_is_refused(tmp_path, change, message):
