@@ -276,12 +276,7 @@ def do_run(args, paths: dict, runner, folder: str, run: dict, on: str = "train")
         which = run["mode"], run["method"], run["seed"], run["learning_rate"]
         commands["train"] = train_command(args, paths, *which, folder, on)
     commands["predict"] = predict_command(args, run["mode"], "{MODEL}" if commands else base, rows, answers)
-    if (
-        run["method"] != "base"
-        and on == "train"
-        and args.suite != "none"
-        and os.path.isfile(os.path.join(HERE, "forgetting.py"))
-    ):
+    if run["method"] != "base" and on == "train" and args.suite != "none":
         command = [sys.executable, "forgetting.py", "--mode", run["mode"], "--base", base, "--tuned", "{MODEL}"]
         command += ["--suite", args.suite] if args.suite else []
         command += ["--max_new_tokens", "32"] if is_small(args, run["mode"]) else []

@@ -1,8 +1,8 @@
 # Read by quickstart.sh and compare_methods.sh: makes a small base model of a family, for machines that cannot hold a
 # real one: random weights of 4 layers x 192, then all parameters trained on 3,000 workshop notes that data/make_data.py
 # makes, none of them in data/spo_1.json. It learns to read the notes, but answers in a form of its own
-# ("relation：subject，object"): the instruction and the form of data/spo_0.json are new to it, as a task is to a real
-# base. Minutes on 2 CPU cores.
+# ("relation：subject，object") and is asked in many words: the instruction and the form of data/spo_0.json are new to it,
+# as a task is to a real base. Minutes on 2 CPU cores.
 #
 #   PORT   of the launcher (default 29521)
 
@@ -10,12 +10,18 @@
 rows_of_small_base() { # spo file, output file, category (may be empty)
   python - "$@" <<'PYTHON'
 import json
+import random
 import sys
 
+PARTS = ("你是一名有经验的汽车维修专家，", "请仔细阅读下面的维修记录，", "从中找出所有的问题，", "不要遗漏，", "也不要编造，")
+PARTS += ("每行写一条，", "先写关系，再写主语和宾语，", "写成“关系：主语，宾语”的样子，", "只写结果，不要解释，")
+draw = random.Random(1)
 path, output, category = sys.argv[1:]
 with open(path, encoding="utf-8") as rows, open(output, "w", encoding="utf-8") as file:
     for row in map(json.loads, rows):
-        row["instruction"] = "请列出维修记录里的问题，每行一条，先写关系。记录："
+        # of all lengths, so that the model learns to find the note wherever it begins
+        parts = [part for part in PARTS if draw.random() < 0.5]
+        row["instruction"] = "".join(parts) + draw.choice(("记录：", "文本："))
         triples = [line.split("_") for line in row["output"].split("\n")]
         row["output"] = "\n".join(f"{relation}：{subject}，{value}" for subject, relation, value in triples)
         row |= {"category": category} if category else {}
