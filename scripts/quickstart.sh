@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a scored model on this machine, a CPU being enough: an environment, a small ChatGLM3 that knows workshop
-# notes a little, LoRA on it with DeepSpeed, merge, prediction of rows that training never saw.
+# notes a little, LoRA on it with DeepSpeed, merge, prediction of rows that training never saw, a report with curves and
+# answers beside references.
 #
 #   VENV   the virtual environment       (default .venv)
 #   WORK   where models and results go   (default output-quickstart); the small base is reused if it is there
@@ -30,6 +31,7 @@ score() {
   python predict.py --mode glm3 --predict_path data/spo_1.json --max_length 384 --batch_size 50 --model_path "$@"
 }
 
+rm -f "$work"/*-predictions.jsonl
 echo "== 2/5 what the base makes of data/spo_1.json"
 score "$base" --output_path "$work/base-predictions.jsonl"
 
@@ -44,4 +46,7 @@ adapter=$(echo "$work"/lora/epoch-4-step-*)
 python merge_lora.py --mode glm3 --ori_model_dir "$base" --model_dir "$adapter" --output_dir "$work/merged"
 
 echo "== 5/5 data/spo_1.json again"
-score "$work/merged"
+score "$work/merged" --output_path "$work/lora-predictions.jsonl"
+
+python report.py --output_dir "$work/report" --mode glm3 --title "Quick start: a small ChatGLM3 before and after LoRA" \
+  --run "base=$work/base-predictions.jsonl" --run "lora=$work/lora-predictions.jsonl,$work/lora"

@@ -13,8 +13,11 @@ from utils import UserError, load_ds_config
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"train", "utils", "data_set", "data_cache", "data_check", "data_findings", "throughput", "planner"}
 OURS |= {"memory_trace", "folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe"}
-OURS |= {"lora", "evaluation", "replay", "forgetting", "zero3", "glm_models"}
+OURS |= {"lora", "evaluation", "replay", "forgetting", "zero3", "charts", "report", "compare_methods", "glm_models"}
 MAY_IMPORT = {
+    "charts": set(),
+    "report": {"charts", "folders", "glm_models", "metrics", "utils"},
+    "compare_methods": {"data_set", "folders", "glm_models", "report", "utils"},
     "glm_models": set(),
     "adapter": {"folders", "glm_models"},
     "data_cache": set(),

@@ -1,0 +1,193 @@
+"""The report: its figures against hand-made runs, pages that parse, hostile data that stays data."""
+
+import csv
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import charts
+import report
+from metrics import bootstrap
+from report import evaluate, quality_table, write_report
+from utils import UserError
+
+HOSTILE = '<script>alert("1")</script>&amp;|x|\'"</td></svg>'
+VOID = {"meta", "br", "link", "img"}
+
+
+class Page(HTMLParser):
+    """Collects texts and tags; fails on tags that do not pair."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.texts, self.attributes = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def write_answers(path, right, rows=4, text="甲_组成_乙", wrong="甲_部件故障_乙"):
+    with open(path, "w") as file:
+        for i in range(rows):
+            each = {"instruction": "抽取", "input": f"第{i}行", "output": text}
+            file.write(json.dumps({**each, "prediction": text if i in right else wrong, "ended": i != 3}) + "\n")
+    return path.name
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """base 1 of 4 right; lora 3 and 4 of 4 right with seeds 1 and 2; all failed."""
+
+    def run(method, seed, right, **more):
+        name = write_answers(tmp_path / f"{method}-{seed}.jsonl", right)
+        return {"mode": "glm3", "method": method, "seed": seed, "status": "done", "predictions": name, **more}
+
+    cost = {"learning_rate": 2e-3, "seconds": 60, "tokens_per_second": 1000, "memory_gib": 0.5, "trained": 10}
+    cost |= {"parameters": 1000, "output_bytes": 3_000_000, "commands": {"train": "python train.py"}}
+    cost |= {"curve": [{"step": 1, "loss": 3.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 1.0}]}
+    cost["validation"] = [{"step": 3, "loss": 1.5, "scores": {"f1": 0.5}}, {"step": 6, "loss": 1.2, "f1": 0.75}]
+    return [
+        run("base", None, {0}),
+        run("lora", 1, {0, 1, 2}, **cost, forgetting={"chat": 0.25, "code": 0.75}),
+        run("lora", 2, {0, 1, 2, 3}, **cost | {"seconds": 80}, forgetting={"chat": 0.75, "code": 1.25}),
+        {"mode": "glm3", "method": "all", "seed": 1, "status": "failed", "error": HOSTILE, "predictions": "none"},
+    ]
+
+
+def test_tables_have_the_runs_figures(runs, tmp_path):
+    (family,) = evaluate(tmp_path, runs)
+    base, lora = family.methods
+    assert (family.kind, family.measure) == ("triples", "f1")
+    assert base.mean == 0.25 and lora.seeds == [0.75, 1.0]
+    low, high = bootstrap([1, 1, 1, 0.5], seed=0)
+    quality = dict(zip(quality_table(family).columns, quality_table(family).rows[1], strict=True))
+    assert quality["F1"] == "0.8750" and quality["± over seeds"] == f"{np.std([0.75, 1], ddof=1):.4f}"
+    assert quality["95 % over rows"] == f"{low:.4f} to {high:.4f}"
+    assert quality["precision"] == quality["recall"] == "0.8750" and quality["end by themselves"] == "75%"
+    (cost,) = report.cost_table(family).rows
+    assert cost == ["lora", "0.002", "70", "1000", "0.50", "10", "1.00%", "3.00"]
+    (difference,) = report.difference_table(family).rows
+    low, high = bootstrap([0, 1, 1, 0.5], seed=0)
+    assert difference == ["lora over base", "0.6250", f"{low:.4f} to {high:.4f}", "yes" if low > 0 else "not shown"]
+    assert report.relation_table(family).columns == ["method", "组成 (4)"]
+    # all predicted right but one in seed 1: F1 of 3 right of 3 said and 4 expected, mean with 1
+    assert report.relation_table(family).rows[1] == ["lora", f"{(2 * 0.75 / 1.75 + 1) / 2:.4f}"]
+    (forgetting,) = report.forgetting_table(family).rows
+    assert forgetting == ["lora", "+0.500", "+1.000", "+0.750"]
+
+
+def test_files_of_a_report(runs, tmp_path):
+    path = write_report(str(tmp_path), runs, {"data": "rows.json"})
+    page = Page(Path(path).read_text())
+    assert page.tags.count("svg") == 5  # scores, three curves, forgetting against gain
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert not [value for name, value in page.attributes if name in ("src", "href")]
+    assert "http" not in re.sub(r'xmlns="[^"]*"', "", Path(path).read_text())
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert [(r["method"], r["seed"], r["value"], r["forgetting"]) for r in rows] == [
+        ("base", "", "0.250000", ""),
+        ("lora", "1", "0.750000", "0.5"),
+        ("lora", "2", "1.000000", "1.0"),
+    ]
+    assert json.loads((tmp_path / "runs.json").read_text())["runs"][1]["seconds"] == 60
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| lora | 0.8750 | 0.1768 |" in markdown and "rows.json" in markdown
+
+
+def test_hostile_data_stays_data(runs, tmp_path):
+    for run in runs[:3]:
+        write_answers(tmp_path / run["predictions"], {0}, text=f"甲_{HOSTILE}_乙", wrong=HOSTILE)
+        run |= {"method": run["method"] + HOSTILE, "commands": {"train": HOSTILE}}
+    sweep = [{"mode": HOSTILE, "method": HOSTILE, "learning_rate": 1.0, "score": 0.5, "chosen": True}]
+    path = write_report(str(tmp_path), runs, {HOSTILE: HOSTILE}, sweep, title=HOSTILE)
+    page = Page(Path(path).read_text())
+    assert "script" not in page.tags
+    assert "".join(page.texts).count(HOSTILE) > 20  # shown, as it is
+    for svg in re.findall("<svg.*?</svg>", Path(path).read_text()):
+        ElementTree.fromstring(svg)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "<script" not in markdown
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("| lora")]
+    assert widths and all(widths)
+
+
+def test_samples_show_right_and_wrong_answers_of_the_best_method(runs, tmp_path):
+    runs[2]["predictions"] = runs[1]["predictions"]  # three of four right
+    (family,) = evaluate(tmp_path, runs)
+    shown = report.samples(family)
+    assert [row["input"] for row, _ in shown] == ["第0行", "第1行", "第2行", "第3行"]
+    assert shown[0][1] == [("base, lora", "甲_组成_乙", 1.0)]
+    assert shown[1][1] == [("lora", "甲_组成_乙", 1.0), ("base", "甲_部件故障_乙", 0.0)]
+    assert shown[3][1] == [("base, lora", "甲_部件故障_乙", 0.0)]
+
+
+def test_other_kinds_of_answers_and_runs_without_any(tmp_path):
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for i in range(4):
+            each = {"instruction": "", "input": str(i), "output": ["轮胎多久换？", "何时换轮胎？"], "ended": True}
+            file.write(json.dumps(each | {"prediction": "轮胎多久换？"}) + "\n")
+    run = {"mode": "glm", "method": "lora", "seed": 1, "status": "done", "predictions": "a.jsonl"}
+    write_report(str(tmp_path), [run], {})
+    assert "| points |" in (tmp_path / "report.md").read_text()
+    failed = run | {"status": "failed", "error": "no luck"}
+    Page(Path(write_report(str(tmp_path), [failed], {})).read_text())
+    assert "glm lora seed 1: failed. no luck" in (tmp_path / "report.md").read_text()
+
+
+def test_answers_of_other_rows_or_no_answers_are_refused(runs, tmp_path):
+    write_answers(tmp_path / runs[1]["predictions"], {0}, rows=3)
+    with pytest.raises(UserError, match=r"lora-1.jsonl answers other rows"):
+        write_report(str(tmp_path), runs, {})
+    (tmp_path / runs[1]["predictions"]).write_text('{"output": "x"}\n')
+    with pytest.raises(UserError, match=r"lora-1.jsonl is not a file of answers"):
+        write_report(str(tmp_path), runs, {})
+
+
+def test_curves_are_read_from_a_training(tmp_path):
+    log = "epoch 1 step 5/9 loss 0.5 lr 0.1 grad_norm 1\nnoise\nepoch 2 step 9/9 loss nan lr 0.1\n"
+    found = report.read_curves(str(tmp_path), log)
+    assert found["curve"][0] == {"step": 5, "loss": 0.5} and len(found["curve"]) == 2 and found["validation"] == []
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')  # a line under way
+    (tmp_path / "validation.jsonl").write_text('{"step": 1, "loss": 2.5, "scores": {"f1": 0.1}}\n')
+    found = report.read_curves(str(tmp_path), log)
+    assert found["curve"] == [{"step": 1, "loss": 2.0}] and found["validation"][0]["scores"] == {"f1": 0.1}
+
+
+def test_charts_put_values_where_they_belong():
+    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert charts.ticks(-0.003, 0.0042, 4) == [-0.002, 0, 0.002, 0.004]
+    svg = charts.line_chart("t", "x", "y", {"a": [[(0, 1), (10, 3)], [(0, 3), (10, 5)]]}, {"a": "red"})
+    bold = next(e for e in ElementTree.fromstring(svg).iter() if e.get("stroke-width") == "2")
+    (x0, y0), (x1, y1) = [tuple(map(float, point.split(","))) for point in bold.get("points").split()]
+    frame = charts.Axes("t", "x", "y", [0, 10], [1, 5])
+    assert (x0, x1) == (pytest.approx(frame.x(0), abs=0.1), pytest.approx(frame.x(10), abs=0.1))
+    assert (y0, y1) == (pytest.approx(frame.y(2), abs=0.1), pytest.approx(frame.y(4), abs=0.1))  # the mean of both
+    assert frame.y(5) < frame.y(1) and charts.LEFT < frame.x(0) < frame.x(10) < charts.WIDTH
+    assert charts.line_chart("t", "x", "y", {"a": [[(0, float("nan"))]], "b": []}, {}) == ""
+    assert (
+        charts.scatter_chart("t", "x", "y", {"a": [(1, float("inf"))]}, {})
+        == ""
+        == charts.interval_chart("t", "x", [], {})
+    )
+    one = charts.scatter_chart("t", "x", "y", {"a": [(2.0, 2.0)]}, {"a": "red"})
+    assert ElementTree.fromstring(one).tag.endswith("svg")
