@@ -184,7 +184,9 @@ TIES = ["tied_once", "tied_the_other_way", "not_tied", "tied_twice"]
 
 @pytest.mark.parametrize("case", [*(f"{mode}-{kind}" for mode in MODE for kind in GOOD), *(f"glm-{t}" for t in TIES)])
 def test_the_same_model_as_without(found, case):
-    assert found[case] == [[]] * RANKS
+    # transformers draws numbers for embeddings that a file lacks, and then ties them away
+    expected = ["the next random number"] if case == "glm-tied_the_other_way" else []
+    assert found[case] == [expected] * RANKS
 
 
 @pytest.mark.parametrize("kind", SAYS)
