@@ -47,10 +47,10 @@ LORA_LAYERS = "query_key_value,dense_h_to_4h,dense_4h_to_h,dense"
 LARGE_FLAGS = "--max_len 1560 --max_src_len 1024 --per_device_train_batch_size 1 --gradient_accumulation_steps 4 "
 LARGE_FLAGS += "--num_train_epochs 2 --gradient_checkpointing --lora_dropout 0.1 --show_loss_step 10 "
 LARGE_FLAGS += "--weight_decay 0.1 --save_state_steps 200"
-SMALL_FLAGS = "--max_len 384 --max_src_len 256 --per_device_train_batch_size 16 --num_train_epochs 2 "
+SMALL_FLAGS = "--max_len 384 --max_src_len 256 --per_device_train_batch_size 8 --num_train_epochs 2 "
 SMALL_FLAGS += "--prefix_dropout 0 --lora_dropout 0 --show_loss_step 10 --weight_decay 0.01 --save_total_limit 1"
 
-LARGE_EVAL, SMALL_EVAL = "--eval_steps 100 --eval_generate_rows 50", "--eval_steps 19 --eval_batch_size 50"
+LARGE_EVAL, SMALL_EVAL = "--eval_steps 100 --eval_generate_rows 50", "--eval_steps 50 --eval_batch_size 50"
 
 
 def parse_args(argv=None) -> argparse.Namespace:
