@@ -234,6 +234,7 @@ def clear_errors(*kinds: type[Exception]):
             time.sleep(3)
             message = f"[rank {os.environ['RANK']}] {message}"
         print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()  # else a report in a pipe would be lost
     # not sys.exit: a process group whose other ranks wait in a collective would not let the interpreter end
     os._exit(code)
 
