@@ -44,11 +44,14 @@ def make(mode: str, work: Path, layers: int, hidden_size: int, shard: int, as_bi
     shutil.copytree(small, base, ignore=shutil.ignore_patterns("*.safetensors"))
     write_json(str(base / "config.json"), config | wide | {"torch_dtype": "float16"})
     torch.set_default_dtype(torch.float16)
-    model = MODE[mode].model(MODE[mode].config.from_pretrained(base))
-    tensors = {**model.state_dict(), **model.official_buffers()}
-    write_weights(str(base), tensors.items(), sum(t.numel() * t.element_size() for t in tensors.values()), shard)
-    model.name_or_path = str(base)  # goes into the adapter
-    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=64, target_modules=MODULES))
+    try:
+        model = MODE[mode].model(MODE[mode].config.from_pretrained(base))
+        tensors = {**model.state_dict(), **model.official_buffers()}
+        write_weights(str(base), tensors.items(), sum(t.numel() * t.element_size() for t in tensors.values()), shard)
+        model.name_or_path = str(base)  # goes into the adapter
+        adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=64, target_modules=MODULES))
+    finally:
+        torch.set_default_dtype(torch.float32)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
