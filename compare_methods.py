@@ -41,7 +41,7 @@ METHODS = {
     "ptuning": (["--train_type", "ptuning", "--prefix_projection", "True"], 1e-4, 3e-3),
     "ptuning-plain": (["--train_type", "ptuning", "--prefix_projection", "False"], 2e-2, 3e-2),
     "lora": (["--train_type", "lora", "--lora_dim", "16", "--lora_alpha", "64"], 2e-4, 2e-3),
-    "all": (["--train_type", "all"], 2e-5, 1e-3),
+    "all": (["--train_type", "all"], 2e-5, 3e-4),
 }
 LORA_LAYERS = "query_key_value,dense_h_to_4h,dense_4h_to_h,dense"
 LARGE_FLAGS = "--max_len 1560 --max_src_len 1024 --per_device_train_batch_size 1 --gradient_accumulation_steps 4 "
