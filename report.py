@@ -160,7 +160,7 @@ def evaluate(folder: str, runs: list[dict]) -> list[Family]:
             chosen = [r for r in runs if (r["mode"], r["method"], r["status"]) == (mode, name, "done")]
             each = []
             for run in chosen:
-                path = os.path.join(folder, run["predictions"])
+                path = os.path.normpath(os.path.join(folder, run["predictions"]))  # the folder may not be there yet
                 rows, predictions, references, ended = read_answers(path)
                 if test is None:
                     test, kind = rows, kind_of(references)
