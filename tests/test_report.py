@@ -191,3 +191,12 @@ def test_charts_put_values_where_they_belong():
     )
     one = charts.scatter_chart("t", "x", "y", {"a": [(2.0, 2.0)]}, {"a": "red"})
     assert ElementTree.fromstring(one).tag.endswith("svg")
+
+
+def test_a_report_goes_into_a_new_folder(tmp_path, capsys):
+    write_answers(tmp_path / "a.jsonl", {0, 1, 2})
+    report.main(
+        ["--mode", "glm3", "--output_dir", str(tmp_path / "new" / "report"), "--run", f"lora={tmp_path}/a.jsonl"]
+    )
+    assert "F1 0.7500" in capsys.readouterr().out
+    assert (tmp_path / "new" / "report" / "report.html").is_file()
