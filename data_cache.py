@@ -113,26 +113,33 @@ def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], coun
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     _sweep(folder)
+    with whole_file(path, "xb", opener=_private) as file, tempfile.TemporaryFile(dir=folder) as tail:
+        checksum = tokens = samples = 0
+        file.seek(HEADER)
+        for ids, records in chunks:
+            content = ids.astype("<i4", copy=False).data
+            file.write(content)
+            checksum = zlib.crc32(content, checksum)
+            records["end"] += tokens
+            tail.write(records.tobytes())
+            tokens, samples = tokens + len(ids), samples + len(records)
+        tail.seek(0)
+        while block := tail.read(BLOCK):
+            file.write(block)
+            checksum = zlib.crc32(block, checksum)
+        header = {"tokens": tokens, "samples": samples, "counts": counts}
+        header["crc32"] = _seal(checksum, header)
+        file.seek(0)
+        file.write(json.dumps(header).encode().ljust(HEADER))
+
+
+@contextlib.contextmanager
+def whole_file(path: str, mode: str, **how):
+    """A new file to write, that takes its name once it is whole and on the disk. mode and how are `open`'s."""
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     try:
-        with open(partial, "xb", opener=_private) as file, tempfile.TemporaryFile(dir=folder) as tail:
-            checksum = tokens = samples = 0
-            file.seek(HEADER)
-            for ids, records in chunks:
-                content = ids.astype("<i4", copy=False).data
-                file.write(content)
-                checksum = zlib.crc32(content, checksum)
-                records["end"] += tokens
-                tail.write(records.tobytes())
-                tokens, samples = tokens + len(ids), samples + len(records)
-            tail.seek(0)
-            while block := tail.read(BLOCK):
-                file.write(block)
-                checksum = zlib.crc32(block, checksum)
-            header = {"tokens": tokens, "samples": samples, "counts": counts}
-            header["crc32"] = _seal(checksum, header)
-            file.seek(0)
-            file.write(json.dumps(header).encode().ljust(HEADER))
+        with open(partial, mode, **how) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -4,14 +4,13 @@ The terminal gets counts and first lines; every finding is a line of JSON in FIL
 too is in data_findings.py.
 """
 
-import contextlib
 import json
 import os
-import uuid
 from collections.abc import Callable
 
 import numpy as np
 
+from data_cache import whole_file
 from data_findings import BROKEN, WARNINGS, Findings, lines_text
 from data_set import (
     ANSWER_CUT,
@@ -133,7 +132,7 @@ def check_data(
     report = os.path.join(output_dir, FILE)
     try:
         os.makedirs(output_dir, exist_ok=True)
-        with _whole_file(report) as file:
+        with whole_file(report, "x", encoding="utf-8") as file:
 
             def record(kind, line, details):
                 file.write(json.dumps({"line": line, "kind": kind, **details}, ensure_ascii=False) + "\n")
@@ -213,19 +212,3 @@ def _find_test_rows(path, findings):
         place = np.searchsorted(prompts, value)
         if place < len(prompts) and prompts[place] == value:
             findings.note("test_in_training", line, training_line=int(lines[place]))
-
-
-@contextlib.contextmanager
-def _whole_file(path):
-    """A text file to write that takes its name once it is whole and on the disk."""
-    partial = f"{path}.{uuid.uuid4().hex}.partial"
-    try:
-        with open(partial, "x", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise

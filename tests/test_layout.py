@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "data_cache": set(),
     "data_findings": set(),
     "data_set": {"data_cache", "data_findings"},
-    "data_check": {"data_findings", "data_set"},
+    "data_check": {"data_cache", "data_findings", "data_set"},
     "evaluation": {"data_set", "folders", "glm_models", "metrics", "utils"},
     "replay": {"data_set"},
     "folders": set(),
