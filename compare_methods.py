@@ -452,7 +452,7 @@ def compare(args, runner=None) -> str:
         {**run, "predictions": os.path.relpath(os.path.join(folder, "predictions.jsonl"), args.output_dir)}
         for folder, run in done.items()
     ]
-    return report.write_report(args.output_dir, runs, settings, sweep)
+    return report.write_report(args.output_dir, runs, settings, sweep)[0]
 
 
 def main(argv=None) -> None:

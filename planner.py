@@ -121,6 +121,9 @@ class DeepSpeed:
         self.sums_apart = self.sum_item == 4 != self.item  # straight into one float32 buffer of this rank's part
         # DeepSpeed makes each addend float32 before it adds it, if nobody has put in a function that does not
         self.sum_copies = DeepSpeedZeroOptimizer._add_to_grad_partition_buffer.__module__.startswith("deepspeed.")
+        # and it reduces a gradient larger than a bucket when the next one comes, likewise
+        reduces = DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads
+        self.reduces_late = reduces.__module__.startswith("deepspeed.")
         self.accumulates = config.get("gradient_accumulation_steps", 1) > 1
         self.takes_norm = config.get("gradient_clipping", 0) > 0 or self.zero.get("compute_grad_norm", True)
         norm = get_norm_dtype().itemsize  # gradients are copied to this type, float64, one by one
@@ -269,6 +272,8 @@ class DeepSpeed:
         self.in_bucket.append((parameter, block if large else None))
         if large:
             self.held.add(block)
+            if not self.reduces_late:
+                self.flush()
 
     def flush(self) -> None:
         """Reduce a bucket over the ranks and keep this rank's part."""

@@ -425,8 +425,9 @@ def html_report(families, runs, settings, versions, sweep, title) -> str:
     colours = {name: "#666666" if name == "base" else next(palette, "#666666") for name in names}
     for family in families:
         best = max(family.methods, key=lambda method: method.mean)
-        count = plural(len({run["seed"] for run in runs if run["mode"] == family.mode} - {None}), "seed")
-        parts.append(f"<h2>{escape(title_of(family.mode))} <small>({escape(count)})</small></h2>{legend(colours)}")
+        seeds = {run["seed"] for run in runs if run["mode"] == family.mode} - {None}
+        count = f" <small>({plural(len(seeds), 'seed')})</small>" if seeds else ""
+        parts.append(f"<h2>{escape(title_of(family.mode))}{count}</h2>{legend(colours)}")
         parts.append(f'<div class="charts">{"".join(charts(family, colours))}</div>')
         parts += [html_table(table, best.name if table.title == "Quality" else "") for table in tables(family)]
         shown = samples(family)
@@ -508,8 +509,8 @@ def csv_report(families: list[Family]) -> str:
 
 
 def write_report(folder: str, runs: list[dict], settings: dict[str, str], sweep: list[dict] | None = None,
-                 title: str = "Comparison of tuning methods") -> str:  # fmt: skip
-    """Write report.html, report.md, results.csv and runs.json. Returns the page's path.
+                 title: str = "Comparison of tuning methods") -> tuple[str, list[Family]]:  # fmt: skip
+    """Write report.html, report.md, results.csv and runs.json. Returns the page's path, and what is on it.
 
     Args:
         runs: see `evaluate`; beside what that needs: learning_rate, commands, what compare_methods.read_training
@@ -532,7 +533,7 @@ def write_report(folder: str, runs: list[dict], settings: dict[str, str], sweep:
         os.makedirs(folder, exist_ok=True)
         for name, text in files.items():
             write_file(os.path.join(folder, name), text)
-    return os.path.join(folder, "report.html")
+    return os.path.join(folder, "report.html"), families
 
 
 # ---- the script
@@ -579,8 +580,7 @@ def main(argv=None) -> None:
             run = {"mode": args.mode, "method": name, "seed": None, "status": "done"}
             run["predictions"] = os.path.relpath(answers, args.output_dir)
             runs.append(run | (read_curves(training) if training else {}))
-        path = write_report(args.output_dir, runs, {"runs": " ".join(args.run)}, title=args.title)
-        (family,) = evaluate(args.output_dir, runs)
+        path, (family,) = write_report(args.output_dir, runs, {"runs": " ".join(args.run)}, title=args.title)
         print(*summary(family), f"report: {path}", sep="\n")
 
 

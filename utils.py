@@ -165,10 +165,13 @@ def on_rank_0(action):
 
 
 def trim_deepspeed() -> None:
-    """Do without two copies that DeepSpeed makes of each gradient, one at a time: 10 GiB for a weight of 592 million.
+    """Let DeepSpeed's ZeRO-1 and 2 hold less of gradients.
 
-    One is float64, for the gradient's norm; float32 sums do for that. The other has the type of the buffer to which the
-    gradient is then added; torch adds across types without it.
+    Two copies of each, one at a time, go: 10 GiB for a weight of 592 million. One is float64, for the gradient's norm;
+    float32 sums do for that. The other has the type of the buffer to which the gradient is then added; torch adds
+    across types without it.
+
+    A gradient that is larger than a bucket is reduced as soon as it is there, not when the next one is there as well.
     """
     get_accelerator().is_fp64_supported = lambda: False
 
@@ -177,6 +180,17 @@ def trim_deepspeed() -> None:
             output.add_(source)
 
     DeepSpeedZeroOptimizer._add_to_grad_partition_buffer = staticmethod(add)
+    DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads = _reduce_gradient
+
+
+_put_in_bucket = DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads
+
+
+def _reduce_gradient(self, param, group: int) -> None:
+    _put_in_bucket(self, param, group)
+    kind = self.get_param_comm_dtype(param)
+    if kind in self.extra_large_param_to_reduce:
+        self.reduce_ipg_grads(comm_dtype=kind)
 
 
 def is_main() -> bool:

@@ -97,7 +97,7 @@ def test_tables_have_the_runs_figures(runs, tmp_path):
 
 
 def test_files_of_a_report(runs, tmp_path):
-    path = write_report(str(tmp_path), runs, {"data": "rows.json"})
+    path, _ = write_report(str(tmp_path), runs, {"data": "rows.json"})
     page = Page(Path(path).read_text())
     assert page.tags.count("svg") == 5  # scores, three curves, forgetting against gain
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
@@ -119,7 +119,7 @@ def test_hostile_data_stays_data(runs, tmp_path):
         write_answers(tmp_path / run["predictions"], {0}, text=f"甲_{HOSTILE}_乙", wrong=HOSTILE)
         run |= {"method": run["method"] + HOSTILE, "commands": {"train": HOSTILE}}
     sweep = [{"mode": HOSTILE, "method": HOSTILE, "learning_rate": 1.0, "score": 0.5, "chosen": True}]
-    path = write_report(str(tmp_path), runs, {HOSTILE: HOSTILE}, sweep, title=HOSTILE)
+    path, _ = write_report(str(tmp_path), runs, {HOSTILE: HOSTILE}, sweep, title=HOSTILE)
     page = Page(Path(path).read_text())
     assert "script" not in page.tags
     assert "".join(page.texts).count(HOSTILE) > 20  # shown, as it is
@@ -150,7 +150,7 @@ def test_other_kinds_of_answers_and_runs_without_any(tmp_path):
     write_report(str(tmp_path), [run], {})
     assert "| points |" in (tmp_path / "report.md").read_text()
     failed = run | {"status": "failed", "error": "no luck"}
-    Page(Path(write_report(str(tmp_path), [failed], {})).read_text())
+    Page(Path(write_report(str(tmp_path), [failed], {})[0]).read_text())
     assert "glm lora seed 1: failed. no luck" in (tmp_path / "report.md").read_text()
 
 
