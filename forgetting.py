@@ -29,6 +29,7 @@ from data_cache import file_hash
 from data_set import DataError, MicroBatch, Sample, collate, encode_sample, read_rows
 from folders import check_space, write_errors, write_file
 from glm_models import MODE
+from glm_models.chat import generate_ids
 from utils import UserError, clear_errors, load_result, named_device, quiet, true_or_false
 
 SUITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "forgetting.json")
@@ -85,17 +86,8 @@ def answer_log_probs(model, tokenizer, sample: Sample) -> torch.Tensor:
 @torch.inference_mode()
 def greedy_answer(model, tokenizer, sample: Sample, max_new_tokens: int) -> list[int]:
     """Ids of the likeliest answer, without the token that ends it."""
-    prompt = torch.tensor([sample.input_ids[: sample.answer_start]], device=model.device)
-    output = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.stop_token_ids,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    ids = output[0, prompt.shape[1] :].tolist()
-    return ids[: next((i for i, token in enumerate(ids) if token in tokenizer.stop_token_ids), None)]
+    ((ids, _),) = generate_ids(model, tokenizer, [sample.input_ids[: sample.answer_start]], [max_new_tokens])
+    return ids
 
 
 def reference_ids(sample: Sample) -> torch.Tensor:

@@ -65,10 +65,12 @@ def stream_ids(model, stop_ids: list[int], **kwargs):
 
 
 @torch.no_grad()
-def generate_answers(
+def generate_ids(
     model, tokenizer, prompts: list[list[int]], limits: list[int], **options
-) -> list[tuple[str, bool]]:
-    """Answers to a batch of prompts, each with whether it ended by itself; greedy unless options say otherwise.
+) -> list[tuple[list[int], bool]]:
+    """Ids of answers to a batch of prompts, each with whether it ended by itself; greedy unless options say otherwise.
+
+    The token that ended it is not among them.
 
     A row's answer does not depend on the rows beside it.
 
@@ -85,8 +87,14 @@ def generate_answers(
     for limit, ids in zip(limits, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
         ids = ids[:limit]
         end = next((i for i, token in enumerate(ids) if token in stop), None)
-        answers.append((tokenizer.decode_answer(ids[:end]), end is not None))
+        answers.append((ids[:end], end is not None))
     return answers
+
+
+def generate_answers(model, tokenizer, prompts, limits, **options) -> list[tuple[str, bool]]:
+    """`generate_ids`, as texts."""
+    answers = generate_ids(model, tokenizer, prompts, limits, **options)
+    return [(tokenizer.decode_answer(ids), ended) for ids, ended in answers]
 
 
 class ChatMixin:
