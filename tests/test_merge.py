@@ -327,7 +327,8 @@ def test_the_command_ends_with_one_line(copies, tmp_path):
     command = f"merge_lora.py --mode glm3 --ori_model_dir {copies[0]} --model_dir {copies[1]}".split()
     run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
-    lines = [line for line in run.stderr.splitlines() if "WARNING" not in line]
+    # what DeepSpeed and torch say where there is no GPU is not ours
+    lines = [line for line in run.stderr.splitlines() if "WARNING" not in line and "cpp_extension" not in line]
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert "another base" in lines[0]
@@ -533,5 +534,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     command = f"merge_lora.py --mode glm3 --ori_model_dir {tmp_path}/base --model_dir {tmp_path}/adapter --no_verify"
     most = merge_memory.measure([*command.split(), "--output_dir", str(tmp_path / "merged")])
     imports = merge_memory.measure(["-c", "import merge_lora"])
-    assert most["rss"] < 1.3 * max(shards) + adapter + 0.5e9
+    # 0.4 GB without, 0.9 with CUDA's libraries
+    assert most["rss"] < imports["rss"] + 1.3 * max(shards) + adapter + 0.1e9
     assert most["private"] < imports["private"] + 0.5 * max(shards) + 0.1e9
