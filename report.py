@@ -384,7 +384,7 @@ def html_sample(row: dict, answers: list[tuple[str, str, float]], top: float) ->
 
 
 def title_of(mode: str) -> str:
-    return MODE[mode].config.title if mode in MODE else mode
+    return f"Architecture of {MODE[mode].config.title}" if mode in MODE else mode
 
 
 def notes(families: list[Family]) -> list[str]:

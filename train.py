@@ -43,6 +43,7 @@ from utils import (
     compute_dtype,
     device,
     is_main,
+    keep_freed_memory,
     load_base,
     load_ds_config,
     load_tokenizer,
@@ -578,6 +579,7 @@ def train(args) -> list[tuple[int, float]]:
         states.load(state)
     say(f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows")
 
+    keep_freed_memory()
     engine.train()
     log.begin()
     with watch:

@@ -52,11 +52,11 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
-        grad_x = torch.empty_like(x)
-        to_gate, to_up = grad_x.chunk(2, dim=-1)
-        to_up.copy_(F.silu(gate).mul_(grad))
-        to_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return grad_x
+        toward = grad * up
+        # over x, the widest tensor there is: nobody needs it any more, and a second backward pass would be refused
+        torch.mul(F.silu(gate), grad, out=up)
+        torch.ops.aten.silu_backward.grad_input(toward, gate, grad_input=gate)
+        return x.detach()
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:

@@ -75,11 +75,12 @@ def run_ours(argv: list[str]) -> dict:
         clock.start()
         return groups(*args)
 
-    def timed(log, loss, batch, epoch):
+    def timed(log, step, epoch):
+        (batch,) = step.batches
         clock.step(batch.tokens)
         flops.append(log.flops.of(batch["segments"], len(batch["answer_positions"])))
         timed.peak = log.peak
-        return add(log, loss, batch, epoch)
+        return add(log, step, epoch)
 
     train.parameter_groups, utils.RunLog.add = loaded, timed
     utils.quiet(verbose=False)
