@@ -47,6 +47,8 @@ class Clock:
         self.tokens.append(tokens)
 
     def result(self) -> dict:
+        if len(self.ends) <= WARM_UP:
+            sys.exit(f"{len(self.ends)} steps in all, of which {WARM_UP} are warm-up: take more --rows")
         seconds = self.ends[-1] - self.ends[WARM_UP - 1]
         return {
             "tokens_per_second": sum(self.tokens[WARM_UP:]) / seconds,
@@ -86,8 +88,9 @@ def run_ours(argv: list[str]) -> dict:
     utils.quiet(verbose=False)
     train.save = lambda *_: None
     train.train(train.parse_args(argv))
+    result = clock.result()
     seconds = clock.ends[-1] - clock.ends[WARM_UP - 1]
-    return clock.result() | {"flops": sum(flops[WARM_UP:]) / seconds, "peak_flops": timed.peak}
+    return result | {"flops": sum(flops[WARM_UP:]) / seconds, "peak_flops": timed.peak}
 
 
 def run_trainer(argv: list[str]) -> dict:
