@@ -77,7 +77,7 @@ class Findings:
 
     def _holds_lost(self, text: str) -> bool:
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        kept = self.kept[codes]
+        kept = self.kept.take(codes)
         if kept.all():
             return False
         characters = "".join(map(chr, np.unique(codes[~kept])))

@@ -401,7 +401,7 @@ def encode_file(
             else:
                 yield line, row
 
-    threads = available_cpus()
+    threads = max(1, available_cpus() // AHEAD)  # a chunk's share
 
     def encode(chunk):
         lines, rows = zip(*chunk, strict=True)
