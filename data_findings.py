@@ -80,7 +80,9 @@ class Findings:
         kept = self.kept.take(codes)
         if kept.all():
             return False
-        characters = "".join(map(chr, np.unique(codes[~kept])))
+        others = np.zeros_like(self.kept)
+        others[codes[~kept]] = True
+        characters = "".join(map(chr, np.flatnonzero(others)))
         new = "".join(c for c in characters if c not in self.lost)
         self.lost |= self.tokenizer.lost_characters(new)
         for character in new:

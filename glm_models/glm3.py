@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 import json
 from typing import ClassVar
 
@@ -56,7 +57,13 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         """Ids of one message: role, metadata and a line break, content."""
         if role not in self.roles:
             raise ValueError(f"role {role!r} is not one of {', '.join(self.roles)}")
-        return [self.get_command(f"<|{role}|>"), *self.encode_text(f"{metadata}\n"), *self.encode_text(message)]
+        head = self.encode_text(f"{metadata}\n") if metadata else self.line_break
+        return [self.get_command(f"<|{role}|>"), *head, *(self.encode_text(message) if message else ())]
+
+    @functools.cached_property
+    def line_break(self) -> list[int]:
+        """Ids of empty metadata."""
+        return self.encode_text("\n")
 
     def encode_prompts(self, queries, history=None, max_src_len=None, threads=1, role="user") -> list[Prompt]:
         ids = []
@@ -77,8 +84,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         ]
 
     def encode_answers(self, answers, threads=1) -> list[np.ndarray]:
-        # no metadata: the line break that ends an empty one comes first
-        (line_break,) = self.encode_texts(["\n"])
+        line_break = np.array(self.line_break, np.int32)  # no metadata: the line break that ends it comes first
         return [np.concatenate((line_break, ids)) for ids in self.encode_texts(answers, threads)]
 
     def decode_answer(self, ids: list[int]) -> str:

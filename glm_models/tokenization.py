@@ -143,9 +143,9 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
 
     def lost_characters(self, characters: str) -> set[str]:
         """Those of some characters that leave no trace in the ids of a text, or only the unknown token."""
-        plain, *encoded = self.encode_texts(["ab", *(f"a{character}b" for character in characters)])
-        pairs = zip(characters, encoded, strict=True)
-        return {one for one, ids in pairs if self.unk_token_id in ids or np.array_equal(ids, plain)}
+        plain, *encoded = (ids.tolist() for ids in self.encode_texts(["ab", *(f"a{one}b" for one in characters)]))
+        unknown, pairs = self.unk_token_id, zip(characters, encoded, strict=True)
+        return {one for one, ids in pairs if unknown in ids or ids == plain}
 
     @property
     def stop_token_ids(self) -> list[int]:

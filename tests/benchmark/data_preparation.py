@@ -4,8 +4,10 @@
     python tests/benchmark/data_preparation.py --rows 1000000 --json results.json
 
 Only the tokenizer files of a checkpoint folder are read. Without --checkpoint, a tokenizer of each family is trained on
-the first data file. "Alone" is `sp.encode(texts, num_threads=N)` on the very texts that preparation encodes, already in
-memory; it is run in turn with preparation, and the ratio is the median of the pairs.
+the first data file. Rows are repeated, each time with another number in front of the input, until a file has
+--at_least so many: of a few rows one would measure how long it takes to start. "Alone" is
+`sp.encode(texts, num_threads=N)` on the very texts that preparation encodes, already in memory; it is run in turn with
+preparation, and the ratio is the median of the pairs.
 """
 
 import argparse
@@ -72,7 +74,7 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
         )
     return {
         "mode": tokenizer.mode,
-        "file": os.path.basename(path),
+        "file": os.path.basename(path).partition("-")[2],
         "rows": len(texts[0]),
         "prompts_cut": data.prompts_cut,
         "threads": threads,
@@ -109,6 +111,16 @@ def measure_large(mode: str, folder: str, path: str) -> dict:
     }
 
 
+def write_repeated(path: str, source: str, at_least: int) -> None:
+    """The rows of a file as often as it takes, each its own."""
+    rows = [row for _, row in read_rows(source, empty_outputs=True)]
+    with open(path, "w", encoding="utf-8") as file:
+        for time in range(-(-at_least // len(rows))):
+            for row in rows:
+                again = {**row, "input": f"{time} {row['input']}"} if time else row
+                file.write(json.dumps(again, ensure_ascii=False) + "\n")
+
+
 def write_large(path: str, rows: int) -> None:
     """Short rows, each its own."""
     with open(path, "w", encoding="utf-8") as file:
@@ -137,6 +149,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", action="append", default=[], metavar="MODE=FOLDER", help="may be given again")
     parser.add_argument("--data", nargs="+", default=[str(ROOT / "data" / f"{n}_0.json") for n in ("spo", "d2q")])
+    parser.add_argument(
+        "--at_least", type=int, default=20_000, help="rows of each data file, repeated; 1 for as they are"
+    )
     parser.add_argument("--max_len", type=int, default=1024)
     parser.add_argument("--max_src_len", type=int, default=512)
     parser.add_argument("--runs", type=int, default=7, help="pairs of runs")
@@ -154,10 +169,13 @@ def main():
             folders[mode] = f"{scratch}/{mode}"
             texts = [row["input"] for _, row in read_rows(args.data[0], empty_outputs=True)]
             make_tiny_checkpoint(mode, folders[mode], texts)
+        repeated = {f"{scratch}/{i}-{os.path.basename(path)}": path for i, path in enumerate(args.data)}
+        for path, source in repeated.items():
+            write_repeated(path, source, args.at_least)
         results = {"compared": [], "large": []}
         for mode, folder in folders.items():
             tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
-            for path in args.data:
+            for path in repeated:
                 results["compared"].append(compare(tokenizer, path, (args.max_len, args.max_src_len), args.runs))
         show(results["compared"])
         # a process each: the peak of memory is that of a process
