@@ -15,7 +15,7 @@ class Flops(NamedTuple):
     """Floating-point operations of forward and backward pass that a method needs; recomputation is not among them."""
 
     token: float
-    answer_token: float  # in the output layer
+    answer_token: float  # in the output layer, and in the last block once attention is through
     pair: float  # of a token and one that it attends to
     prefix: int  # tokens of a prefix, that every token attends to
 
@@ -37,21 +37,26 @@ def needed_flops(model: nn.Module) -> Flops:
     prefixes = [module for module in model.modules() if isinstance(module, PrefixEncoder)]
     trained_prefix = any(p.requires_grad for prefix in prefixes for p in prefix.parameters())
     reached = any(p.requires_grad for p in model.get_input_embeddings().parameters())  # does anything so far train?
-    token = pair = 0.0
+    token = answer_token = pair = 0.0
 
     def product(module) -> float:
         return 2.0 * module.in_features * module.out_features * (1 + reached + module.weight.requires_grad)
 
-    for block in (module for module in model.modules() if isinstance(module, Block)):
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        answers_only = False
         for name, module in block.named_modules():  # in the order of their use
             if name.endswith("attention.dense"):  # what attention found goes in
                 attention = block.get_submodule(name.rpartition(".")[0])
                 reached = reached or trained_prefix
                 pair += 4.0 * attention.num_heads * attention.head_dim * (1 + 2 * reached)
-            if isinstance(module, nn.Linear):
+                answers_only = block is blocks[-1]
+            if isinstance(module, nn.Linear) and answers_only:
+                answer_token += product(module)
+            elif isinstance(module, nn.Linear):
                 token += product(module)
             reached = reached or any(p.requires_grad for p in module.parameters(recurse=False))
-    answer_token = sum(product(m) for m in model.get_output_embeddings().modules() if isinstance(m, nn.Linear))
+    answer_token += sum(product(m) for m in model.get_output_embeddings().modules() if isinstance(m, nn.Linear))
     return Flops(token, answer_token, pair, sum(prefix.embedding.num_embeddings for prefix in prefixes))
 
 

@@ -18,7 +18,7 @@ from .attention import Segment, attend, real_tokens, split_heads, visible_mask
 from .chat import ChatMixin
 from .checkpoint import CheckpointError
 from .config import ChatGLMConfigBase
-from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
+from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output, take
 from .ops import OutputLayer, TiledMLP, rotary, through
 from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 
@@ -218,10 +218,10 @@ class GLMAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, angles, mask, prefix=None, cache=None):
+    def forward(self, hidden_states, angles, mask, prefix=None, cache=None, wanted=None):
         mixed = rotary(self.query_key_value(hidden_states), *angles, rotate)
         q, k, v = split_heads(mixed, 3 * self.head_dim).chunk(3, dim=-1)
-        return self.dense(attend(self, q, k, v, mask, prefix, cache))
+        return self.dense(take(attend(self, q, k, v, mask, prefix, cache), wanted))
 
 
 gelu = functools.partial(F.gelu, approximate="tanh")
@@ -251,9 +251,10 @@ class GLMBlock(Block):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = GLMMLP(config)
 
-    def forward(self, hidden_states, angles, mask, prefix=None, cache=None):
+    def forward(self, hidden_states, angles, mask, prefix=None, cache=None, wanted=None):
         normed = self.input_layernorm(hidden_states.to(angles[0].device, non_blocking=True))
-        hidden_states = normed * self.alpha + self.attention(normed, angles, mask, prefix, cache)
+        attended = self.attention(normed, angles, mask, prefix, cache, wanted)
+        hidden_states = take(normed, wanted) * self.alpha + attended
         normed = self.post_attention_layernorm(hidden_states)
         return normed * self.alpha + self.mlp(normed, self.gradient_checkpointing)
 
@@ -327,6 +328,7 @@ class GLMModel(GLMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
         segments: list[tuple[int, int]] | None = None,  # of the one row there is: tokens, and of them context
+        wanted: torch.Tensor | None = None,  # see take
     ) -> BaseModelOutputWithPast:
         cache, cached = self.prepare_cache(cache, use_cache)
         if segments is not None:
@@ -352,7 +354,7 @@ class GLMModel(GLMPreTrainedModel):
         angles = rotary_angles(self.config, position_ids, hidden_states.dtype)
 
         hidden_states, all_hidden_states = self.run_layers(
-            self.layers, hidden_states, angles, mask, prefix, cache, output_hidden_states
+            self.layers, hidden_states, angles, mask, prefix, cache, output_hidden_states, wanted
         )
         hidden_states = self.final_layernorm(hidden_states)
         return BaseModelOutputWithPast(
@@ -395,8 +397,9 @@ class GLMForConditionalGeneration(ChatMixin, GLMPreTrainedModel, GenerationMixin
         **_,
     ):
         """See `causal_lm_output` for labels and loss; `segments` are the samples of a row that holds several."""
+        wanted = None if labels is None or answer_positions is None else answer_positions - 1
         outputs = self.transformer(
-            input_ids, attention_mask, position_ids, cache, use_cache, output_hidden_states, segments
+            input_ids, attention_mask, position_ids, cache, use_cache, output_hidden_states, segments, wanted
         )
         return causal_lm_output(
             self, outputs, self.lm_head, labels, logits_to_keep, num_items_in_batch, answer_positions

@@ -14,7 +14,7 @@ from .attention import Segment, attend, split_heads, visible_mask
 from .chat import ChatMixin
 from .checkpoint import CheckpointError
 from .config import ChatGLMConfigBase
-from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output
+from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output, take
 from .ops import OutputLayer, TiledMLP, rms_norm, rotary, swiglu, through
 from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 
@@ -270,14 +270,14 @@ class SelfAttention(nn.Module):
         )
         self.dense = nn.Linear(size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, angles, mask, prefix=None, cache=None):
+    def forward(self, hidden_states, angles, mask, prefix=None, cache=None, wanted=None):
         mixed = rotary(self.query_key_value(hidden_states), *angles, self.rotate)
         if self.config.multi_query_attention:  # see rotate
             heads = split_heads(mixed, self.head_dim)
             q, k, v = heads.split([self.num_heads, self.num_groups, self.num_groups], dim=2)
         else:
             q, k, v = split_heads(mixed, 3 * self.head_dim).chunk(3, dim=-1)
-        return self.dense(attend(self, q, k, v, mask, prefix, cache))
+        return self.dense(take(attend(self, q, k, v, mask, prefix, cache), wanted))
 
 
 class MLP(TiledMLP):
@@ -301,10 +301,10 @@ class ChatGLM2Block(Block):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states, angles, mask, prefix=None, cache=None):
+    def forward(self, hidden_states, angles, mask, prefix=None, cache=None, wanted=None):
         hidden_states = hidden_states.to(angles[0].device, non_blocking=True)
-        attended = self.self_attention(self.input_layernorm(hidden_states), angles, mask, prefix, cache)
-        hidden_states = hidden_states + attended
+        attended = self.self_attention(self.input_layernorm(hidden_states), angles, mask, prefix, cache, wanted)
+        hidden_states = take(hidden_states, wanted) + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), self.gradient_checkpointing)
 
 
@@ -360,6 +360,7 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
         segments: list[tuple[int, int]] | None = None,  # of the one row there is: tokens, and 0
+        wanted: torch.Tensor | None = None,  # see take
     ) -> BaseModelOutputWithPast:
         cache, cached = self.prepare_cache(cache, use_cache)
         tokens = input_ids.shape[1]
@@ -385,7 +386,7 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         angles = rotary_angles(self.config, position_ids, hidden_states.dtype)
 
         hidden_states, all_hidden_states = self.run_layers(
-            self.encoder.layers, hidden_states, angles, mask, prefix, cache, output_hidden_states
+            self.encoder.layers, hidden_states, angles, mask, prefix, cache, output_hidden_states, wanted
         )
         return BaseModelOutputWithPast(
             last_hidden_state=self.encoder.final_layernorm(hidden_states),
@@ -424,8 +425,9 @@ class ChatGLM2ForConditionalGeneration(ChatMixin, ChatGLM2PreTrainedModel, Gener
         **_,
     ):
         """See `causal_lm_output` for labels and loss; `segments` are the samples of a row that holds several."""
+        wanted = None if labels is None or answer_positions is None else answer_positions - 1
         outputs = self.transformer(
-            input_ids, attention_mask, position_ids, cache, use_cache, output_hidden_states, segments
+            input_ids, attention_mask, position_ids, cache, use_cache, output_hidden_states, segments, wanted
         )
         head = self.transformer.output_layer
         return causal_lm_output(self, outputs, head, labels, logits_to_keep, num_items_in_batch, answer_positions)

@@ -157,11 +157,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             elif isinstance(module, TiledMLP):
                 module.tiled = tiled_mlp
 
-    def run_layers(self, layers, hidden_states, angles, mask, prefix, cache, output_hidden_states):
+    def run_layers(self, layers, hidden_states, angles, mask, prefix, cache, output_hidden_states, wanted=None):
         """All blocks, one after the other.
 
+        Args:
+            wanted: see `take`; the last block computes no more than that, once attention has seen all tokens.
+
         Returns:
-            The last hidden states [batch, tokens, hidden], and the input of every block if wanted, else nothing.
+            The last hidden states [batch, tokens, hidden], or [1, wanted, hidden]; and the input of every block if
+            output_hidden_states, else nothing.
         """
         all_hidden_states = []
         for i, layer in enumerate(layers):
@@ -173,7 +177,9 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             trains = prefix is not None or any(p.requires_grad for p in layer.parameters())
             learns = trains or hidden_states.requires_grad
             with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-                hidden_states = layer(hidden_states, angles, mask, prefix[i] if prefix is not None else None, cache)
+                layer_prefix = prefix[i] if prefix is not None else None
+                positions = wanted if i == len(layers) - 1 else None
+                hidden_states = layer(hidden_states, angles, mask, layer_prefix, cache, positions)
         return hidden_states, all_hidden_states
 
     def prefixes(self, batch: int) -> torch.Tensor | None:
@@ -184,13 +190,21 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return self.prefix_encoder(batch, self.config.num_layers, head_dim)
 
 
+def take(x: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+    """Some tokens of x [batch, tokens, size], by their places in the flattened batch: [1, wanted, size]; None for all.
+
+    In the last block, once attention is through, nobody asks for tokens but those that predict one of an answer.
+    """
+    return x if wanted is None else x.flatten(0, 1).index_select(0, wanted)[None]
+
+
 def causal_lm_output(
     model, outputs, head, labels, logits_to_keep, num_items_in_batch, answer_positions
 ) -> CausalLMOutputWithPast:
     """Logits, and the loss where there are labels.
 
     Args:
-        outputs: of the transformer.
+        outputs: of the transformer; of the tokens before `answer_positions` alone where these are given.
         head: the output layer.
         labels: [batch, tokens], IGNORE_INDEX where there is nothing to learn; shifted here, so labels align with ids.
         logits_to_keep: the last so many positions, or their indices; 0 for all.
@@ -214,7 +228,8 @@ def answer_loss(hidden_states, labels, head, num_items=None, answer_positions=No
     """Cross entropy of the labelled positions, in float32.
 
     Args:
-        hidden_states: [batch, tokens, hidden].
+        hidden_states: [batch, tokens, hidden]; [1, answer tokens, hidden] of the tokens before them with
+            answer_positions.
         labels: [batch, tokens].
         num_items: the divisor; None for the number of labels here.
         answer_positions: [answer tokens], where in the flattened labels they are; searched if None, for which a GPU
@@ -224,6 +239,6 @@ def answer_loss(hidden_states, labels, head, num_items=None, answer_positions=No
         labelled = labels != IGNORE_INDEX
         labelled[:, 0] = False  # nothing comes before it that could predict it
         answer_positions = labelled.flatten().nonzero()[:, 0]
-    before = hidden_states.flatten(0, 1).index_select(0, answer_positions - 1)
-    total = summed_cross_entropy(head, before, labels.flatten().index_select(0, answer_positions))
+        hidden_states = take(hidden_states, answer_positions - 1)
+    total = summed_cross_entropy(head, hidden_states[0], labels.flatten().index_select(0, answer_positions))
     return total / (num_items if num_items is not None else max(1, len(answer_positions)))

@@ -60,7 +60,10 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """silu(first half) * second half of the last dimension; keeps x."""
+    """silu(first half) * second half of the last dimension; keeps x.
+
+    x must be nobody else's: its gradient is written over it.
+    """
     return _SwiGLU.apply(x)
 
 

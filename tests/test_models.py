@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from conftest import enliven, write_model
 from native import native_model, native_weights
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor, TextIteratorStreamer
 
 from data_set import MicroBatch, Sample, collate
 from glm_models import MODE, CheckpointError, modeling, ops
+from throughput import needed_flops
 
 EXACT = {"atol": 0, "rtol": 0}
 CLOSE = {"atol": 2e-5, "rtol": 0}  # float32 rounding at logits of about 1.5
@@ -563,6 +566,34 @@ def test_samples_end_to_end_train_as_padded_ones(mode, prefix, attention, load, 
     assert_same_training(model, packed_batch(tokenizers[mode]), model, padded)
 
 
+METHODS = {
+    "all": lambda model: model,
+    "top layer": lambda model: train_only(model, f"layers.{model.config.num_layers - 1}."),
+    "prefix": lambda model: train_only(model, "prefix_encoder"),
+    "lora": lambda model: get_peft_model(model, LoraConfig(r=4, target_modules=["query_key_value", "dense_4h_to_h"])),
+}
+
+
+def train_only(model, part):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part in name)
+    return model
+
+
+@modes
+@pytest.mark.parametrize("method", METHODS)
+def test_operations_of_a_step_are_those_counted(method, mode, load, tokenizers):
+    prefix = {"pre_seq_len": 3, "prefix_projection": False, "prefix_dropout": 0.0} if method == "prefix" else {}
+    model = METHODS[method](load(mode, **prefix).train())
+    batch, flops = packed_batch(tokenizers[mode]), needed_flops(model)
+    adds = {torch.ops.aten.addmm_: lambda total, one, other, **_: 2 * one[0] * one[1] * other[1]}  # torch forgot it
+    with FlopCounterMode(display=False, custom_mapping=adds) as counter:
+        model(**batch).loss.backward()
+    # attention on a CPU is not counted: only products with weights are
+    expected = flops.token * batch["input_ids"].numel() + flops.answer_token * len(batch["answer_positions"])
+    assert counter.get_total_flops() == expected
+
+
 @modes
 def test_other_samples_of_a_row_are_not_seen(mode, load, tokenizers):
     model, batch = load(mode).train(), packed_batch(tokenizers[mode])
@@ -624,7 +655,7 @@ def test_hand_written_gradients(dtype):
     ):
         results = []
         for function in (mine, plain):
-            out = function(*inputs)
+            out = function(*(value * 1 for value in inputs))  # tensors of its own, which it may write over
             results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
         for one, other in zip(*results, strict=True):
             tolerance = 1e-5 if dtype == torch.float64 else 0.05  # (the norm itself is in float32)
