@@ -13,7 +13,6 @@ preparation, and the ratio is the median of the pairs.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from process import status
 
 from data_set import InstructionData, available_cpus, prepare, read_rows
 from glm_models import MODE
@@ -88,8 +89,8 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
 def measure_large(mode: str, folder: str, path: str) -> dict:
     """Time and memory of preparing one file, in this process and for the first time."""
 
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20
+    def peak():  # (that of getrusage counts the process that started this one)
+        return status("VmHWM") / 2**20
 
     tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
     before = peak()
