@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 COMMANDS = {
     "training_speed": "--modes glm3 --rows 200 --hidden 128 --layers 1 --repeats 1",
-    "data_preparation": "--runs 1 --rows 1000",
+    "data_preparation": "--runs 1 --rows 1000 --at_least 1",
 }
 
 
