@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 COMMANDS = {
-    "training_speed": "--modes glm3 --rows 200 --hidden 128 --layers 1 --repeats 1",
-    "data_preparation": "--runs 1 --rows 1000 --at_least 1",
+    "training_speed": "--modes glm3 --rows 200 --max_len 384 --hidden 128 --layers 1 --repeats 1",
+    "data_preparation": "--runs 1 --rows 1000 --at_least 1 --checkpoint glm3={glm3}",
 }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_benchmark_runs(name, tmp_path):
-    command = [sys.executable, f"tests/benchmark/{name}.py", *COMMANDS[name].split(), "--json", f"{tmp_path}/found"]
+def test_a_benchmark_runs(name, tiny, tmp_path):
+    options = COMMANDS[name].format(**tiny).split()
+    command = [sys.executable, f"tests/benchmark/{name}.py", *options, "--json", f"{tmp_path}/found"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads((tmp_path / "found").read_text())
