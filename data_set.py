@@ -404,7 +404,7 @@ def encode_file(
             else:
                 yield line, row
 
-    threads = max(1, available_cpus() // AHEAD)  # a chunk's share
+    threads = -(-available_cpus() // AHEAD)  # a chunk's share
 
     def encode(chunk):
         lines, rows = zip(*chunk, strict=True)
@@ -697,7 +697,7 @@ def plan_epoch(
     size = batch_size * parts
 
     def longest_first(some):
-        return sorted(some, key=lambda i: data.tokens(packs[i]), reverse=True)
+        return sorted(some, key=lambda i: (data.tokens(packs[i]), data.answer_tokens(packs[i])), reverse=True)
 
     if epoch == 1:
         first = longest_first(order)[:size]

@@ -67,11 +67,14 @@ class Needs(NamedTuple):
 
 
 def longest_batch(args: argparse.Namespace, config) -> Batch:
-    """The longest batch that --max_len, --max_src_len and --per_device_train_batch_size allow."""
+    """The longest batch that --max_len, --max_src_len and --per_device_train_batch_size allow.
+
+    All its tokens are answers but the first: the shorter the prompts, the more has to be kept of the last block.
+    """
     ids = [1] * args.max_len
     if hasattr(config, "gmask_token_id"):  # ChatGLM-6B's prompts end so, and its attention depends on it
         ids[max(0, args.max_src_len - 2) : args.max_src_len] = [config.gmask_token_id, config.bos_token_id]
-    sample = Sample(ids, args.max_src_len, False, False)
+    sample = Sample(ids, 1, False, False)
     rows = [sample] * args.per_device_train_batch_size
     context = args.max_src_len - 1 if hasattr(config, "gmask_token_id") else 0
     return collate(rows, lambda _: context, MicroBatch(list(range(len(rows))), 1.0))

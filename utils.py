@@ -90,7 +90,7 @@ def keep_freed_memory() -> None:
     if get_accelerator().device_name() == "cpu" and hasattr(libc, "mallopt"):
         trim_threshold, mmap_max = -1, -4
         libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(trim_threshold, -1)  # never
 
 
 class CompileLock:

@@ -165,7 +165,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
         Returns:
             The last hidden states [batch, tokens, hidden], or [1, wanted, hidden]; and the input of every block if
-            output_hidden_states, else nothing.
+            output_hidden_states, else nothing. (So with `wanted` the last is shorter than those.)
         """
         all_hidden_states = []
         for i, layer in enumerate(layers):

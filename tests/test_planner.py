@@ -15,7 +15,8 @@ from torch import nn
 
 import planner
 import train
-from glm_models import MODE
+from data_set import MicroBatch, Sample, collate
+from glm_models import MODE, ops
 from memory_trace import MIB, CachingAllocator, StorageTracker, host_bytes, peak_bytes, trace_step
 from utils import UserError
 
@@ -91,7 +92,8 @@ def test_a_storage_counts_once():
     del view, z
 
 
-def test_what_is_moved_to_main_memory_counts_there():
+def test_what_is_moved_to_main_memory_counts_there(monkeypatch):
+    monkeypatch.setattr(ops, "CHUNK", 1024 * 16)  # logits are not kept, so never moved
     args = arguments("--mode glm2 --train_type all")
     plain, moved = (build(args, ds_config(args, 2), "meta") for _ in range(2))
     forward = moved.model.forward
@@ -122,7 +124,7 @@ def test_loss_and_gradients_have_their_names():
     args = arguments("--mode glm2 --train_type freeze")
     trace = planner.run_trace(build(args, ds_config(args, 2), "meta"))
     loss = max(e.size for e in trace if e.tag == "loss")
-    assert loss == 2 * 128 * 1024 * 4  # 128 answer tokens a row, the vocabulary, float32
+    assert loss == 2 * 255 * 1024 * 4  # all tokens of a row but the first, the vocabulary, float32
     marked = {e.block for e in trace if e.what == "gradient"}
     assert marked == {e.key for e in trace if e.tag == "gradients"} - {None}
     assert len(marked) == 7  # weights and biases of one layer
@@ -392,3 +394,19 @@ def test_real_tensors_are_left_alone():
     with meta_kernels(True):
         assert dropout(torch.ones(1000)).unique().tolist() == [0.0, 2.0]
     assert dropout(torch.ones(4, device="meta")).shape == (4,)
+
+
+@pytest.mark.parametrize("mode", MODE)
+def test_the_longest_batch_is_the_worst(mode):
+    """Whatever share of a row its prompt has: the last block keeps most where nearly all is answer."""
+    args = arguments(f"--mode {mode} --train_type all")
+    setup = build(args, ds_config(args, 2), "meta")
+
+    def peak(start):
+        rows = [Sample([1] * args.max_len, start, False, False)] * args.per_device_train_batch_size
+        batch = collate(rows, lambda _: 0, MicroBatch(list(range(len(rows))), 1.0))
+        return peak_bytes(planner.run_trace(setup._replace(batch=batch)))
+
+    planned = peak_bytes(planner.run_trace(setup))
+    assert all(peak(start) <= 1.001 * planned for start in (1, args.max_len // 2, args.max_len - 1))
+    assert peak(args.max_len - 1) < 0.99 * planned
