@@ -716,7 +716,7 @@ class RunLog:
         left = (now - self.start) / (steps - self.first) * (self.total_steps - steps)
         say(
             f"epoch {epoch} step {steps}/{self.total_steps} loss {loss:.4f} lr {self.lr:.3g} grad_norm {norm:.3g} "
-            f"{speed:.0f} tokens/s {samples:.3g} samples/s {used:.0%} of peak memory {memory / 2**30:.2f} GiB "
+            f"{speed:.0f} tokens/s {samples:.3g} samples/s {used:.0%} of peak, memory {memory / 2**30:.2f} GiB "
             f"left {time.strftime('%H:%M:%S', time.gmtime(left))}"
         )
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr:.3g}", tokens_s=f"{speed:.0f}")
