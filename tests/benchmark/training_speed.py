@@ -33,6 +33,7 @@ OURS = {
     "ours, packed": ["--packing", "--per_device_train_batch_size", "1", "--max_len", "2048"],
 }
 KINDS = ("trainer", *OURS)
+FIGURES = ("tokens_per_second", "peak_gib_above_model")
 
 
 class Clock:
@@ -206,6 +207,7 @@ def main():
     parser.add_argument("--modes", nargs="+", default=["glm2", "glm3", "glm"], help="families")
     parser.add_argument("--hidden", type=int, default=512, help="width of the model")
     parser.add_argument("--layers", type=int, default=6, help="its layers")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="what to run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind")
     parser.add_argument("--json", help="write all figures here")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
@@ -226,9 +228,9 @@ def main():
         for mode in args.modes:
             folder = str(Path(work, mode))
             make_base(mode, folder, args.data, args.hidden, args.layers)
-            runs = {kind: [] for kind in KINDS}
+            runs = {kind: [] for kind in args.kinds}
             for _ in range(args.repeats):
-                for kind in KINDS:
+                for kind in args.kinds:
                     command = [sys.executable, __file__, "--max_len", str(args.max_len)]
                     command += ["--worker", kind, mode, folder, str(data)]
                     done = subprocess.run(command, capture_output=True, text=True)
@@ -247,19 +249,16 @@ def show(mode: str, runs: dict[str, list[dict]]) -> None:
     print(f"\n| {mode} | tokens/s | against Trainer | memory above the model, GiB | against Trainer | of matmul peak |")
     print("|---|---|---|---|---|---|")
     for kind, results in runs.items():
-        middle = {
-            key: statistics.median(r[key] for r in results) for key in ("tokens_per_second", "peak_gib_above_model")
-        }
-        ratios = [
-            statistics.median(mine[key] / theirs[key] for mine, theirs in zip(results, runs["trainer"], strict=True))
-            for key in ("tokens_per_second", "peak_gib_above_model")
-        ]
-        used = [r["flops"] / r["peak_flops"] for r in results if "flops" in r]
-        print(
-            f"| {kind} | {middle['tokens_per_second']:.0f} | {ratios[0]:.2f} x | {middle['peak_gib_above_model']:.2f} "
-            f"| {ratios[1]:.2f} x | {f'{statistics.median(used):.0%}' if used else ''} |",
-            flush=True,
-        )
+        tokens, memory = (statistics.median(r[key] for r in results) for key in FIGURES)
+        faster = smaller = used = ""
+        if "trainer" in runs:
+            pairs = list(zip(results, runs["trainer"], strict=True))
+            faster, smaller = (
+                f"{statistics.median(mine[key] / theirs[key] for mine, theirs in pairs):.2f} x" for key in FIGURES
+            )
+        if kind != "trainer":
+            used = f"{statistics.median(r['flops'] / r['peak_flops'] for r in results):.0%}"
+        print(f"| {kind} | {tokens:.0f} | {faster} | {memory:.2f} | {smaller} | {used} |", flush=True)
 
 
 if __name__ == "__main__":
