@@ -355,7 +355,7 @@ def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict
         # one more than there are: the lr is 0 after the last step, not in it
         "scheduler.params.total_num_steps": total_steps + 1,
         # in numbers, of which a GPU has two buffers; 20 MB are sent well, and alone there is nothing to send
-        "zero_optimization.reduce_bucket_size": 10_000_000 if world_size > 1 else 5_000_000,
+        "zero_optimization.reduce_bucket_size": 10_000_000 if world_size > 1 else 1_000_000,
         "zero_optimization.overlap_comm": world_size > 1,  # alone there is nothing to overlap, and it keeps gradients
         "zero_optimization.allgather_bucket_size": 200_000_000,
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
