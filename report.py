@@ -375,11 +375,19 @@ def html_table(table: Table, best: str = "") -> str:
 
 def html_sample(row: dict, answers: list[tuple[str, str, float]], top: float) -> str:
     references = row["output"] if isinstance(row["output"], list) else [row["output"]]
-    lines = [("input", row["input"], ""), ("reference", "\nor ".join(references), "")]
-    lines += [
-        (names, f"{text}   ({value:.2f})", "right" if value >= top else "wrong") for names, text, value in answers
-    ]
-    cells = "".join(f'<tr><th>{escape(a)}</th><td class="{c}">{escape(b)}</td></tr>' for a, b, c in lines)
+    expected = {line.strip() for text in references for line in text.splitlines()}
+
+    def marked(text: str, value: float) -> str:
+        """Line by line: of a half right answer those that are right stand out."""
+        lines = []
+        for line in text.splitlines() or [""]:
+            kind = "right" if value >= top or line.strip() in expected else "wrong"
+            lines.append(f'<span class="{kind}">{escape(line)}</span>')
+        return "\n".join(lines) + f"   ({value:.2f})"
+
+    lines = [("input", escape(row["input"])), ("reference", escape("\nor ".join(references)))]
+    lines += [(escape(names), marked(text, value)) for names, text, value in answers]
+    cells = "".join(f"<tr><th>{a}</th><td>{b}</td></tr>" for a, b in lines)
     return f'<div class="sample"><table>{cells}</table></div>'
 
 

@@ -141,6 +141,13 @@ def test_samples_show_right_and_wrong_answers_of_the_best_method(runs, tmp_path)
     assert shown[3][1] == [("base, lora", "甲_部件故障_乙", 0.0)]
 
 
+def test_of_a_half_right_answer_the_right_lines_stand_out():
+    row = {"input": "甲", "output": "甲_组成_乙\n丙_组成_丁"}
+    text = report.html_sample(row, [("lora", "甲_组成_乙\n<戊>", 0.5), ("all", "丙_组成_丁 \n甲_组成_乙", 1.0)], 1.0)
+    assert '<span class="right">甲_组成_乙</span>\n<span class="wrong">&lt;戊&gt;</span>   (0.50)' in text
+    assert '<span class="right">丙_组成_丁 </span>\n<span class="right">甲_组成_乙</span>   (1.00)' in text
+
+
 def test_other_kinds_of_answers_and_runs_without_any(tmp_path):
     with open(tmp_path / "a.jsonl", "w") as file:
         for i in range(4):
