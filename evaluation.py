@@ -16,7 +16,7 @@ import torch
 from data_set import DataError, InstructionData, MicroBatch, RowError, encode_sample, scan_rows
 from folders import write_errors, write_file
 from glm_models.chat import generate_answers
-from metrics import HEADLINE, kind_of, missing, score
+from metrics import HEADLINE, kind_of, missing, references_of, score
 from utils import JsonLines, UserError, control_group, device, is_main, on_rank_0, say
 
 LOWER_IS_BETTER = {"loss", "perplexity", "repeating", "empty"}
@@ -165,7 +165,7 @@ class Validation:
             if line in lines and not isinstance(row, RowError):
                 found[line, self._ids(row)] = row  # a line may hold several rows of an array
         self.asked = [found[int(self.data.lines[i]), tuple(self.data.samples[i].input_ids)] for i in self.generated]
-        self.references = [out if isinstance(out := row["output"], list) else [out] for row in self.asked]
+        self.references = [references_of(row) for row in self.asked]
         kind = kind_of(self.references) if self.args.eval_generate == "auto" else self.args.eval_generate
         one = self.references[0]
         return kind, [name for name in score(kind, one[:1], [one], [True]) if name not in NO_DIRECTION]

@@ -114,6 +114,11 @@ def describe(kind: str, scores: dict[str, float]) -> list[str]:
     return [line.format(**scores) for line in [*lines, stops]]
 
 
+def references_of(row: dict) -> list[str]:
+    """The right answers to a row: its `output`, or each of them if that is a list."""
+    return row["output"] if isinstance(row["output"], list) else [row["output"]]
+
+
 def exact_match(prediction: str, answers: list[str]) -> bool:
     """Whether a prediction is one of the answers, white space around them apart (as SQuAD's, Rajpurkar et al. 2016,
     without its English rules on articles and punctuation)."""

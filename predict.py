@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data_set import DataError, read_rows
 from glm_models import MODE
 from glm_models.chat import generate_answers
-from metrics import HEADLINE, describe, kind_of, missing, relation_scores, score
+from metrics import HEADLINE, describe, kind_of, missing, references_of, relation_scores, score
 from utils import UserError, clear_errors, load_result, named_device, quiet, set_seed, true_or_false
 
 
@@ -55,7 +55,7 @@ def predict_file(model, tokenizer, args) -> None:
             file.flush()
             bar.update(len(part))
 
-    references = [out if isinstance(out := row["output"], list) else [out] for _, row in rows]
+    references = [references_of(row) for _, row in rows]
     unended = sum(not row["ended"] for row in done)
     print(f"answers: {args.output_path}" + (f" ({unended} cut at --max_length {args.max_length})" if unended else ""))
     show_scores(args.metrics, [row["prediction"] for row in done], references, [row["ended"] for row in done])

@@ -24,7 +24,7 @@ import numpy as np
 from charts import COLOURS, interval_chart, legend, line_chart, scatter_chart
 from folders import write_errors, write_file
 from glm_models import MODE
-from metrics import HEADLINE, bootstrap, kind_of, relation_scores, row_scores, score
+from metrics import HEADLINE, bootstrap, kind_of, references_of, relation_scores, row_scores, score
 from utils import UserError, clear_errors
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
@@ -46,8 +46,7 @@ def read_answers(path: str) -> tuple[list[dict], list[str], list[list[str]], lis
     try:
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
-        outputs = [row["output"] for row in rows]
-        references = [output if isinstance(output, list) else [output] for output in outputs]
+        references = [references_of(row) for row in rows]
         if not rows:
             raise ValueError("it is empty")
         return rows, [row["prediction"] for row in rows], references, [row["ended"] for row in rows]
@@ -283,7 +282,7 @@ def samples(family: Family) -> list[tuple[dict, list[tuple[str, str, float]]]]:
         (row, [(methods' names, their answer, its score)]) by first seeds; methods of the same answer together.
     """
     best = max(family.methods, key=lambda method: method.mean)
-    references = [out if isinstance(out := row["output"], list) else [out] for row in family.rows]
+    references = [references_of(row) for row in family.rows]
     values = {m.name: row_scores(family.kind, m.answers, references)[family.measure] for m in family.methods}
     top = max(max(each) for each in values.values())
     order = sorted(range(len(family.rows)), key=lambda i: (np.var([v[i] for v in values.values()]) == 0, i))
@@ -374,13 +373,13 @@ def html_table(table: Table, best: str = "") -> str:
 
 
 def html_sample(row: dict, answers: list[tuple[str, str, float]], top: float) -> str:
-    references = row["output"] if isinstance(row["output"], list) else [row["output"]]
-    expected = {line.strip() for text in references for line in text.splitlines()}
+    references = references_of(row)
+    expected = {line.strip() for text in references for line in text.split("\n")}
 
     def marked(text: str, value: float) -> str:
         """Line by line: of a half right answer those that are right stand out."""
         lines = []
-        for line in text.splitlines() or [""]:
+        for line in text.split("\n"):
             kind = "right" if value >= top or line.strip() in expected else "wrong"
             lines.append(f'<span class="{kind}">{escape(line)}</span>')
         return "\n".join(lines) + f"   ({value:.2f})"
@@ -486,10 +485,8 @@ def markdown_report(families, runs, settings, versions, sweep, title) -> str:
             lines += markdown_table(table)
         rows = []
         for row, answers in samples(family):
-            references = row["output"] if isinstance(row["output"], list) else [row["output"]]
-            rows += [
-                [row["input"], " / ".join(references), name, text, f"{value:.2f}"] for name, text, value in answers
-            ]
+            references = " / ".join(references_of(row))
+            rows += [[row["input"], references, name, text, f"{value:.2f}"] for name, text, value in answers]
         lines += markdown_table(Table("Answers", ["input", "reference", "methods", "answer", family.label], rows))
     if sweep:
         lines += ["## Sweep of learning rates", "", *markdown_table(sweep_table(sweep))]
@@ -552,8 +549,8 @@ def summary(family: Family, rows: int = 4) -> list[str]:
     lines = []
     for row, answers in samples(family)[:rows]:
         lines += [f"input:     {row['input']}"]
-        references = row["output"] if isinstance(row["output"], list) else [row["output"]]
-        for name, text, value in [("reference", " / ".join(references), None), *answers]:
+        references = " / ".join(references_of(row))
+        for name, text, value in [("reference", references, None), *answers]:
             said = text.replace("\n", "; ")
             lines.append(f"  {name}: {said}" + ("" if value is None else f"   ({family.label} {value:.2f})"))
     for method in family.methods:

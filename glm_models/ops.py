@@ -53,7 +53,7 @@ class _SwiGLU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
         toward = grad * up
-        # over x, the widest tensor there is: nobody needs it any more (for one backward pass, as training has it)
+        # over x, the widest tensor there is: nobody needs it any more, and a second backward pass is refused
         torch.mul(F.silu(gate), grad, out=up)
         torch.ops.aten.silu_backward.grad_input(toward, gate, grad_input=gate)
         return x.detach()

@@ -662,6 +662,14 @@ def test_hand_written_gradients(dtype):
             torch.testing.assert_close(one, other, atol=tolerance * other.abs().max().item(), rtol=0)
 
 
+def test_a_second_backward_pass_over_what_is_written_over_is_refused():
+    before, after = torch.nn.Linear(4, 8), torch.nn.Linear(4, 4)
+    out = ops.through(ops.swiglu, after, before(torch.randn(3, 4))).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
 @modes
 def test_no_labels_at_all_give_zero(mode, load, tokenizers):
     model, batch = load(mode).train(), training_batch(tokenizers[mode])
