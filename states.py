@@ -39,7 +39,7 @@ from folders import (
     write_errors,
     write_file,
 )
-from utils import UserError, on_rank_0, say
+from utils import UserError, control_group, on_rank_0, say
 
 FORMAT = 1  # of run.json and the rank files
 LATEST = "latest"
@@ -220,7 +220,7 @@ class States:
             # all ranks together: a full state of a large model is tens of gigabytes to read again
             mine = seal_files(partial, list_files(partial)[self.rank :: self.run.ranks])
             files = [None] * self.run.ranks
-            torch.distributed.all_gather_object(files, mine)
+            torch.distributed.all_gather_object(files, mine, control_group())
             on_rank_0(lambda: self._publish(partial, folder, {n: f for part in files for n, f in part.items()}))
         say(f"state saved: {folder}")
         return folder
@@ -255,6 +255,7 @@ class States:
             converted = state.rstrip("/") + f".for-{self.run.ranks}-ranks{PARTIAL}"  # swept away if this is killed
             on_rank_0(lambda: _make_universal(state, converted))
             self._load_engine(converted)
+            separate_steps(self.engine.optimizer.optimizer)
             on_rank_0(lambda: None)  # all have read it
             on_rank_0(lambda: shutil.rmtree(converted))
         # what the flags say now, where that was allowed to change; else these are the state's own values once more
@@ -274,6 +275,19 @@ class States:
         path, _ = self.engine.load_checkpoint(folder, tag=ENGINE, load_module_strict=False)
         if path is None:
             raise FolderError(f"{folder} holds no files of DeepSpeed's")
+
+
+def separate_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter a step count of its own, where Adam looks for it.
+
+    DeepSpeed's universal format hands out one tensor on the CPU. Parameters that share it are counted up once for each
+    of them in every step, and fused kernels take none that lies elsewhere than the parameter.
+    """
+    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
+        if isinstance(state.get("step"), torch.Tensor):
+            place = parameter.device if fused else "cpu"
+            state["step"] = state["step"].detach().to(place, torch.float32, copy=True)
 
 
 def ds_section(state: str | None, ranks: int) -> dict:

@@ -11,8 +11,10 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-# To be said before torch comes in. Else fragments of the allocator cost 2 to 5 GiB of a GPU.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Set before torch is imported: fragmentation otherwise costs 2 to 5 GiB of a GPU. Torch reads the older name first, so
+# it must not hide what a user has set under the newer one.
+if "PYTORCH_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # Large tensors in large pages: page faults would take 7 % of a CPU's time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -109,7 +111,8 @@ def lora(args, load):
     )
     config._register_custom_module({torch.nn.Linear: LoraLinear})
     model.name_or_path = os.path.abspath(args.model_name_or_path)  # goes into the adapter: its base
-    return get_peft_model(model, config)
+    # in the model's type: DeepSpeed keeps float32 masters, and ZeRO-3 does not cast what differs from it
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def train_all(args, load):
@@ -372,7 +375,7 @@ def load_data(args, tokenizer, path: str, several_outputs: bool = False) -> Inst
     prepared = once_per_node(lambda: prepare(*settings, cache_dir=cache_dir, progress=is_main(), **more))
     data = InstructionData(*settings, prepared=prepared)
     if not keep:
-        torch.distributed.barrier()
+        on_rank_0(lambda: None)  # all have mapped it
         once_per_node(lambda: os.unlink(prepared))  # what is mapped stays readable
     return data
 

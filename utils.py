@@ -135,7 +135,7 @@ class CompileLock:
 @functools.cache
 def control_group() -> torch.distributed.ProcessGroup:
     """A group of all ranks for what they have to tell each other on the CPU, without a word to the devices."""
-    # the default group waits half an hour at most, and a large file takes longer to prepare
+    # the devices' group waits ten minutes at most (NCCL), and a large file takes longer to prepare or to write
     return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
 
@@ -462,6 +462,9 @@ def load_base(
     """
     family = MODE[mode]
     check_family(folder, mode)
+    # On Hopper and Blackwell torch would take cuDNN's attention first, which makes a plan for each new length, of tens
+    # of milliseconds, and keeps all plans; on Blackwell it is wrong for fewer than 8 heads of keys (pytorch #193893).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     zero3 = bool(ds_config) and ds_config["zero_optimization"].get("stage") == 3
     config = family.config.from_pretrained(folder, use_cache=ds_config is None, **config)
     try:
@@ -562,7 +565,7 @@ def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> 
                 write_json(os.path.join(partial, BASE_FILE), model.base_record)
     else:
         save_full_model(model, tokenizer, base, folder, dtype)
-    torch.distributed.barrier()
+    on_rank_0(lambda: None)  # the others wait, on the CPU: devices would give up before a large file is on a slow disk
 
 
 def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> None:
@@ -571,12 +574,13 @@ def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype
     buffers = model.official_buffers()
     count = sum(getattr(p, "ds_numel", p.numel()) for _, p in parameters)
     total = count * dtype.itemsize + sum(b.numel() * b.element_size() for b in buffers.values())
-    tensors = ((name, tensor.to("cpu", dtype)) for name, tensor in gathered(parameters))
+    whole = gathered(parameters)
     if not is_main():
-        for _ in tensors:  # takes part in gathering
+        for _ in whole:  # takes part in gathering, and copies nothing
             pass
         return
 
+    tensors = ((name, tensor.to("cpu", dtype)) for name, tensor in whole)
     keys = ("pre_seq_len", "prefix_projection") if model.config.pre_seq_len else ()
     prefix = {key: getattr(model.config, key) for key in keys}
     with new_folder(folder) as partial:

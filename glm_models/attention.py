@@ -100,7 +100,26 @@ def attend(module, q, k, v, mask, prefix, cache) -> torch.Tensor:
     return _attention(module, q, k, v, mask).flatten(2)
 
 
+def takes_groups(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a kernel that takes grouped keys and values and never holds the scores.
+
+    On CUDA that is flash attention alone, which needs half precision and compute capability 8.0. The memory-efficient
+    kernel, which older GPUs and float32 have, wants as many heads of keys as of queries; without it torch takes plain
+    operations, which hold the scores in float32 several times: 1.5 GiB for 2,048 tokens and 32 heads.
+    """
+    if device.type != "cuda":
+        return True
+    return dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _attention(module, q, k, v, mask, is_causal=None) -> torch.Tensor:
+    groups = q.shape[1] // k.shape[1]
+    sdpa = module.config._attn_implementation == "sdpa"
+    if groups > 1 and mask is None and sdpa and not takes_groups(q.device, q.dtype):
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        is_causal = q.shape[2] > 1 if is_causal is None else is_causal
+        # transformers' function would ask for groups all the same
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=module.scaling).transpose(1, 2)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
     return function(module, q, k, v, mask, scaling=module.scaling, dropout=0.0, is_causal=is_causal)[0]
 
@@ -132,7 +151,7 @@ def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, is_ca
     """Attention spelled out, for --attn_implementation eager; arguments as the registry's other functions take them."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = (query * scaling) @ key.transpose(2, 3)  # scaled first: in float16 the product could overflow
     if mask is None and query.shape[2] > 1 and is_causal is not False:
         mask = torch.full(scores.shape[-2:], torch.finfo(scores.dtype).min, device=scores.device)
         mask = mask.triu(1 + scores.shape[-1] - scores.shape[-2])

@@ -1,5 +1,6 @@
 """`chat` and `stream_chat` of the three families, on top of transformers' `generate`."""
 
+import contextlib
 import queue
 import threading
 
@@ -64,6 +65,18 @@ def stream_ids(model, stop_ids: list[int], **kwargs):
         thread.join()
 
 
+@contextlib.contextmanager
+def padded_batches(config):
+    """Attention that takes the masks of padded batches. flash-attn's does not: training never has any."""
+    before = config._attn_implementation
+    if before == "flash_attention_2":
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 @torch.no_grad()
 def generate_ids(
     model, tokenizer, prompts: list[list[int]], limits: list[int], **options
@@ -82,7 +95,8 @@ def generate_ids(
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     stop = tokenizer.stop_token_ids
     options = {"do_sample": False, "use_cache": True, "max_new_tokens": max(limits)} | options
-    output = model.generate(**batch, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, **options)
+    with padded_batches(model.config):
+        output = model.generate(**batch, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, **options)
     answers = []
     for limit, ids in zip(limits, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
         ids = ids[:limit]

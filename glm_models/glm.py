@@ -252,7 +252,7 @@ class GLMBlock(Block):
         self.mlp = GLMMLP(config)
 
     def forward(self, hidden_states, angles, mask, prefix=None, cache=None, wanted=None):
-        normed = self.input_layernorm(hidden_states.to(angles[0].device, non_blocking=True))
+        normed = self.input_layernorm(hidden_states)
         attended = self.attention(normed, angles, mask, prefix, cache, wanted)
         hidden_states = take(normed, wanted) * self.alpha + attended
         normed = self.post_attention_layernorm(hidden_states)

@@ -302,7 +302,6 @@ class ChatGLM2Block(Block):
         self.mlp = MLP(config)
 
     def forward(self, hidden_states, angles, mask, prefix=None, cache=None, wanted=None):
-        hidden_states = hidden_states.to(angles[0].device, non_blocking=True)
         attended = self.self_attention(self.input_layernorm(hidden_states), angles, mask, prefix, cache, wanted)
         hidden_states = take(hidden_states, wanted) + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), self.gradient_checkpointing)

@@ -1,5 +1,6 @@
 """What the three networks share: loading rules, initialisation, attention, masks, the P-Tuning prefix, the loss."""
 
+import contextlib
 import math
 
 import torch
@@ -11,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .checkpoint import CheckpointError, check_family, weight_layout
-from .ops import TiledMLP, summed_cross_entropy, to_cpu
+from .ops import TiledMLP, input_in_main_memory, summed_cross_entropy
 
 IGNORE_INDEX = -100  # the label of a token that the loss leaves out, as in torch and transformers
 
@@ -171,12 +172,14 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         for i, layer in enumerate(layers):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            if layer.offload_input and layer.gradient_checkpointing and self.training:
-                hidden_states = to_cpu(hidden_states)
+            offloads = layer.offload_input and layer.gradient_checkpointing and self.training
             # below the lowest layer that trains there is no graph: a checkpoint would keep its input nevertheless
             trains = prefix is not None or any(p.requires_grad for p in layer.parameters())
             learns = trains or hidden_states.requires_grad
-            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            with (
+                torch.set_grad_enabled(learns and torch.is_grad_enabled()),
+                input_in_main_memory(hidden_states) if offloads else contextlib.nullcontext(),
+            ):
                 layer_prefix = prefix[i] if prefix is not None else None
                 positions = wanted if i == len(layers) - 1 else None
                 hidden_states = layer(hidden_states, angles, mask, layer_prefix, cache, positions)

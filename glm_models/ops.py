@@ -4,6 +4,8 @@ Each computes in its forward pass just what the plain expression beside it compu
 most, and computes the rest again in the backward pass, where that costs a few passes over memory and no matrix product.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,7 +19,7 @@ class _RMSNorm(torch.autograd.Function):
         x32 = x.float()
         scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        return weight * (x32 * scale).to(x.dtype)
+        return (weight * (x32 * scale)).to(x.dtype)  # rounded once, as in the official models
 
     @staticmethod
     @once_differentiable
@@ -26,7 +28,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = x.float() * scale
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            toward = (grad * weight).float()
+            toward = grad.float() * weight
             # the part of the gradient along the normed vector is lost: its length is always the same
             along = (toward * normed).mean(-1, keepdim=True)
             grad_x = toward.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
@@ -36,7 +38,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, the quotient in float32; keeps x."""
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32 and rounded once; keeps x."""
+    if x.is_cuda:  # one kernel forward and one or two backward, which keep the same; elsewhere torch has none
+        return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -171,20 +175,31 @@ class TiledMLP(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-class _ToCpu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.device = x.device
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+def input_in_main_memory(x: torch.Tensor):
+    """Context for the call of a checkpointed layer: what it keeps of its input x waits in pinned main memory.
 
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.to(ctx.device)
+    Only the copy that is kept moves; x itself and its gradient stay on the device. Nothing changes on a CPU.
+    """
+    return contextlib.nullcontext() if x.device.type == "cpu" else kept_in_main_memory(x)
 
 
-def to_cpu(x: torch.Tensor) -> torch.Tensor:
-    """x in pinned main memory, from where `x.to(device)` brings it back; gradients pass through both."""
-    return x if x.device.type == "cpu" else _ToCpu.apply(x)
+def kept_in_main_memory(x: torch.Tensor) -> torch.autograd.graph.saved_tensors_hooks:
+    """Context in which what autograd keeps of x, and of nothing else, is copied to main memory until it is needed."""
+    storage, shape = x.untyped_storage()._cdata, x.shape
+
+    def pack(kept: torch.Tensor):
+        if kept.untyped_storage()._cdata != storage or kept.shape != shape:
+            return kept
+        copy = torch.empty(kept.shape, dtype=kept.dtype, device="cpu", pin_memory=kept.is_cuda)
+        return kept.device, copy.copy_(kept, non_blocking=True)
+
+    def unpack(packed):
+        if isinstance(packed, torch.Tensor):
+            return packed
+        device, copy = packed
+        return copy.to(device, non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 # Loss
@@ -228,7 +243,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *(saved if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None
+        # in place: grad_weight is as large as the output layer; and with the factor in float32, not rounded before
+        return *(saved if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), None
 
 
 class OutputLayer(nn.Linear):

@@ -5,7 +5,6 @@ written here. Then come the promises that hold whatever the numbers are: padding
 key/value cache, gradient checkpointing or the attention implementation; checkpoints load completely or not at all.
 """
 
-import functools
 import itertools
 import json
 import math
@@ -20,12 +19,15 @@ from conftest import enliven, write_model
 from native import native_model, native_weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor, TextIteratorStreamer
 
 from data_set import MicroBatch, Sample, collate
-from glm_models import MODE, CheckpointError, modeling, ops
+from glm_models import MODE, CheckpointError, attention, modeling, ops
+from glm_models.chat import generate_ids
 from throughput import needed_flops
+from utils import load_base
 
 EXACT = {"atol": 0, "rtol": 0}
 CLOSE = {"atol": 2e-5, "rtol": 0}  # float32 rounding at logits of about 1.5
@@ -616,13 +618,97 @@ def test_ways_to_save_memory_change_nothing(mode, prefix, options, load, tokeniz
     plain, saving = (load(mode, **prefix, prefix_dropout=0.0).train() for _ in range(2))
     saving.save_memory(**options)
     saving.gradient_checkpointing_enable({"use_reentrant": False})
-    monkeypatch.setattr(modeling, "to_cpu", lambda x: ops._ToCpu.apply(x))  # else a CPU would have nothing to do
-    monkeypatch.setattr(torch, "empty", functools.partial(_unpinned, torch.empty))
+    moved = []
+
+    def kept_in_main_memory(x):  # else a CPU would have nothing to do
+        hooks = ops.kept_in_main_memory(x)
+        pack = hooks.pack_hook
+        hooks.pack_hook = lambda kept: moved.append(packed := pack(kept)) or packed
+        return hooks
+
+    monkeypatch.setattr(modeling, "input_in_main_memory", kept_in_main_memory)
     assert_same_training(saving, batch, plain, batch)
+    copies = [copy for copy in moved if isinstance(copy, tuple)]
+    # one a layer whose input anything is learnt from
+    assert len(copies) == (plain.config.num_layers if options.get("offload_inputs") else 0)
 
 
-def _unpinned(empty, *size, pin_memory=False, **kwargs):
-    return empty(*size, **kwargs)
+def test_only_a_copy_of_the_kept_input_moves():
+    """The gradient must not make the journey: on a GPU it would wait for the copy, twice a layer."""
+    x = torch.randn(2, 3, requires_grad=True)
+    with ops.kept_in_main_memory(x):
+        y = checkpoint(lambda t: t.sin(), x, use_reentrant=False)
+    names, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        names.add(type(node).__name__)
+        todo += [parent for parent, _ in node.next_functions if parent is not None]
+    assert names == {"SinBackward0", "AccumulateGrad"}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "expected"),
+    [
+        ("cuda", torch.bfloat16, (8, 0), True),
+        ("cuda", torch.float16, (9, 0), True),
+        ("cuda", torch.float32, (9, 0), False),
+        ("cuda", torch.float16, (7, 5), False),
+        ("cpu", torch.float32, None, True),
+    ],
+)
+def test_which_gpus_take_grouped_keys(monkeypatch, device, dtype, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention.takes_groups(torch.device(device), dtype) is expected
+
+
+@pytest.mark.parametrize("mode", ["glm2", "glm3"])
+@prefixes
+def test_without_a_kernel_for_groups_keys_are_repeated(mode, prefix, load, tokenizers, monkeypatch):
+    batch = packed_batch(tokenizers[mode])
+    grouped, repeated = (load(mode, **prefix, prefix_dropout=0.0).train() for _ in range(2))
+    want = loss_and_gradients(grouped, batch)
+    heads = []
+    plain = F.scaled_dot_product_attention
+
+    def watched(q, k, v, *args, **kwargs):
+        heads.append((q.shape[1], k.shape[1], kwargs.get("enable_gqa", False)))
+        return plain(q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "takes_groups", lambda device, dtype: False)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    loss, gradients = loss_and_gradients(repeated, batch)
+    assert set(heads) == {(4, 4, False)}
+    torch.testing.assert_close(loss, want[0], **CLOSE)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, want[1][name], **CLOSE)
+
+
+@modes
+def test_padded_batches_are_generated_without_flash_attention(mode, load, tokenizers):
+    """flash-attn takes no mask: with --attn_implementation flash_attention_2 validation would end in a crash."""
+    model, tokenizer = load(mode), tokenizers[mode]
+    prompts = [tokenizer.encode_prompt(query) for query in QUERIES]
+    want = generate_ids(model, tokenizer, prompts, [6, 6, 6])
+    model.config._attn_implementation = "flash_attention_2"
+    assert generate_ids(model, tokenizer, prompts, [6, 6, 6]) == want
+    assert model.config._attn_implementation == "flash_attention_2"  # for the next training step
+
+
+@modes
+def test_cudnn_attention_is_off(mode, tiny):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_base(mode, tiny[mode], torch.float32)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_norms_round_once():
+    """In bfloat16, against float64: the error is that of one rounding, about half of what two make."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 512), 1 + 0.25 * torch.randn(512)
+    x, weight = x.bfloat16(), weight.bfloat16()
+    exact = F.rms_norm(x.double(), (512,), weight.double(), 1e-5)
+    error = (ops.rms_norm(x, weight, 1e-5).double() - exact).norm() / exact.norm()
+    assert error < 1.02 * (exact.bfloat16().double() - exact).norm() / exact.norm()
 
 
 @modes

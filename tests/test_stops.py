@@ -525,11 +525,36 @@ def test_another_run_does_not_go_on_from_a_state(stopped, base, rows):
     assert "warning: changed since" in text and "--learning_rate: 0.005 before, 0.001 now" in text
 
 
+def check_adam_steps():
+    """After each step of this process: every parameter counts its steps by itself, rightly, where fused Adam looks."""
+    end = stops.Watch.end
+
+    def checked(self, loss):
+        step = end(self, loss)
+        if step is not None:
+            states = self.engine.optimizer.optimizer.state
+            steps = [state["step"] for state in states.values()]
+            assert (
+                len({id(step) for step in steps})
+                == len(steps)
+                >= (2 if self.engine.zero_optimization_stage() == 3 else 1)
+            )
+            assert {step.item() for step in steps} == {self.engine.global_steps}
+            assert all(state["step"].device == parameter.device for parameter, state in states.items())
+        return step
+
+    stops.Watch.end = checked
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("ranks", [(1, 2), (2, 1)])
 def test_another_number_of_processes_goes_on(whole, tmp_path, base, rows, stage, ranks):
     before, after = ranks
-    plain = ["--lora_dropout", "0"]
+    ds_config = json.loads((ROOT / STAGES[stage]).read_text())
+    if stage == 3:
+        ds_config["zero_optimization"]["sub_group_size"] = 200  # several, which share what they are given
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config))
+    plain = ["--lora_dropout", "0", "--ds_file", str(tmp_path / "ds.json")]
     losses = {}
     for name, stop in (("unbroken", None), ("broken", 6)):
         trial = Trial(tmp_path / name, base, rows, ranks=before, stage=stage)
@@ -540,7 +565,7 @@ def test_another_number_of_processes_goes_on(whole, tmp_path, base, rows, stage,
         else:
             prepare = before_step(stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
             assert trial.run(*plain, *parts[before], prepare=prepare)[0] == dict.fromkeys(range(before), 75)
-            codes, text = trial.run(*plain, *parts[after], ranks=after)
+            codes, text = trial.run(*plain, *parts[after], ranks=after, prepare=check_adam_steps)
             assert codes == dict.fromkeys(range(after), 0), text
             assert [step for step, _ in read_losses(trial.losses)] == list(range(1, 37))
             assert not list(trial.output.rglob(f"*{folders.PARTIAL}"))
