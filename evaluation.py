@@ -16,12 +16,11 @@ import torch
 from data_set import DataError, InstructionData, MicroBatch, RowError, encode_sample, scan_rows
 from folders import write_errors, write_file
 from glm_models.chat import generate_answers
-from metrics import HEADLINE, kind_of, missing, references_of, score
+from metrics import FROM_LOSS, HEADLINE, kind_of, missing, references_of, score
 from utils import JsonLines, UserError, control_group, device, is_main, on_rank_0, say
 
 LOWER_IS_BETTER = {"loss", "perplexity", "repeating", "empty"}
 NO_DIRECTION = {"mean_length", "reference_length"}
-FROM_LOSS = ("loss", "perplexity")
 
 # Rows
 

@@ -20,6 +20,53 @@ import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from arguments import SWITCH, File, Folder, Integer, NewPath, Parser, Text, answer_early
+from glm_models import MODE
+
+SUITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "forgetting.json")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags. Raises UserError: see Parser.parse_args."""
+    parser = Parser(__doc__, contradictions)
+    group = parser.group("what is compared")
+    group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
+    group.add_argument("--base", type=Folder(), required=True, help="folder of the model before tuning")
+    group.add_argument(
+        "--tuned", type=Folder(), required=True, help="folder of the result: a model, a P-Tuning result or an adapter"
+    )
+    group.add_argument(
+        "--suite", type=File(), default=SUITE, default_text="data/forgetting.json",
+        help="rows of instruction, input, output and category",
+    )  # fmt: skip
+    group.add_argument(
+        "--output", type=NewPath(), default_text="forgetting.json in --tuned",
+        help="report in JSON; the same in tables is beside it, ending in .md",
+    )  # fmt: skip
+    group = parser.group("settings")
+    group.add_argument(
+        "--device", type=Text(), default_text="the accelerator, else cpu", help="cuda, cuda:1, cpu or a number"
+    )
+    group.add_argument("--max_length", type=Integer(), default=2048, help="maximum tokens of prompt and reference")
+    group.add_argument("--max_new_tokens", type=Integer(), default=128, help="maximum tokens per greedy answer")
+    group.add_argument("--verbose", **SWITCH, help="show the messages of the libraries")
+    return parser.parse_args(argv)
+
+
+def contradictions(args: argparse.Namespace) -> list[str]:
+    """What is wrong with --output; see Parser."""
+    if args.output is None:
+        return []
+    if not args.output.endswith(".json"):
+        return [f"--output {args.output} must end in .json"]
+    if not os.path.isdir(os.path.dirname(args.output) or "."):
+        return [f"--output {args.output}: no such folder"]
+    return []
+
+
+if __name__ == "__main__":
+    answer_early(parse_args)
+
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -28,11 +75,9 @@ from tqdm import tqdm
 from data_cache import file_hash
 from data_set import DataError, MicroBatch, Sample, collate, encode_sample, read_rows
 from folders import check_space, write_errors, write_file
-from glm_models import MODE
 from glm_models.chat import generate_ids
-from utils import UserError, clear_errors, load_result, named_device, quiet, true_or_false
+from utils import UserError, clear_errors, load_result, named_device, quiet
 
-SUITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "forgetting.json")
 SHOWN = ("forgetting", "nll_base", "nll_tuned", "kl", "agree", "agree_prefix")
 
 
@@ -289,47 +334,16 @@ def _cell(text: str) -> str:
 # The script
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=MODE, required=True, help="model family")
-    parser.add_argument("--base", required=True, help="folder of the model before tuning")
-    parser.add_argument("--tuned", required=True, help="folder of the result: a model, a P-Tuning result or an adapter")
-    parser.add_argument("--suite", default=SUITE, help="rows of instruction, input, output and category")
-    parser.add_argument(
-        "--output", help="report as JSON; .md beside it has it in tables (default: forgetting.json in --tuned)"
-    )
-    parser.add_argument("--device", help="as cuda, cuda:1 or cpu, or a number (default: the accelerator, else cpu)")
-    parser.add_argument("--max_length", type=int, default=2048, help="most tokens of prompt and reference")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="most tokens of a greedy answer")
-    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
-    parser.add_argument("--verbose", **flag, help="show what the libraries have to say")
-    return parser.parse_args(argv)
-
-
-def check_args(args) -> None:
-    wrong = [f"--{name} must be at least 1" for name in ("max_length", "max_new_tokens") if getattr(args, name) < 1]
-    for name in ("base", "tuned"):
-        if not os.path.isdir(getattr(args, name)):
-            wrong.append(f"--{name} {getattr(args, name)}: no such folder")
-    args.output = args.output or os.path.join(args.tuned, "forgetting.json")
-    if not args.output.endswith(".json"):
-        wrong.append(f"--output {args.output} must end in .json")
-    elif not os.path.isdir(os.path.dirname(args.output) or "."):
-        wrong.append(f"--output {args.output}: no such folder")
-    if wrong:
-        raise UserError("\n       ".join(wrong))
-
-
 def main(argv=None) -> None:
-    args = parse_args(argv)
-    quiet(args.verbose)
     with clear_errors(DataError):
-        check_args(args)
+        args = parse_args(argv)
+        quiet(args.verbose)
+        output = args.output or os.path.join(args.tuned, "forgetting.json")
         device = named_device(args.device)
         report = compare(args.mode, args.base, args.tuned, args.suite, device, args.max_length, args.max_new_tokens)
-        pages = os.path.splitext(args.output)[0] + ".md"
-        with write_errors(args.output):
-            write_file(args.output, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+        pages = os.path.splitext(output)[0] + ".md"
+        with write_errors(output):
+            write_file(output, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
             write_file(pages, markdown(report))
         print(*table(report), f"answers side by side: {pages}", sep="\n")
 

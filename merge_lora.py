@@ -10,13 +10,35 @@ base and adapter, and its logits on a few prompts against those of the unmerged 
 import argparse
 import os
 
+from arguments import SWITCH, Folder, NewPath, Parser, answer_early
+from glm_models import MODE
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags. Raises UserError: see Parser.parse_args."""
+    parser = Parser(__doc__)
+    group = parser.group("models")
+    group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
+    group.add_argument("--ori_model_dir", type=Folder(), required=True, help="folder of the base model")
+    group.add_argument("--model_dir", type=Folder(), required=True, help="folder of the LoRA adapter")
+    group.add_argument(
+        "--output_dir", type=NewPath(), default_text="the adapter's, -merged appended",
+        help="folder to write; must be empty or new",
+    )  # fmt: skip
+    group.add_argument("--no_verify", **SWITCH, help="do not compare merged and unmerged model")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    answer_early(parse_args)
+
 import torch
 from torch import nn
 
 import probe
 from adapter import Adapter, check_base, read_adapter
 from folders import check_space, new_folder
-from glm_models import MODE, check_family
+from glm_models import check_family
 from glm_models.checkpoint import (
     DTYPES,
     CheckpointError,
@@ -241,21 +263,11 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
             print("not verified (--no_verify): merged and unmerged model were not compared")
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=MODE, required=True, help="model family")
-    parser.add_argument("--ori_model_dir", required=True, help="the base model's folder")
-    parser.add_argument("--model_dir", required=True, help="the adapter's folder, a result of --train_type lora")
-    parser.add_argument("--output_dir", help="folder to write (default: the adapter's, with -merged appended)")
-    parser.add_argument("--no_verify", action="store_true", help="do not compare merged and unmerged model")
-    return parser.parse_args(argv)
-
-
 def main(argv=None) -> None:
-    args = parse_args(argv)
-    quiet(verbose=False)
-    output = args.output_dir or args.model_dir.rstrip("/") + "-merged"
     with clear_errors():
+        args = parse_args(argv)
+        quiet(verbose=False)
+        output = args.output_dir or args.model_dir.rstrip("/") + "-merged"
         merge(args.mode, args.ori_model_dir, args.model_dir, output, not args.no_verify)
         print(f"merged {args.model_dir} into {args.ori_model_dir}: {output}")
 

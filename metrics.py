@@ -21,6 +21,7 @@ import numpy as np
 
 # each kind of answers with the score to choose a model by, a mean over rows (rouge_l: see `missing`)
 HEADLINE = {"triples": "f1", "questions": "question_points", "classes": "accuracy", "text": "rouge_l"}
+FROM_LOSS = ("loss", "perplexity")  # figures of a validation for which nothing is generated
 # ROUGE and BLEU alone need these; module -> what to install
 PACKAGES = {"jieba": "jieba==0.42.1", "rouge_chinese": "rouge-chinese==1.0.3", "nltk": "nltk==3.10.4"}
 

@@ -7,18 +7,22 @@
 The folder may be a full model, a P-Tuning result, or a LoRA adapter: which, it finds out by itself.
 """
 
-import argparse
 import json
 import os
+
+from arguments import answer_early
+from predict_arguments import longest_prompt, parse_args
+
+if __name__ == "__main__":
+    answer_early(parse_args)
 
 import torch
 from tqdm import tqdm
 
 from data_set import DataError, read_rows
-from glm_models import MODE
 from glm_models.chat import generate_answers
-from metrics import HEADLINE, describe, kind_of, missing, references_of, relation_scores, score
-from utils import UserError, clear_errors, load_result, named_device, quiet, set_seed, true_or_false
+from metrics import describe, kind_of, missing, references_of, relation_scores, score
+from utils import UserError, clear_errors, load_result, named_device, quiet, set_seed
 
 
 @torch.inference_mode()
@@ -137,73 +141,19 @@ def chat(model, tokenizer, args) -> None:
         history = new_history
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=MODE, required=True, help="model family")
-    parser.add_argument("--model_path", required=True, help="folder of a model, a P-Tuning result or a LoRA adapter")
-    parser.add_argument("--ori_model_dir", help="base model of an adapter (default: the one its config names)")
-    parser.add_argument("--device", help="as cuda, cuda:1 or cpu, or a number (default: the accelerator, else cpu)")
-    group = parser.add_argument_group("what to answer (default: chat in the terminal)")
-    group.add_argument("--predict_path", help="file of instruction, input, output (a string or several references)")
-    group.add_argument(
-        "--output_path", help="where its answers go (default: predictions-NAME.jsonl in the model folder)"
-    )
-    group.add_argument("--batch_size", type=int, default=8, help="rows at a time")
-    group.add_argument(
-        "--metrics", choices=["auto", *HEADLINE], default="auto", help="how to score them (default: by the references)"
-    )
-    group.add_argument("--instruction", default="", help="one sample: its instruction")
-    group.add_argument("--input", default="", help="one sample: its input")
-    group = parser.add_argument_group("generation")
-    group.add_argument("--max_length", type=int, default=2048, help="most tokens of prompt and answer together")
-    group.add_argument(
-        "--max_src_len", type=int, help="most tokens of a prompt, as in training (default: max_length - 16)"
-    )
-    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
-    group.add_argument("--do_sample", **flag, help="draw tokens at random instead of taking the likeliest")
-    group.add_argument("--top_p", type=float, default=0.8, help="with --do_sample: draw from this share of probability")
-    group.add_argument(
-        "--temperature", type=float, default=0.8, help="with --do_sample: above 1 flatter, below sharper"
-    )
-    group.add_argument("--num_beams", type=int, default=1, help="beam search")
-    group.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition")
-    group.add_argument("--seed", type=int, default=1234, help="with --do_sample")
-    group.add_argument("--verbose", **flag, help="show what the libraries have to say")
-    return parser.parse_args(argv)
-
-
 def check_args(args) -> None:
-    wrong = []
-    if args.predict_path and (args.instruction or args.input):
-        wrong.append("--predict_path and --instruction or --input exclude each other")
-    if args.max_src_len is None:
-        args.max_src_len = args.max_length - 16
-    if not 0 < args.max_src_len < args.max_length - 3:
-        wrong.append(f"--max_src_len {args.max_src_len} must be above 0 and well below --max_length {args.max_length}")
-    for name in ("batch_size", "num_beams"):
-        if getattr(args, name) < 1:
-            wrong.append(f"--{name} must be at least 1")
-    if args.temperature <= 0 or not 0 < args.top_p <= 1 or args.repetition_penalty <= 0:
-        wrong.append("--temperature and --repetition_penalty must be above 0, --top_p above 0 and at most 1")
-    if missing(args.metrics):
-        wrong.append(f"--metrics {args.metrics} needs more packages: {missing(args.metrics)}")
+    """Resolve --device and fill in the defaults that depend on other flags."""
+    args.max_src_len = longest_prompt(args)
     if args.predict_path:
-        if not os.path.isfile(args.predict_path):
-            wrong.append(f"--predict_path {args.predict_path}: no such file")
         name = os.path.splitext(os.path.basename(args.predict_path))[0]
         args.output_path = args.output_path or os.path.join(args.model_path, f"predictions-{name}.jsonl")
-    try:
-        args.device = named_device(args.device)
-    except UserError as error:
-        wrong.append(str(error))
-    if wrong:
-        raise UserError("\n       ".join(wrong))
+    args.device = named_device(args.device)
 
 
 def main(argv=None) -> None:
-    args = parse_args(argv)
-    quiet(args.verbose)
     with clear_errors(DataError):
+        args = parse_args(argv)
+        quiet(args.verbose)
         check_args(args)
         set_seed(args.seed)
         tokenizer, model = load_result(args.mode, args.model_path, args.ori_model_dir, args.device)

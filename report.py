@@ -19,11 +19,47 @@ from collections import defaultdict
 from html import escape
 from typing import NamedTuple
 
+from arguments import NewPath, Parser, Text, answer_early
+from glm_models import MODE
+
+
+class Run:
+    """NAME=ANSWERS or NAME=ANSWERS,TRAINING; the value is the three of them, the last one "" if it is not there."""
+
+    metavar = "NAME=ANSWERS[,TRAINING]"
+
+    def __call__(self, text: str) -> tuple[str, str, str]:
+        name, _, paths = text.partition("=")
+        answers, _, training = paths.partition(",")
+        if not name or not answers:
+            raise ValueError("NAME=ANSWERS or NAME=ANSWERS,TRAINING is needed")
+        if training and not os.path.isdir(training):
+            raise ValueError(f"{training}: no such folder")
+        return name, answers, training
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags. Raises UserError: see Parser.parse_args."""
+    parser = Parser(__doc__)
+    group = parser.group("report")
+    group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
+    group.add_argument(
+        "--run", type=Run(), nargs="repeat", required=True,
+        help="a model: its name, the answers of predict.py, and the output_dir of its training if there is one; "
+        "once for each model",
+    )  # fmt: skip
+    group.add_argument("--title", type=Text(), default="Report", help="headline of the page")
+    group.add_argument("--output_dir", type=NewPath(), required=True, help="folder for the report")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    answer_early(parse_args)
+
 import numpy as np
 
 from charts import COLOURS, interval_chart, legend, line_chart, scatter_chart
 from folders import write_errors, write_file
-from glm_models import MODE
 from metrics import HEADLINE, bootstrap, kind_of, references_of, relation_scores, row_scores, score
 from utils import UserError, clear_errors
 
@@ -559,33 +595,16 @@ def summary(family: Family, rows: int = 4) -> list[str]:
     return lines
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=MODE, required=True, help="model family")
-    parser.add_argument(
-        "--run", action="append", required=True, metavar="NAME=ANSWERS[,TRAINING]",
-        help="a model: its name, predict.py's file, train.py's output_dir if there is one; once a model",
-    )  # fmt: skip
-    parser.add_argument("--title", default="Report", help="headline of the page")
-    parser.add_argument("--output_dir", required=True, help="folder for the report")
-    return parser.parse_args(argv)
-
-
 def main(argv=None) -> None:
-    args = parse_args(argv)
     with clear_errors():
+        args = parse_args(argv)
         runs = []
-        for one in args.run:
-            name, _, paths = one.partition("=")
-            answers, _, training = paths.partition(",")
-            if not name or not answers:
-                raise UserError(f"--run {one}: NAME=ANSWERS or NAME=ANSWERS,TRAINING is needed")
-            if training and not os.path.isdir(training):
-                raise UserError(f"--run {one}: {training}: no such folder")
+        for name, answers, training in args.run:
             run = {"mode": args.mode, "method": name, "seed": None, "status": "done"}
             run["predictions"] = os.path.relpath(answers, args.output_dir)
             runs.append(run | (read_curves(training) if training else {}))
-        path, (family,) = write_report(args.output_dir, runs, {"runs": " ".join(args.run)}, title=args.title)
+        given = " ".join(f"{name}={answers}" + f",{training}" * bool(training) for name, answers, training in args.run)
+        path, (family,) = write_report(args.output_dir, runs, {"runs": given}, title=args.title)
         print(*summary(family), f"report: {path}", sep="\n")
 
 

@@ -5,7 +5,6 @@
 `main` is the order of events. `TRAIN_TYPE` has one function a method.
 """
 
-import argparse
 import math
 import os
 from collections.abc import Callable
@@ -18,6 +17,12 @@ if "PYTORCH_ALLOC_CONF" not in os.environ:
 # Large tensors in large pages: page faults would take 7 % of a CPU's time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+from arguments import answer_early
+from train_arguments import fixed_flags, parse_args, validates
+
+if __name__ == "__main__":
+    answer_early(parse_args)
+
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -28,12 +33,11 @@ import data_check
 import planner
 from adapter import record_base
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
-from evaluation import FROM_LOSS, Validation, split_rows
+from evaluation import Validation, split_rows
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
 from lora import LoraLinear
-from metrics import HEADLINE, missing
 from replay import Mixture
 from states import Run, States, check_run, ds_section, find_state, list_states
 from stops import Peers, Watch, told_clearly
@@ -57,7 +61,6 @@ from utils import (
     set_seed,
     start_distributed,
     trim_deepspeed,
-    true_or_false,
 )
 
 # Methods: each takes the arguments and a function that loads the base model, and returns a model in which exactly the
@@ -67,7 +70,7 @@ from utils import (
 def freeze(args, load):
     """Train the parameters whose name holds one of --freeze_module_name, freeze the rest (the original's meaning)."""
     model = load()
-    wanted = split_names(args.freeze_module_name, "--freeze_module_name")
+    wanted = split_names(args.freeze_module_name)
     names = [name for name, _ in model.named_parameters()]
     unknown = [part for part in wanted if not any(part in name for name in names)]
     if unknown:
@@ -82,8 +85,6 @@ def freeze(args, load):
 
 def ptuning(args, load):
     """Train keys and values that stand before the tokens' own in every layer (P-Tuning v2); freeze the model."""
-    if args.pre_seq_len < 1:
-        raise UserError(f"--pre_seq_len {args.pre_seq_len}: at least 1 is needed")
     prefix = {key: getattr(args, key) for key in ("pre_seq_len", "prefix_projection", "prefix_dropout")}
     model = load(**prefix)
     for name, parameter in model.named_parameters():
@@ -93,14 +94,17 @@ def ptuning(args, load):
 
 def lora(args, load):
     """Train low-rank additions to the weights of the modules named in --lora_module_name (peft); freeze the model."""
-    if args.lora_dim < 1 or not 0 <= args.lora_dropout < 1:
-        raise UserError("--lora_dim must be at least 1 and --lora_dropout at least 0 and less than 1")
     model = load()
-    wanted = split_names(args.lora_module_name, "--lora_module_name")
-    linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+    wanted = split_names(args.lora_module_name)
+    paths = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = sorted({path.split(".")[-1] for path in paths})
     unknown = [name for name in wanted if name not in linear]
     if unknown:
-        raise UserError(f"--lora_module_name {', '.join(unknown)}: no such linear layer; there are {', '.join(linear)}")
+        in_blocks = ",".join(sorted({path.split(".")[-1] for path in paths if "layers." in path}))
+        raise UserError(
+            f"--lora_module_name {', '.join(unknown)}: no such linear layer; there are {', '.join(linear)}. "
+            f"All linear layers of the blocks: --lora_module_name {in_blocks}"
+        )
     config = LoraConfig(
         r=args.lora_dim,
         lora_alpha=args.lora_alpha,
@@ -123,213 +127,14 @@ def train_all(args, load):
 TRAIN_TYPE = {"freeze": freeze, "ptuning": ptuning, "lora": lora, "all": train_all}
 
 
-def split_names(text: str, flag: str) -> list[str]:
+def split_names(text: str) -> list[str]:
     """A comma-separated list."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"{flag} is empty")
-    return names
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def shorten(names: list[str]) -> list[str]:
     """Parameter names of the first layer stand for those of all."""
     return [name for name in names if "layers." not in name or "layers.0." in name]
-
-
-# Arguments
-
-
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = {"type": true_or_false, "nargs": "?", "const": True, "default": False, "metavar": "True|False"}
-
-    group = parser.add_argument_group("model and data")
-    group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
-    group.add_argument("--model_name_or_path", required=True, help="checkpoint folder of that family")
-    group.add_argument("--train_path", required=True, help="JSON lines or array of instruction, input, output")
-    group.add_argument("--max_len", type=int, default=1024, help="most tokens of a sample; longer answers are cut")
-    group.add_argument("--max_src_len", type=int, default=512, help="most tokens of its prompt; longer queries are cut")
-    group.add_argument("--is_skip", **flag, help="leave out samples that would be cut")
-    group.add_argument("--allow_empty_output", **flag, help="train rows with an empty output to answer nothing")
-    group.add_argument(
-        "--on_bad_row", choices=("error", "skip"), default="error", help="end at a broken row, or train without it"
-    )
-    group.add_argument("--check_data", **flag, help="start nothing: report all that is wrong or odd in the data")
-    group.add_argument("--test_path", help="with --check_data: report its rows that stand in the training file too")
-    group.add_argument("--packing", **flag, help="a row of a batch is several samples, up to max_len tokens together")
-    group.add_argument("--group_by_length", **flag, help="steps of rows of about the same length: ranks wait less")
-    group.add_argument("--replay_path", help="general rows, some of which come into each epoch, against forgetting")
-    group.add_argument("--replay_ratio", type=float, help="share of them among all rows of an epoch, as 0.1")
-    group.add_argument(
-        "--data_cache", help="folder that keeps encoded data (default: ~/.cache/chatglm-tuning), or none"
-    )
-    group.add_argument("--output_dir", default="./output", help="where results go")
-
-    group = parser.add_argument_group("method")
-    group.add_argument("--train_type", choices=TRAIN_TYPE, default="lora", help="what to train (default: lora)")
-
-    group = parser.add_argument_group("freeze")
-    top = ",".join(f"layers.{i}." for i in (27, 26, 25, 24))
-    group.add_argument("--freeze_module_name", default=top, help="parts of parameter names to TRAIN; others freeze")
-
-    group = parser.add_argument_group("ptuning")
-    group.add_argument("--pre_seq_len", type=int, default=16, help="length of the prefix")
-    group.add_argument("--prefix_projection", **{**flag, "default": True}, help="make the prefix by a small network")
-
-    group.add_argument("--prefix_dropout", type=float, default=0.1, help="dropout on the prefix")
-
-    group = parser.add_argument_group("lora")
-    group.add_argument("--lora_dim", type=int, default=8, help="rank")
-    group.add_argument("--lora_alpha", type=float, default=30, help="scale: additions are multiplied by alpha / rank")
-    group.add_argument("--lora_dropout", type=float, default=0.1, help="dropout on the input of the additions")
-    group.add_argument(
-        "--lora_module_name", default="query_key_value", help="names of the linear layers, comma between"
-    )
-
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--num_train_epochs", type=int, default=1, help="passes over the data")
-    group.add_argument(
-        "--per_device_train_batch_size", type=int, default=1, help="rows of a micro-batch, on each device"
-    )
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimiser step")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="highest learning rate, after warm-up")
-    group.add_argument("--weight_decay", type=float, default=0.1, help="AdamW's; none on biases and norms")
-    group.add_argument("--warmup_ratio", type=float, default=0.1, help="share of the steps in which the lr rises")
-    group.add_argument("--seed", type=int, default=1234, help="of data order, initial weights and dropout")
-
-    group = parser.add_argument_group("memory and devices")
-    group.add_argument("--ds_file", default="ds_zero2_no_offload.json", help="DeepSpeed config; see the README")
-    group.add_argument("--gradient_checkpointing", **flag, help="keep one activation a layer, recompute the rest")
-    group.add_argument("--tiled_mlp", **flag, help="MLPs of long rows take some tokens at a time")
-    group.add_argument(
-        "--offload_inputs", **flag, help="what gradient checkpointing keeps of long rows waits in main memory"
-    )
-    group.add_argument(
-        "--attn_implementation",
-        choices=("sdpa", "eager", "flash_attention_2"),
-        default="sdpa",
-        help="torch's own kernels, plain operations, or the flash-attn package's kernels",
-    )
-    group.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-
-    group = parser.add_argument_group("planning")
-    group.add_argument("--plan", **flag, help="start nothing: print what the training would need of each GPU")
-    group.add_argument("--max_memory", type=float, help="with --plan: find flags that fit into so many GiB of a GPU")
-    group.add_argument("--plan_gpus", type=int, help="with --plan: number of GPUs (default: as the launcher says)")
-
-    group = parser.add_argument_group("reports and results")
-    group.add_argument("--show_loss_step", type=int, default=10, help="optimiser steps between two lines")
-    group.add_argument(
-        "--save_model_step", type=int, help="also save every so many optimiser steps (always: each epoch)"
-    )
-    group = parser.add_argument_group("validation")
-    group.add_argument("--eval_path", help="validate on this file; a row's output may be a list of references")
-    group.add_argument(
-        "--eval_ratio", type=float, help="validate on this share of --train_path, as 0.1; not trained on"
-    )
-    group.add_argument("--eval_steps", type=int, help="optimiser steps between validations (default: each epoch)")
-    group.add_argument("--eval_at_start", **flag, help="validate before the first step too")
-    group.add_argument("--eval_batch_size", type=int, default=8, help="most rows of a validation batch, on each device")
-    group.add_argument(
-        "--eval_generate",
-        choices=["off", "auto", *HEADLINE],
-        default="off",
-        help="also answer rows and score them: as the references look, or as one of these kinds",
-    )
-    group.add_argument("--eval_generate_rows", type=int, default=200, help="answer at most so many, evenly spaced")
-    group.add_argument(
-        "--eval_max_new_tokens",
-        type=int,
-        help="most tokens of an answer (default: the longest reference, and a quarter)",
-    )
-    group.add_argument(
-        "--best_metric", default="loss", help="figure by which the best model is kept in output_dir/best"
-    )
-    group.add_argument("--early_stopping_patience", type=int, help="end after so many validations without improvement")
-
-    group = parser.add_argument_group("interruptions")
-    group.add_argument("--save_state_steps", type=int, help="save a training state every so many optimiser steps")
-    group.add_argument(
-        "--save_total_limit", type=int, default=2, help="training states to keep (default: the newest 2)"
-    )
-    group.add_argument(
-        "--resume_from_checkpoint",
-        nargs="?",
-        const="auto",
-        metavar="auto|PATH",
-        help="go on from the newest whole state of --output_dir (auto; from the start if there is none), or from PATH",
-    )
-    group.add_argument("--resume_changed", **flag, help="go on although flags or data differ from those of the state")
-    group.add_argument(
-        "--skip_nonfinite", type=int, default=0, help="pass over so many steps whose loss or gradients are not finite"
-    )
-    group.add_argument("--verbose", **flag, help="show what the libraries have to say")
-    return parser.parse_args(argv)
-
-
-def check_args(args) -> None:
-    """Raise one UserError that lists all that is wrong with the arguments."""
-    wrong = []
-    counts = ["num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "show_loss_step"]
-    counts += ["save_model_step", "save_state_steps", "save_total_limit", "eval_steps", "eval_batch_size"]
-    counts += ["eval_generate_rows", "eval_max_new_tokens", "early_stopping_patience"]
-    for name in counts:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            wrong.append(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.skip_nonfinite < 0:
-        wrong.append(f"--skip_nonfinite must not be below 0, not {args.skip_nonfinite}")
-    if not 0 < args.learning_rate < float("inf"):
-        wrong.append(f"--learning_rate must be above 0, not {args.learning_rate}")
-    if not 0 <= args.weight_decay < float("inf"):
-        wrong.append(f"--weight_decay must not be below 0, not {args.weight_decay}")
-    if not 0 <= args.warmup_ratio < 1:
-        wrong.append(f"--warmup_ratio must be at least 0 and less than 1, not {args.warmup_ratio}")
-    if not 0 <= args.prefix_dropout < 1:
-        wrong.append(f"--prefix_dropout must be at least 0 and less than 1, not {args.prefix_dropout}")
-    if not 0 < args.max_src_len < args.max_len:
-        wrong.append(f"--max_src_len {args.max_src_len} must be above 0 and less than --max_len {args.max_len}")
-    if (args.replay_path is None) != (args.replay_ratio is None):
-        wrong.append("--replay_path and --replay_ratio go together; 0.1 is a ratio to begin with")
-    if args.replay_ratio is not None and not 0 < args.replay_ratio < 1:
-        wrong.append(f"--replay_ratio must be above 0 and less than 1, not {args.replay_ratio}")
-    if args.max_memory is not None and not args.plan:
-        wrong.append("--max_memory goes with --plan")
-    if args.test_path is not None and not args.check_data:
-        wrong.append("--test_path goes with --check_data")
-    if args.plan and args.check_data:
-        wrong.append("--plan and --check_data exclude each other")
-    if args.test_path is not None and not os.path.isfile(args.test_path):
-        wrong.append(f"--test_path {args.test_path}: no such file")
-    if args.eval_path and args.eval_ratio is not None:
-        wrong.append("--eval_path and --eval_ratio exclude each other")
-    if args.eval_ratio is not None and not 0 < args.eval_ratio < 1:
-        wrong.append(f"--eval_ratio must be above 0 and less than 1, not {args.eval_ratio}")
-    if args.eval_path and not os.path.isfile(args.eval_path):
-        wrong.append(f"--eval_path {args.eval_path}: no such file")
-    if not validates(args):
-        for name in ("eval_steps", "eval_max_new_tokens", "early_stopping_patience"):
-            if getattr(args, name) is not None:
-                wrong.append(f"--{name} needs --eval_path or --eval_ratio")
-        if args.eval_at_start or args.eval_generate != "off" or args.best_metric != "loss":
-            wrong.append("--eval_at_start, --eval_generate and --best_metric need --eval_path or --eval_ratio")
-    if missing(args.eval_generate):
-        wrong.append(f"--eval_generate {args.eval_generate} needs more packages: {missing(args.eval_generate)}")
-    needed = {"model_name_or_path": os.path.isdir}
-    files = {name: os.path.isfile for name in ("train_path", "replay_path") if getattr(args, name) is not None}
-    for name, what in (files | needed).items():
-        if not what(getattr(args, name)):
-            wrong.append(f"--{name} {getattr(args, name)}: no such {'file' if what is os.path.isfile else 'folder'}")
-    if args.offload_inputs and not args.gradient_checkpointing:
-        wrong.append("--offload_inputs needs --gradient_checkpointing: it moves what that keeps")
-    if args.packing and args.group_by_length:
-        wrong.append("--packing and --group_by_length exclude each other: packed rows are all about max_len long")
-    if wrong:
-        raise UserError("\n       ".join(wrong))
-
-
-def validates(args) -> bool:
-    """Whether there are rows to validate on."""
-    return bool(args.eval_path) or args.eval_ratio is not None
 
 
 # Training
@@ -468,25 +273,11 @@ def plan_setup(args, gpus: int) -> planner.Setup:
     return planner.Setup(model, planner.longest_batch(args, config), ds_config, groups)
 
 
-# Flags that a run may go on without: they change no loss, but for rounding. All others are part of what it is.
-MAY_CHANGE = {
-    *("train_path", "eval_path", "replay_path", "model_name_or_path", "ds_file"),  # their content is compared
-    *("output_dir", "data_cache"),
-    *("gradient_checkpointing", "tiled_mlp", "offload_inputs", "attn_implementation", "local_rank"),
-    *("plan", "max_memory", "plan_gpus", "show_loss_step", "save_model_step", "save_state_steps", "save_total_limit"),
-    *("resume_from_checkpoint", "resume_changed", "skip_nonfinite", "verbose", "check_data", "test_path"),
-    *("eval_batch_size", "eval_at_start"),
-}
-# These too, unless the best model is chosen by answers.
-OF_ANSWERS = {"eval_generate", "eval_generate_rows", "eval_max_new_tokens"}
-
-
 def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, world_size: int) -> Run:
     """What losses depend on: flags, and the content of what flags name; contents are SHA-256 of data, by flag, and base
     is of `adapter.record_base`.
     """
-    may_change = MAY_CHANGE | (OF_ANSWERS if args.best_metric in FROM_LOSS else set())
-    settings = {f"--{name}": value for name, value in vars(args).items() if name not in may_change}
+    settings = fixed_flags(args)
     # micro-batches count, whoever has them: so the number of processes may change
     del settings["--gradient_accumulation_steps"]
     settings |= {f"SHA-256 of {flag}": content for flag, content in contents.items()}
@@ -526,7 +317,6 @@ def open_output(args) -> str | None:
 
 def train(args) -> list[tuple[int, float]]:
     """The whole run. Returns (step, loss) of every line it showed."""
-    check_args(args)
     trim_deepspeed()
     _, world_size = start_distributed(args.verbose)
     peers = Peers()
@@ -658,15 +448,14 @@ def memory_advice(args) -> str:
 
 
 def main(argv=None) -> None:
-    args = parse_args(argv)
+    with clear_errors(DataError):
+        args = parse_args(argv)
     quiet(args.verbose)
     with clear_errors(DataError), told_clearly(lambda: memory_advice(args)):
         if args.plan:
-            check_args(args)
             trim_deepspeed()
             planner.plan(args, plan_setup)
         elif args.check_data:
-            check_args(args)
             if is_main():
                 check(args)
         else:

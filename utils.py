@@ -1,6 +1,5 @@
 """What the scripts share: start-up, the ds file, loading, logging, saving."""
 
-import argparse
 import contextlib
 import copy
 import ctypes
@@ -37,17 +36,13 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from adapter import BASE_FILE, check_base, open_adapter, read_config
+from errors import UserError
 from folders import FolderError, new_folder, write_errors, write_file
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.checkpoint import read_json, write_json, write_side_files, write_weights
 from glm_models.config import shown
 from throughput import Flops
 from zero3 import load_partitioned
-
-
-class UserError(ValueError):
-    """Something the user can put right; shown as one line, without a traceback."""
-
 
 # Start-up
 
@@ -272,13 +267,6 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
     get_accelerator().manual_seed_all(seed)
-
-
-def true_or_false(text: str) -> bool:
-    """argparse type of flags that take True or False."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
 
 
 def device() -> torch.device:

@@ -14,14 +14,18 @@ All text is put together from the word lists below with a fixed seed, so a secon
 run writes the same bytes. Only the standard library is used.
 """
 
-import argparse
 import json
 import random
 import re
 import statistics
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from arguments import SWITCH, Integer, Parser, answer_early  # noqa: E402
+
 SEED = 20230406
 
 SPO_TRAIN, SPO_TEST = 1500, 100
@@ -793,11 +797,32 @@ def check():
         print(line)
 
 
+def parse_args(argv=None):
+    """The flags. Raises UserError: see Parser.parse_args."""
+    parser = Parser(__doc__, contradictions)
+    group = parser.group("what is made (default: all four files)")
+    group.add_argument("--check", **SWITCH, help="check the files that are there and write nothing")
+    group.add_argument("--more", nargs="+", metavar="COUNT FILE", help="write more spo rows, none of spo_1 in them")
+    return parser.parse_args(argv)
+
+
+def contradictions(args) -> list[str]:
+    """What is wrong with --more; see Parser."""
+    if args.more is None:
+        return []
+    wrong = ["--more and --check exclude each other"] if args.check else []
+    if len(args.more) != 2:
+        return [*wrong, f"--more takes a count and a file, not {' '.join(args.more)}"]
+    try:
+        Integer()(args.more[0])
+    except ValueError as error:
+        wrong.append(f"--more {args.more[0]}: {error}")
+    return wrong
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="check the files that are there and write nothing")
-    parser.add_argument("--more", nargs=2, metavar=("COUNT", "FILE"), help="write more spo rows, none of spo_1 in them")
-    args = parser.parse_args()
+    answer_early(parse_args)
+    args = parse_args()
     if args.more:
         count, path = args.more
         test = {row["input"] for row in read_rows("spo_1.json")}

@@ -1,11 +1,11 @@
-"""The three ChatGLM families. `MODE` has one row a family; --mode of every script chooses a row."""
+"""The three ChatGLM families. `MODE` has one row a family; --mode of every script chooses a row.
 
+A family's code, and torch with it, is imported when its row is first read: so that scripts can answer --help at once.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
-
-from .checkpoint import CheckpointError, check_family
-from .glm import GLMConfig, GLMForConditionalGeneration, GLMTokenizer
-from .glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer
-from .glm3 import ChatGLM3Config, ChatGLM3ForConditionalGeneration, ChatGLM3Tokenizer
 
 
 class Family(NamedTuple):
@@ -14,10 +14,44 @@ class Family(NamedTuple):
     model: type
 
 
-MODE = {
-    "glm": Family(GLMConfig, GLMTokenizer, GLMForConditionalGeneration),
-    "glm2": Family(ChatGLM2Config, ChatGLM2Tokenizer, ChatGLM2ForConditionalGeneration),
-    "glm3": Family(ChatGLM3Config, ChatGLM3Tokenizer, ChatGLM3ForConditionalGeneration),
-}
+class Families(Mapping):
+    """Name -> Family.
 
-__all__ = ["MODE", "CheckpointError", "Family", "check_family"]
+    Args:
+        rows: name -> module, and in it the names of config, tokenizer and model.
+    """
+
+    def __init__(self, rows: dict[str, tuple[str, str, str, str]]):
+        self._rows = rows
+
+    def __getitem__(self, mode: str) -> Family:
+        module, *names = self._rows[mode]
+        module = importlib.import_module(f".{module}", __name__)
+        return Family(*(getattr(module, name) for name in names))
+
+    def __contains__(self, mode: object) -> bool:
+        return mode in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+MODE = Families(
+    {
+        "glm": ("glm", "GLMConfig", "GLMTokenizer", "GLMForConditionalGeneration"),
+        "glm2": ("glm2", "ChatGLM2Config", "ChatGLM2Tokenizer", "ChatGLM2ForConditionalGeneration"),
+        "glm3": ("glm3", "ChatGLM3Config", "ChatGLM3Tokenizer", "ChatGLM3ForConditionalGeneration"),
+    }
+)
+
+__all__ = ["MODE", "CheckpointError", "Families", "Family", "check_family"]
+
+
+def __getattr__(name: str):
+    """Names of `checkpoint`, which imports torch, at their first use."""
+    if name in ("CheckpointError", "check_family"):
+        return getattr(importlib.import_module(".checkpoint", __name__), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -10,9 +10,13 @@ import argparse
 import io
 import json
 import os
+import sys
 
 import sentencepiece
 import torch
+
+from arguments import File, Integer, NewPath, Parser
+from errors import UserError
 
 from . import MODE
 from .checkpoint import write_json, write_weights
@@ -174,18 +178,33 @@ def read_lines(paths: list[str]) -> list[str]:
     return [line for line in lines if isinstance(line, str)]
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=MODE, required=True, help="which family")
-    parser.add_argument("--output", required=True, help="folder to write")
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags. Raises UserError: see Parser.parse_args."""
+    parser = Parser(__doc__)
+    group = parser.group("checkpoint")
+    group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
+    group.add_argument("--output", type=NewPath(), required=True, help="folder to write; must be empty or new")
     data = [f"data/{name}.json" for name in ("spo_0", "d2q_0")]
-    parser.add_argument("--text", nargs="+", default=data, help="files with the text that the tokenizer learns from")
-    parser.add_argument("--layers", type=int, default=28, help="number of layers")
-    parser.add_argument("--hidden_size", type=int, default=64, help="width; heads x a multiple of 8")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads")
-    parser.add_argument("--vocab_size", type=int, help="SentencePiece pieces (default: one a character)")
-    parser.add_argument("--seed", type=int, default=1234, help="seed of the random weights")
-    args = parser.parse_args(argv)
+    group.add_argument(
+        "--text", type=File(), nargs="+", default=data, default_text=" ".join(data),
+        help="files with the text that the tokenizer is trained on",
+    )  # fmt: skip
+    group.add_argument("--layers", type=Integer(), default=28, help="number of layers")
+    group.add_argument("--hidden_size", type=Integer(), default=64, help="width: heads x a multiple of 8")
+    group.add_argument("--heads", type=Integer(), default=4, help="number of attention heads")
+    group.add_argument(
+        "--vocab_size", type=Integer(), default_text="one for each character", help="number of SentencePiece pieces"
+    )
+    group.add_argument("--seed", type=Integer(0, 2**32 - 1), default=1234, help="seed of the random weights")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    try:
+        args = parse_args(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     try:
         make_tiny_checkpoint(
             args.mode,
@@ -198,7 +217,8 @@ def main(argv=None):
             args.seed,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        parser.exit(2, f"error: {error}\n")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(
         f"{args.output}: a random {MODE[args.mode].config.title} with {args.layers} layers of width {args.hidden_size}"
     )

@@ -40,8 +40,10 @@ SETTINGS = {
 
 
 def arguments(flags: str) -> argparse.Namespace:
-    fixed = "--model_name_or_path . --train_path . --max_len 256 --max_src_len 128 --per_device_train_batch_size 2 "
-    fixed += "--freeze_module_name layers.2. "
+    fixed = f"--model_name_or_path . --train_path {__file__} --max_len 256 --max_src_len 128 "
+    fixed += "--per_device_train_batch_size 2 "
+    if "--train_type freeze" in flags:
+        fixed += "--freeze_module_name layers.2. "
     return train.parse_args((fixed + flags).split())
 
 

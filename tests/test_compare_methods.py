@@ -171,10 +171,10 @@ def test_the_sweep_takes_the_best_rate_by_rows_held_out(flags, tmp_path):
     [
         (["--model", "glm4=x"], "--model glm4=x: MODE=FOLDER is needed"),
         (["--model", "glm3=nowhere"], "config.json is missing"),
-        (["--learning_rates", "lora=high"], "--learning_rates lora=high: a number"),
-        (["--learning_rates", "adapter=1"], "--learning_rates adapter: the methods are freeze"),
+        (["--learning_rates", "lora=high"], "--learning_rates lora=high: must be a number"),
+        (["--learning_rates", "adapter=1"], "--learning_rates adapter=1: the methods are freeze"),
         (["--test_path", "nowhere"], "--test_path nowhere: no such file"),
-        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--jobs", "0"], "--jobs 0: must be at least 1"),
         (["--validation_rows", "30"], "would leave too few"),
     ],
 )

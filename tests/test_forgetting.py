@@ -173,11 +173,10 @@ def test_what_cannot_be_compared_is_one_clear_error(tiny, tmp_path, tokenizers):
 
 
 def test_flags_are_checked_together(tiny, tmp_path, capfd, monkeypatch):
-    args = forgetting.parse_args(["--mode", "glm3", "--base", "nowhere", "--tuned", tiny["glm3"], "--output", "x.txt"])
-    args.max_length = 0
+    flags = ["--mode", "glm3", "--base", "nowhere", "--tuned", tiny["glm3"], "--output", "x.txt", "--max_length", "0"]
     with pytest.raises(UserError) as error:
-        forgetting.check_args(args)
-    for part in ("--base nowhere: no such folder", "--max_length must", "--output x.txt must end in .json"):
+        forgetting.parse_args(flags)
+    for part in ("--base nowhere: no such folder", "--max_length 0: must", "--output x.txt must end in .json"):
         assert part in str(error.value)
 
 

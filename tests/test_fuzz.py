@@ -147,7 +147,7 @@ class Fuzz:
         self.folder, self.checkpoints = folder, checkpoints
         self.tokenizers = {mode: MODE[mode].tokenizer.from_pretrained(path) for mode, path in checkpoints.items()}
         self.ds_files = [json.loads(path.read_text()) for path in sorted(ROOT.glob("ds_zero*.json"))]
-        args = train.parse_args(["--mode", "glm3", "--model_name_or_path", ".", "--train_path", "x"])
+        args = train.parse_args(["--mode", "glm3", "--model_name_or_path", ".", "--train_path", __file__])
         self.ds_values = train.ds_values(args, 1, 10, 64)
         self.configs = {
             mode: json.loads((Path(path) / "config.json").read_text()) for mode, path in checkpoints.items()

@@ -14,7 +14,7 @@ from test_stops import before_step, errors, loss_times
 from data_set import InstructionData, count_steps, pack_rows, plan_epoch
 from glm_models import MODE
 from replay import Mixture
-from train import check_args, parse_args
+from train import parse_args
 from utils import UserError
 
 # What an epoch takes
@@ -114,14 +114,14 @@ def test_the_summary_says_what_an_epoch_has(parts):
 def test_flags_that_cannot_be_meant_are_refused(files):
     flags = ["--mode", "glm3", "--model_name_or_path", ".", "--train_path", files[0]]
     for more, message in [
-        (["--replay_path", files[1]], "go together"),
-        (["--replay_ratio", "0.1"], "go together"),
-        (["--replay_path", files[1], "--replay_ratio", "1"], "above 0 and less than 1, not 1.0"),
+        (["--replay_path", files[1]], "does nothing without --replay_ratio"),
+        (["--replay_ratio", "0.1"], "does nothing without --replay_path"),
+        (["--replay_path", files[1], "--replay_ratio", "1"], "--replay_ratio 1: must be above 0 and below 1"),
         (["--replay_path", files[1] + "x", "--replay_ratio", "0.1"], f"--replay_path {files[1]}x: no such file"),
     ]:
         with pytest.raises(UserError, match=message):
-            check_args(parse_args([*flags, *more]))
-    check_args(parse_args([*flags, "--replay_path", files[1], "--replay_ratio", "0.1"]))
+            parse_args([*flags, *more])
+    parse_args([*flags, "--replay_path", files[1], "--replay_ratio", "0.1"])
 
 
 # Trainings

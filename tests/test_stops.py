@@ -18,7 +18,6 @@ from runs import STAGES, Launched, command, make_base, make_rows, read_losses, r
 
 import folders
 import stops
-import train
 from states import find_state, list_states
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -608,11 +607,6 @@ def _rows(base: Path, name: str) -> int:
     with safe_open(base / "model.safetensors", "pt") as file:
         key = next(key for key in file.keys() if f"layers.0.{part}.{name}.weight" in key)  # noqa: SIM118
         return file.get_slice(key).get_shape()[0]
-
-
-def test_every_flag_is_compared_or_named_as_one_that_may_change():
-    names = set(vars(train.parse_args(["--mode", "glm3", "--model_name_or_path", ".", "--train_path", "x"])))
-    assert not train.MAY_CHANGE - names
 
 
 # Random kills: the short form of `python tests/killed.py`
