@@ -28,6 +28,7 @@ import data_check
 import planner
 from adapter import record_base
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
+from ds_config import compute_dtype, ds_notes, load_ds_config
 from evaluation import FROM_LOSS, Validation, split_rows
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
@@ -42,12 +43,10 @@ from utils import (
     RunLog,
     UserError,
     clear_errors,
-    compute_dtype,
     device,
     is_main,
     keep_freed_memory,
     load_base,
-    load_ds_config,
     load_tokenizer,
     on_rank_0,
     once_per_node,
@@ -543,6 +542,8 @@ def train(args) -> list[tuple[int, float]]:
 
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
+    for line in ds_notes(ds_config):
+        say(line)
     dtype = compute_dtype(ds_config)
     base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
     run = describe_run(args, sources.contents, tokenizer, base, ds_config, world_size)

@@ -32,10 +32,11 @@ from safetensors.torch import save_file
 import train
 from adapter import read_adapter
 from data_set import DataError, InstructionData, RowError, encode_sample, scan_rows
+from ds_config import load_ds_config
 from folders import FolderError, new_folder
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.tiny import make_tiny_checkpoint
-from utils import UserError, load_ds_config, quiet
+from utils import UserError, quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 CLEAR = (DataError, UserError, CheckpointError, FolderError)

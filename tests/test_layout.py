@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from ds_config import load_ds_config
 from glm_models import MODE
 from train import TRAIN_TYPE, check_args, parse_args
-from utils import UserError, load_ds_config
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"train", "utils", "data_set", "data_cache", "data_check", "data_findings", "throughput", "planner"}
 OURS |= {"memory_trace", "folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe"}
 OURS |= {"lora", "evaluation", "replay", "forgetting", "zero3", "charts", "report", "compare_methods", "glm_models"}
+OURS |= {"ds_config", "ds_keys"}
 MAY_IMPORT = {
     "charts": set(),
     "report": {"charts", "folders", "glm_models", "metrics", "utils"},
@@ -24,6 +26,8 @@ MAY_IMPORT = {
     "data_findings": set(),
     "data_set": {"data_cache", "data_findings"},
     "data_check": {"data_cache", "data_findings", "data_set"},
+    "ds_keys": set(),
+    "ds_config": {"ds_keys", "glm_models", "utils"},
     "evaluation": {"data_set", "folders", "glm_models", "metrics", "utils"},
     "replay": {"data_set"},
     "folders": set(),
@@ -35,7 +39,7 @@ MAY_IMPORT = {
     "stops": {"data_set", "utils"},
     "lora": {"glm_models"},
     "memory_trace": set(),
-    "planner": {"data_set", "glm_models", "memory_trace", "utils"},
+    "planner": {"data_set", "ds_config", "glm_models", "memory_trace", "utils"},
     "probe": {"adapter", "glm_models"},
     "train": {
         "adapter",
@@ -44,6 +48,7 @@ MAY_IMPORT = {
         "data_cache",
         "data_check",
         "data_set",
+        "ds_config",
         "evaluation",
         "lora",
         "metrics",
@@ -111,7 +116,7 @@ VALUES = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_
     ("change", "message"),
     [
         ({"zero_optimization": None}, '"zero_optimization" is missing'),
-        ({"bf16": {"enabled": "yes"}}, "bf16.enabled must be true, false"),
+        ({"bf16": {"enabled": "yes"}}, "bf16.enabled must be true or false or .auto., not .yes."),
         ({"train_batch_size": 16}, '"train_batch_size" is 16, the command line makes it 8'),
         ({}, '"optimizer" is missing'),
         ({"steps_per_print": "auto"}, 'does not know what "auto" means for .steps_per_print'),
