@@ -17,9 +17,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from ds_keys import (
     ADAM,
-    ANY,
     COMMENTS,
     COUNT,
+    EITHER,
     IDLE,
     INTEGER,
     KEYS,
@@ -195,7 +195,7 @@ class _Check:
         elif not known.why:
             if not dotted.endswith(".params"):  # what these may hold depends on the type
                 self.keys(value, known.keys, f"{dotted}.")
-        elif value.get(known.switch, known.is_on):
+        elif _is_on(value, known):
             self.wrong.append(f"{dotted} is refused: {known.why}")
         else:
             other = [one for one in value if one not in known.keys and one not in COMMENTS]
@@ -246,10 +246,10 @@ class _Check:
         taken = inspect.signature(kind).parameters.keys() - {"self", "params", "model_params", "adamw_mode"}
         if name in ("Adam", "AdamW"):
             taken |= {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "max_grad_norm"}
-        anything = Key(PLANNED, ANY)
-        self.params["optimizer"] = known = {one: ADAM.get(one, anything) for one in sorted(taken)}
+        known = {one: ADAM.get(one, Key(PLANNED, EITHER)) for one in sorted(taken)}
+        self.params["optimizer"] = known
         self.keys(params, known, "optimizer.params.")
-        if kind.__module__.startswith("torch."):
+        if not self.wrong and kind.__module__.startswith("torch."):
             given = {k: v for k, v in params.items() if k in taken and k not in OF_DEEPSPEED and v != "auto"}
             try:
                 kind([torch.zeros(1)], **given)
@@ -275,7 +275,7 @@ class _Check:
                 self.wrong.append(f"{section} is enabled and its package is not installed: pip install {package}")
         for section, name in PLACES:
             place = config.get(section, {}).get(name)
-            if place and config[section].get("enabled") and not _can_write(place):
+            if place and config[section].get("enabled") and not _can_write(place, is_file=name == "output_file"):
                 self.wrong.append(f"{section}.{name} {shown(place)} cannot be written")
 
     def fill(self, config: dict) -> None:
@@ -369,11 +369,21 @@ def _one_of(choices: tuple) -> str:
     return " or ".join(f'"{one}"' if isinstance(one, str) else str(one) for one in choices)
 
 
-def _can_write(place: str) -> bool:
+def _can_write(place: str, is_file: bool) -> bool:
     """Whether a file or folder can be made there."""
+    if os.path.exists(place) and is_file:
+        return os.path.isfile(place) and os.access(place, os.W_OK)
     while place and not os.path.exists(place):
         place = os.path.dirname(place)
-    return os.access(place or ".", os.W_OK)
+    return os.path.isdir(place or ".") and os.access(place or ".", os.W_OK)
+
+
+def _is_on(value: dict, known: Section) -> bool:
+    """Whether a section is on: by its switch, or without it, because it is or a section within is."""
+    if known.switch in value:
+        return bool(value[known.switch])
+    inner = [(value[name], one) for name, one in known.keys.items() if isinstance(one, Section) and name in value]
+    return known.is_on or any(isinstance(one, dict) and _is_on(one, section) for one, section in inner)
 
 
 def _reason(error: Exception) -> str:

@@ -19,6 +19,7 @@ PLANNED, SAID, REFUSED = "planned", "said", "refused"
 # What a value may be. A tuple lists all values.
 BOOL, TEXT, TEXTS, ANY = "true or false", "a text", "a list of texts", "anything"
 COUNT, POSITIVE, INTEGER = "a whole number, not below 0", "a whole number above 0", "a whole number"
+EITHER = "a number, not below 0, or true or false"
 NUMBER, SHARE, BETAS = "a number, not below 0", "a number from 0 to 1", "two numbers from 0 to 1, 1 excluded"
 LARGEST = 2**53  # above it, floats have no exact whole numbers
 
@@ -72,13 +73,18 @@ def said(takes, default, stages=ALL) -> Key:
     return Key(SAID, takes, default, stages)
 
 
-def refused(why: str, *harmless, takes=ANY) -> Key:
-    return Key(REFUSED, takes, harmless[0] if harmless else ..., harmless=harmless, why=why)
+def refused(why: str, *harmless) -> Key:
+    return Key(REFUSED, ANY, harmless=harmless, why=why)
+
+
+def each(names: str, known: Key) -> dict[str, Key]:
+    """The same for several keys."""
+    return dict.fromkeys(names.split(), known)
 
 
 def other_mode(why: str, names: str, switch: str = "enabled", is_on: bool = False, **sections) -> Section:
     """A section that is refused when it is on, and whose keys are not looked into."""
-    return Section(dict.fromkeys(names.split(), Key(REFUSED, ANY, why=why)) | sections, switch, why, is_on)
+    return Section(each(names, refused(why)) | sections, switch, why, is_on)
 
 
 def removed(why: str) -> Key:
@@ -95,6 +101,7 @@ STATES = "train.py says itself how training states are saved"
 QUANTISED = "quantised weights or gradients would change what is trained"
 OLD_OFFLOAD = 'write "offload_optimizer" or "offload_param": {"device": "cpu"} instead'
 PRESCALE = "ZeRO scales gradients itself"
+DATA_ORDER = "curricula, dynamic batches and dropped tokens would change what is learned from which row"
 SCALED = "the loss is scaled by train.py for the mean over all rows"
 
 OFFLOAD_OPTIMIZER = {
@@ -102,8 +109,7 @@ OFFLOAD_OPTIMIZER = {
     "nvme_path": planned(TEXT, None),
     "buffer_count": planned(COUNT, 4),
     "pin_memory": planned(BOOL, True),
-    "pipeline_read": refused(NVME, False),
-    "pipeline_write": refused(NVME, False),
+    **each("pipeline_read pipeline_write", refused(NVME, False)),
     "fast_init": planned(BOOL, False),
     "ratio": said(SHARE, 1.0, LATE),
     "super_offload": refused(
@@ -128,12 +134,12 @@ ZERO = {
     "reduce_scatter": said(BOOL, True),
     "reduce_bucket_size": planned(POSITIVE, 5 * 10**8),
     "use_multi_rank_bucket_allreduce": said(BOOL, True, EARLY),
-    "allgather_partitions": refused(NOBODY, True, takes=BOOL),
+    "allgather_partitions": refused(NOBODY, True),
     "allgather_bucket_size": planned(POSITIVE, 5 * 10**8, EARLY),
     "overlap_comm": planned(BOOL, None),
-    "compute_grad_norm": refused("train.py shows and checks the norm of the gradients", True, takes=BOOL),
-    "load_from_fp32_weights": refused("a resumed run would lose precision", True, takes=BOOL),
-    "elastic_checkpoint": refused(STATES, False, takes=BOOL),
+    "compute_grad_norm": refused("train.py shows and checks the norm of the gradients", True),
+    "load_from_fp32_weights": refused("a resumed run would lose precision", True),
+    "elastic_checkpoint": refused(STATES, False),
     "offload_param": Section(OFFLOAD_PARAM, stages=LATE),
     "offload_optimizer": Section(OFFLOAD_OPTIMIZER),
     "zenflow": refused("ZenFlow applies parts of the gradients later: it would train something else", None),
@@ -144,31 +150,29 @@ ZERO = {
     "stage3_prefetch_bucket_size": planned(COUNT, 5 * 10**7, LATE),
     "stage3_param_persistence_threshold": planned(COUNT, 10**5, LATE),
     "stage3_model_persistence_threshold": said(COUNT, sys.maxsize, LATE),
-    "stage3_max_live_parameters": planned(COUNT, 10**9, LATE),
-    "stage3_max_reuse_distance": planned(COUNT, 10**9, LATE),
+    **each("stage3_max_live_parameters stage3_max_reuse_distance", planned(COUNT, 10**9, LATE)),
     # results are always whole, in the model's type
     "stage3_gather_16bit_weights_on_model_save": planned(BOOL, False),
     "stage3_gather_fp16_weights_on_model_save": planned(BOOL, False),
     "stage3_module_granularity_threshold": said(COUNT, 0, LATE),
-    "stage3_use_all_reduce_for_fetch_params": said(BOOL, False, LATE),
-    "stage3_allgather_sequential": said(BOOL, False, LATE),
+    **each(
+        "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential enable_sanity_checks",
+        said(BOOL, False, LATE),
+    ),
     "ignore_unused_parameters": planned(BOOL, True, EARLY),
-    "legacy_stage1": refused(NOBODY, False, takes=BOOL),
-    "round_robin_gradients": said(BOOL, False, EARLY),
-    "parameter_alignment": said(BOOL, False, EARLY),
+    "legacy_stage1": refused(NOBODY, False),
+    **each("round_robin_gradients parameter_alignment", said(BOOL, False, EARLY)),
     "zero_hpz_partition_size": said(POSITIVE, 1, LATE),
-    "zero_quantized_weights": refused(QUANTISED, False, takes=BOOL),
-    "zero_quantized_nontrainable_weights": refused(QUANTISED, False, takes=BOOL),
-    "zero_quantized_gradients": refused(QUANTISED, False, takes=BOOL),
+    **each(
+        "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients", refused(QUANTISED, False)
+    ),
     "memory_efficient_linear": planned(BOOL, True, LATE),
-    "pipeline_loading_checkpoint": refused(NO_PIPELINE, False, takes=BOOL),
-    "override_module_apply": refused("weights are loaded without it", True, takes=BOOL),
+    "pipeline_loading_checkpoint": refused(NO_PIPELINE, False),
+    "override_module_apply": refused("weights are loaded without it", True),
     "log_trace_cache_warnings": planned(BOOL, False, LATE),
-    "enable_sanity_checks": said(BOOL, False, LATE),
-    "save_muon_momentum_buffer_in_memory": refused("Muon is not among the optimizers", False, takes=BOOL),
-    "leaf_module": Section(dict.fromkeys(("classes", "names", "name_suffixes"), said(TEXTS, [], LATE)), stages=LATE),
-    "mics_shard_size": removed("DeepSpeed has removed MiCS"),
-    "mics_hierarchical_params_gather": removed("DeepSpeed has removed MiCS"),
+    "save_muon_momentum_buffer_in_memory": refused("Muon is not among the optimizers", False),
+    "leaf_module": Section(each("classes names name_suffixes", said(TEXTS, [], LATE)), stages=LATE),
+    **each("mics_shard_size mics_hierarchical_params_gather", removed("DeepSpeed has removed MiCS")),
     "zeropp_loco_param": removed("DeepSpeed has removed LoCo"),
 }
 # DeepSpeed takes these without "stage3_" too.
@@ -185,12 +189,11 @@ ADAM = {
     "foreach": planned(BOOL, None),
     "adam_w_mode": planned(BOOL, True),
     "bias_correction": planned(BOOL, True),
-    "set_grad_none": planned(BOOL, True),
-    "fp32_optimizer_states": refused(MASTERS, True, None, takes=BOOL),
-    "amsgrad": refused("its third moment is not known to training states and --plan", False, takes=BOOL),
-    "maximize": refused("it would raise the loss", False, takes=BOOL),
-    "capturable": refused("no step runs in a CUDA graph here", False, takes=BOOL),
-    "differentiable": refused("nothing asks for gradients of a step", False, takes=BOOL),
+    "fp32_optimizer_states": refused(MASTERS, True, None),
+    "amsgrad": refused("its third moment is not known to training states and --plan", False),
+    "maximize": refused("it would raise the loss", False),
+    "capturable": refused("no step runs in a CUDA graph here", False),
+    "differentiable": refused("nothing asks for gradients of a step", False),
     "max_grad_norm": refused('write "gradient_clipping"'),
 }
 # Optimizers that treat each number alone. ZeRO cuts parameters into flat parts: one that looks at rows, columns or
@@ -207,18 +210,15 @@ SCHEDULERS = {
 }
 
 MONITOR = {"enabled": planned(BOOL, False), "output_path": planned(TEXT, ""), "job_name": planned(TEXT, "")}
-COMET = "project workspace api_key experiment_name experiment_key mode"
 
 KEYS = {
-    "train_batch_size": planned(POSITIVE),
-    "train_micro_batch_size_per_gpu": planned(POSITIVE),
-    "gradient_accumulation_steps": planned(POSITIVE),
+    **each("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps", planned(POSITIVE)),
     "gradient_clipping": planned(NUMBER, 1.0),
     "optimizer": Section(
         {
             "type": planned(TEXT),
             "params": Section(ADAM),
-            "legacy_fusion": refused("of ZeRO stage 0", False, takes=BOOL),
+            "legacy_fusion": refused("of ZeRO stage 0", False),
         }
     ),
     "scheduler": Section({"type": planned(TEXT), "params": Section(SCHEDULERS["WarmupDecayLR"] | COSINE)}),
@@ -226,23 +226,22 @@ KEYS = {
         {
             "enabled": planned(BOOL, False),
             "immediate_grad_update": said(BOOL, False),
-            "check_grad_overflow": refused("gradients that are not finite would reach the weights", True, takes=BOOL),
-            "bf16_master_weights_and_grads": refused(MASTERS, False, takes=BOOL),
-            "bf16_optimizer_states": refused(MASTERS, False, takes=BOOL),
+            "check_grad_overflow": refused("gradients that are not finite would reach the weights", True),
+            **each("bf16_master_weights_and_grads bf16_optimizer_states", refused(MASTERS, False)),
         }
     ),
     "bfloat16": refused('write "bf16"'),
     "fp16": Section(
         {
             "enabled": planned(BOOL, False),
-            "auto_cast": refused("inputs are token ids: there is nothing to cast", False, takes=BOOL),
+            "auto_cast": refused("inputs are token ids: there is nothing to cast", False),
             "loss_scale": planned(NUMBER, 0),
             "initial_scale_power": planned(tuple(range(65)), 16),
             "loss_scale_window": planned(POSITIVE, 1000),
             "hysteresis": planned(POSITIVE, 2),
             "consecutive_hysteresis": planned(BOOL, False),
             "min_loss_scale": planned(POSITIVE, 1),
-            "fp16_master_weights_and_grads": refused(MASTERS, False, takes=BOOL),
+            "fp16_master_weights_and_grads": refused(MASTERS, False),
         }
     ),
     "torch_autocast": other_mode(
@@ -260,34 +259,29 @@ KEYS = {
     "zero_allow_untested_optimizer": planned(BOOL, False),
     "zero_force_ds_cpu_optimizer": planned(BOOL, True),
     "communication_data_type": said(("fp32", "fp16", "bf16"), None),
-    "prescale_gradients": refused(PRESCALE, False, takes=BOOL),
-    "gradient_predivide_factor": refused(PRESCALE, 1.0, takes=NUMBER),
+    "prescale_gradients": refused(PRESCALE, False),
+    "gradient_predivide_factor": refused(PRESCALE, 1.0),
     "gradient_allreduce_op": refused(SCALED, "mean", "MEAN"),
-    "managed_gradient_accumulation": refused("every micro-batch would become a step", True, takes=BOOL),
-    "dataloader_drop_last": refused("train.py makes the batches itself; no row is dropped", False, takes=BOOL),
-    "disable_allgather": refused(NOBODY, False, takes=BOOL),
+    "managed_gradient_accumulation": refused("every micro-batch would become a step", True),
+    "dataloader_drop_last": refused("train.py makes the batches itself; no row is dropped", False),
+    "disable_allgather": refused(NOBODY, False),
     "allgather_size": refused('write "zero_optimization": {"allgather_bucket_size": ...}'),
     "vocabulary_size": refused("the checkpoint's config.json has it", None),
     "steps_per_print": planned(POSITIVE, None),
-    "wall_clock_breakdown": planned(BOOL, False),
-    "memory_breakdown": planned(BOOL, False),
-    "dump_state": planned(BOOL, False),
+    **each("wall_clock_breakdown memory_breakdown dump_state", planned(BOOL, False)),
     "disable_python_gc": said(BOOL, False),
     "log_level": planned(("debug", "info", "warning", "error", "critical"), None),
     "timers": Section({"throughput": Section({"enabled": planned(BOOL, True), "synchronized": planned(BOOL, True)})}),
     "tensorboard": Section(MONITOR, "enabled"),
     "csv_monitor": Section(MONITOR, "enabled"),
-    "wandb": Section(
-        {"enabled": planned(BOOL, False)} | dict.fromkeys(("group", "team", "project"), planned(TEXT, None)), "enabled"
-    ),
+    "wandb": Section({"enabled": planned(BOOL, False)} | each("group team project", planned(TEXT, None)), "enabled"),
     "comet": Section(
         {"enabled": planned(BOOL, False), "samples_log_interval": planned(POSITIVE, 100), "online": planned(BOOL, None)}
-        | dict.fromkeys(COMET.split(), planned(TEXT, None)),
+        | each("project workspace api_key experiment_name experiment_key mode", planned(TEXT, None)),
         "enabled",
     ),
     "comms_logger": Section(
-        dict.fromkeys(("enabled", "prof_all", "verbose", "debug"), planned(BOOL, False))
-        | {"prof_ops": planned(TEXTS, [])},
+        each("enabled prof_all verbose debug", planned(BOOL, False)) | {"prof_ops": planned(TEXTS, [])},
         "enabled",
     ),
     "flops_profiler": Section(
@@ -304,33 +298,31 @@ KEYS = {
     ),
     "activation_checkpointing": Section(
         {
-            "partition_activations": refused(CHECKPOINTING, False, takes=BOOL),
-            "contiguous_memory_optimization": refused(CHECKPOINTING, False, takes=BOOL),
-            "cpu_checkpointing": refused(CHECKPOINTING, False, takes=BOOL),
+            **each("partition_activations contiguous_memory_optimization", refused(CHECKPOINTING, False)),
+            **each("cpu_checkpointing synchronize_checkpoint_boundary profile", refused(CHECKPOINTING, False)),
             "number_checkpoints": refused(CHECKPOINTING, None),
-            "synchronize_checkpoint_boundary": refused(CHECKPOINTING, False, takes=BOOL),
-            "profile": refused(CHECKPOINTING, False, takes=BOOL),
         }
     ),
     "checkpoint": Section(
         {
             "tag_validation": planned(("Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL", "ignore", "warn", "fail")),
-            "load_universal": refused(STATES, False, takes=BOOL),
-            "use_node_local_storage": refused(STATES, False, takes=BOOL),
-            "parallel_write": Section({"pipeline_stage": refused(NO_PIPELINE, False, takes=BOOL)}),
-            "checkpoint_serialization": refused(STATES, True, takes=BOOL),
-            "writer": refused(STATES, None),
+            **each("load_universal use_node_local_storage", refused(STATES, False)),
+            "parallel_write": Section({"pipeline_stage": refused(NO_PIPELINE, False)}),
+            "checkpoint_serialization": refused(STATES, True),
+            "writer": other_mode(
+                STATES,
+                "type io_buffer_size io_buffer_double io_multiplier show_statistics data_parallel decoupled",
+                switch="",
+                is_on=True,
+            ),
         }
     ),
     "datastates_ckpt": refused(STATES, False),
     "aio": Section(
         {
-            "block_size": planned(POSITIVE, 2**20),
-            "queue_depth": planned(POSITIVE, 8),
-            "intra_op_parallelism": planned(POSITIVE, 1),
-            "single_submit": planned(BOOL, False),
-            "overlap_events": planned(BOOL, True),
-            "use_gds": refused(NVME, False, takes=BOOL),
+            **each("block_size queue_depth intra_op_parallelism", planned(POSITIVE)),
+            **each("single_submit overlap_events", planned(BOOL)),
+            "use_gds": refused(NVME, False),
         }
     ),
     "autotuning": other_mode(
@@ -341,8 +333,30 @@ KEYS = {
         "num_tuning_micro_batch_sizes",
     ),
     "data_efficiency": other_mode(
-        "curricula, dynamic batches and dropped tokens would change who learns what",
-        "enabled seed data_sampling data_routing",
+        DATA_ORDER,
+        "enabled seed",
+        data_sampling=other_mode(
+            DATA_ORDER,
+            "enabled num_epochs num_workers pin_memory",
+            curriculum_learning=other_mode(
+                DATA_ORDER, "enabled data_cluster_path curriculum_metrics index_to_sample_path index_to_metric_path"
+            ),
+            dynamic_batching=other_mode(
+                DATA_ORDER,
+                "enabled metrics_path lr_scaling_method min_batch_size max_batch_size sequence_picking_order "
+                "max_tokens verbose",
+            ),
+        ),
+        data_routing=other_mode(
+            DATA_ORDER,
+            "enabled",
+            random_ltd=other_mode(
+                DATA_ORDER,
+                "enabled model_mask_name model_type micro_batch_size global_batch_size sample_idx attention_mask "
+                "hidden_state_order random_ltd_layer_num random_ltd_layer_id total_layer_num random_ltd_schedule "
+                "layer_token_lr_schedule",
+            ),
+        ),
     ),
     "hybrid_engine": other_mode(
         "it is for reinforcement learning",
@@ -368,7 +382,7 @@ KEYS = {
         "routed_scaling_factor expert_w1 expert_w2 expert_w3 num_experts_attr top_k_attr has_shared_experts "
         "shared_experts_pattern shared_experts_gate_pattern expert_activation",
     ),
-    "use_data_before_expert_parallelism": refused("these models have no experts", False, takes=BOOL),
+    "use_data_before_expert_parallelism": refused("these models have no experts", False),
     "pipeline": refused(NO_PIPELINE, {}, None),
     "compile": other_mode(
         "nothing here compiles the model",
@@ -379,17 +393,16 @@ KEYS = {
         switch="deepcompile",
     ),
     "weight_quantization": other_mode(
-        QUANTISED, "enabled quantized_initialization post_init_quant q_type q_groups", is_on=True
+        QUANTISED, "enabled quantized_initialization post_init_quant num_bits q_type q_groups", is_on=True
     ),
     "nebula": removed("DeepSpeed has removed Nebula"),
     "compression_training": removed("DeepSpeed has removed compression"),
     "amp": removed('DeepSpeed has removed Apex; "bf16" and "fp16" choose the precision'),
     "quantize_training": removed("DeepSpeed has removed quantised training"),
     "sparse_gradients": removed("DeepSpeed has removed sparse gradients"),
-    "eigenvalue": removed("DeepSpeed has removed it"),
+    **each("eigenvalue graph_harvesting", removed("DeepSpeed has removed it")),
     "sparse_attention": removed("DeepSpeed has removed sparse attention"),
     "elasticity": removed("DeepSpeed has removed elastic training; states resume with another number of devices"),
-    "graph_harvesting": removed("DeepSpeed has removed it"),
     "curriculum_learning": removed("it would change who learns what"),
     "progressive_layer_drop": removed("it would train something else"),
 }
@@ -413,6 +426,8 @@ def fits(value, takes: str | tuple) -> bool:
     """Whether a value is what a key takes."""
     if isinstance(takes, tuple):
         return is_one(value, takes)
+    if takes == EITHER:
+        return isinstance(value, bool) or fits(value, NUMBER)
     if takes in (TEXT, BOOL):
         return isinstance(value, str if takes == TEXT else bool)
     if takes == TEXTS:

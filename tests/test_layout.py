@@ -1,12 +1,10 @@
 """Who imports whom: arrows point one way, nobody imports a script; 12 scripts are there; flags mean what they say."""
 
 import ast
-import json
 from pathlib import Path
 
 import pytest
 
-from ds_config import load_ds_config
 from glm_models import MODE
 from train import TRAIN_TYPE, check_args, parse_args
 from utils import UserError
@@ -107,31 +105,3 @@ def test_all_argument_errors_come_at_once():
         check_args(args)
     for name in ("num_train_epochs", "warmup_ratio", "max_src_len"):
         assert name in str(error.value)
-
-
-VALUES = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"zero_optimization": None}, '"zero_optimization" is missing'),
-        ({"bf16": {"enabled": "yes"}}, "bf16.enabled must be true or false or .auto., not .yes."),
-        ({"train_batch_size": 16}, '"train_batch_size" is 16, the command line makes it 8'),
-        ({}, '"optimizer" is missing'),
-        ({"steps_per_print": "auto"}, 'does not know what "auto" means for .steps_per_print'),
-    ],
-)
-def test_a_ds_file_that_cannot_be_meant_is_refused(tmp_path, change, message):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **change}))
-    with pytest.raises(UserError, match=message):
-        load_ds_config(str(path), VALUES)
-
-
-def test_ds_files_hold_no_auto_that_train_does_not_know(tmp_path):
-    import train
-
-    for file in ROOT.glob("ds_zero*.json"):
-        values = train.ds_values(parse_args(FLAGS), 1, 10, 64)
-        assert '"auto"' not in json.dumps(load_ds_config(str(file), values))
