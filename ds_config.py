@@ -236,10 +236,12 @@ class _Check:
         if name in UNTESTED and not config.get("zero_allow_untested_optimizer"):
             self.wrong.append(f'optimizer.type {name} needs "zero_allow_untested_optimizer": true')
         offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-        if name == "Lion" and not offload and not as_gpu and get_accelerator().device_name() == "cpu":
+        on_cpu = get_accelerator().device_name() == "cpu" and not as_gpu
+        if not offload and (name == "Adagrad" or (name == "Lion" and on_cpu)):
+            why = "DeepSpeed mixes up its groups of parameters" if name == "Adagrad" else "it is not there for a CPU"
             self.wrong.append(
-                "optimizer.type Lion is not there for a CPU: AdamW is, or Lion with "
-                '"offload_optimizer": {"device": "cpu"}'
+                f'optimizer.type {name} goes with "offload_optimizer": {{"device": "cpu"}} alone: without, {why}; '
+                "AdamW works"
             )
         params = section.setdefault("params", {})
         kind = _optimizer_class(name, params, offload)

@@ -117,7 +117,8 @@ def test_refused_keys_are_refused_by_name_and_their_harmless_values_are_not(load
         ({"optimizer.type": "SGD"}, 'SGD needs "zero_allow_untested_optimizer": true'),
         ({"optimizer.type": "AdamW8bit"}, "optimizer.type .AdamW8bit. is none .* did you mean AdamW"),
         ({"optimizer.type": "Lamb"}, "optimizer.type .Lamb. is none that works on the parts"),
-        ({"optimizer.type": "Lion"}, "Lion is not there for a CPU: AdamW is"),
+        ({"optimizer.type": "Lion"}, "Lion goes with .* alone: without, it is not there for a CPU; AdamW works"),
+        ({"optimizer.type": "Adagrad"}, "Adagrad goes with .* alone: without, DeepSpeed mixes up its groups"),
         ({"optimizer.params.torch_adam": False}, "optimizer.params.fused. is no key"),
         ({"optimizer.params.foreach": True}, "optimizer: `fused` and `foreach` cannot be `True` together"),
         ({"optimizer.params.betas": [0.9]}, "betas must be two numbers"),
@@ -313,6 +314,8 @@ SAMPLE = ["round_robin", "module_granularity"]
 
 def test_keys_that_change_no_result_change_no_loss_on_two_ranks(tmp_path):
     wanted = ds_keys_losses.cases(SAMPLE)
-    assert len(wanted) >= len(SAMPLE)
+    assert len(wanted) == 3
+    half = "bf16 with float32 sums, stage 3 against 2"
+    wanted[half] = ds_keys_losses.optimizers()[half]
     for name, difference in ds_keys_losses.losses(wanted, tmp_path, limit=120).items():
         assert not isinstance(difference, str) and difference <= ds_keys_losses.BOUND, (name, difference)
