@@ -103,6 +103,8 @@ def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
     check.contradictions(config, as_gpu)
     check.types_of_gradients(config, precision)
     check.end()
+    check.groups_of_ranks(config)
+    check.end()
     # nothing reads DeepSpeed's throughput timer, which waits for the device twice a micro-batch
     config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     _try(config, path)
@@ -119,6 +121,14 @@ def compute_dtype(ds_config: dict) -> torch.dtype:
     if ds_config["bf16"]["enabled"]:
         return torch.bfloat16
     return torch.float16 if ds_config["fp16"]["enabled"] else torch.float32
+
+
+def zero_layout(config: dict) -> dict:
+    """What decides where a rank keeps which masters and moments: a training state fits no other layout."""
+    zero = config["zero_optimization"]
+    names = ("round_robin_gradients", "parameter_alignment") if zero["stage"] < 3 else ("sub_group_size",)
+    layout = {name: zero.get(name, KEYS["zero_optimization"].keys[name].default) for name in names}
+    return layout | {"ratio": zero.get("offload_optimizer", {}).get("ratio", 1.0)}
 
 
 def _read(path: str) -> dict:
@@ -308,6 +318,15 @@ class _Check:
                     f'"{dotted}" is {shown(holder[name])}, the command line makes it {self.values[dotted]} ({flag}); '
                     'use "auto"'
                 )
+
+    def groups_of_ranks(self, config: dict) -> None:
+        """hpZeRO's groups have the same number of ranks each."""
+        ranks = config["train_batch_size"] // (
+            config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+        )
+        size = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+        if ranks % size:
+            self.wrong.append(f"zero_optimization.zero_hpz_partition_size {size} does not divide {ranks} devices")
 
     def types_of_gradients(self, config: dict, precision: str) -> None:
         """No gradient is rounded to a type that neither the model nor float32 has."""

@@ -28,7 +28,7 @@ import data_check
 import planner
 from adapter import record_base
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
-from ds_config import compute_dtype, ds_notes, load_ds_config
+from ds_config import compute_dtype, ds_notes, load_ds_config, zero_layout
 from evaluation import FROM_LOSS, Validation, split_rows
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
@@ -36,7 +36,7 @@ from glm_models.ops import TiledMLP
 from lora import LoraLinear
 from metrics import HEADLINE, missing
 from replay import Mixture
-from states import Run, States, check_run, ds_section, find_state, list_states
+from states import LAYOUT, Run, States, check_run, ds_section, find_state, list_states
 from stops import Peers, Watch, told_clearly
 from throughput import matmul_peak, needed_flops
 from utils import (
@@ -497,6 +497,7 @@ def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, w
     }
     for section in ("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"):
         settings[f"{section} of --ds_file"] = ds_config.get(section)
+    settings[LAYOUT] = zero_layout(ds_config)
     return Run(settings, world_size, ds_config["zero_optimization"].get("stage", 0))
 
 

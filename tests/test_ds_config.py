@@ -11,9 +11,10 @@ import torch
 from runs import Launched, command, make_base, make_rows
 
 import ds_config
+import states
 import train
 import utils
-from ds_config import ds_notes, load_ds_config
+from ds_config import ds_notes, load_ds_config, zero_layout
 from ds_keys import KEYS, REFUSED, Key, Section, walk
 from utils import UserError
 
@@ -143,6 +144,7 @@ def test_refused_keys_are_refused_by_name_and_their_harmless_values_are_not(load
             {"scheduler.params.total_num_steps": 10},
             '"scheduler.params.total_num_steps" is 10, the command line makes it 11',
         ),
+        ({"zero_optimization.zero_hpz_partition_size": 3}, "zero_hpz_partition_size 3 does not divide 2 devices"),
         ({"train_batch_size": 16}, '"train_batch_size" is 16, the command line makes it 2'),
     ],
 )
@@ -299,6 +301,44 @@ def test_half_precision_that_this_machine_lacks_is_refused_on_two_ranks(tmp_path
     assert [line for line in lines if line.startswith("error")] == [
         f'error: {tmp_path}/half.json: fp16 is enabled, but this CPU cannot do it; set it to "auto" or false'
     ]
+
+
+# Training states
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "ranks", "message"),
+    [
+        ({}, {"round_robin_gradients": True}, 2, "saved with round_robin_gradients False in the ds file"),
+        ({"sub_group_size": 10}, {"sub_group_size": 20}, 2, "saved with sub_group_size 10 in the ds file"),
+        (
+            {"round_robin_gradients": True},
+            {"round_robin_gradients": True},
+            1,
+            "with round_robin_gradients only as many",
+        ),
+        ({"type": "SGD"}, {"type": "SGD"}, 1, "saved by 2 processes; with SGD only as many can go on"),
+        ({"round_robin_gradients": True}, {"round_robin_gradients": True}, 2, None),
+        ({"type": "Lion"}, {"type": "Lion"}, 1, None),
+        ({}, {"reduce_bucket_size": 7}, 1, None),
+    ],
+)
+def test_a_state_goes_on_in_its_own_layout_alone(load, monkeypatch, before, now, ranks, message):
+    def run(changes, ranks):
+        stage = 3 if "sub_group_size" in changes else 2
+        more = {f"zero_optimization.{k}": v for k, v in changes.items() if k != "type"}
+        if kind := changes.get("type"):
+            more |= {"optimizer.type": kind, "zero_allow_untested_optimizer": True, "optimizer.params": {}}
+        config = load(more, stage, as_gpu=True)
+        settings = {"optimizer of --ds_file": config["optimizer"], states.LAYOUT: zero_layout(config)}
+        return states.Run(settings, ranks, stage)
+
+    monkeypatch.setattr(states, "read_run", lambda _: run(before, 2))
+    if message is None:
+        assert states.check_run("state", run(now, ranks), allow_changes=False) == []
+    else:
+        with pytest.raises(UserError, match=message):
+            states.check_run("state", run(now, ranks), allow_changes=True)
 
 
 # Losses
