@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 
 from data_set import Batch, MicroBatch, Sample, collate
+from ds_config import ds_notes
 from glm_models.ops import TILE
 from memory_trace import CachingAllocator, Event, host_bytes, trace_step
 from utils import UserError, is_main, say
@@ -727,6 +728,8 @@ def plan(args: argparse.Namespace, build: Build) -> None:
         return
     plans = Plans(build, gpus)
     found = plans(args)
+    for line in ds_notes(build(args, gpus).ds_config):
+        say(line)
     say(
         f"plan (simulated): {args.mode} {args.train_type}, {args.ds_file}, {gpus} GPU{'s' * (gpus > 1)}, "
         f"{args.per_device_train_batch_size} x {args.max_len} tokens each\n"

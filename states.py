@@ -143,6 +143,24 @@ def read_run(state: str) -> Run:
     return Run(content["settings"], content["ranks"], content["stage"])
 
 
+LAYOUT = "layout of ZeRO in --ds_file"  # a setting of a run; see ds_config.zero_layout
+
+
+def check_layout(state: str, old: Run, run: Run) -> None:
+    """Refuse what DeepSpeed would load into the wrong places without a word, or could not convert.
+
+    Raises:
+        UserError: another layout, or another number of processes with a layout or an optimizer that fits only one.
+    """
+    layout, kind = run.settings.get(LAYOUT, {}), (run.settings.get("optimizer of --ds_file") or {}).get("type")
+    before = old.settings.get(LAYOUT, layout)
+    if other := [f"{name} {before[name]}" for name in before if before[name] != layout.get(name)]:
+        raise UserError(f"{state} was saved with {', '.join(other)} in the ds file; take one that says the same")
+    needs = "round_robin_gradients" if layout.get("round_robin_gradients") else kind
+    if old.ranks != run.ranks and needs not in (None, "Adam", "AdamW", "Lion"):
+        raise UserError(f"{state} was saved by {old.ranks} processes; with {needs} only as many can go on from it")
+
+
 def check_run(state: str, run: Run, allow_changes: bool) -> list[str]:
     """Compare the run of a state with the one that is to go on from it.
 
@@ -155,8 +173,9 @@ def check_run(state: str, run: Run, allow_changes: bool) -> list[str]:
     old = read_run(state)
     if old.stage != run.stage:
         raise UserError(f"{state} was saved under ZeRO stage {old.stage}; take a ds file of that stage")
+    check_layout(state, old, run)
     changed = []
-    for name in old.settings | run.settings:
+    for name in [name for name in old.settings | run.settings if name != LAYOUT]:
         before, now = old.settings.get(name), run.settings.get(name)
         if before != now:
             changed.append(f"{name}: {before} before, {now} now")

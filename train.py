@@ -33,25 +33,24 @@ import data_check
 import planner
 from adapter import record_base
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
+from ds_config import compute_dtype, ds_notes, load_ds_config, zero_layout
 from evaluation import Validation, split_rows
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
 from lora import LoraLinear
 from replay import Mixture
-from states import Run, States, check_run, ds_section, find_state, list_states
+from states import LAYOUT, Run, States, check_run, ds_section, find_state, list_states
 from stops import Peers, Watch, told_clearly
 from throughput import matmul_peak, needed_flops
 from utils import (
     RunLog,
     UserError,
     clear_errors,
-    compute_dtype,
     device,
     is_main,
     keep_freed_memory,
     load_base,
-    load_ds_config,
     load_tokenizer,
     on_rank_0,
     once_per_node,
@@ -289,6 +288,7 @@ def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, w
     }
     for section in ("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"):
         settings[f"{section} of --ds_file"] = ds_config.get(section)
+    settings[LAYOUT] = zero_layout(ds_config)
     return Run(settings, world_size, ds_config["zero_optimization"].get("stage", 0))
 
 
@@ -333,6 +333,8 @@ def train(args) -> list[tuple[int, float]]:
 
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
+    for line in ds_notes(ds_config):
+        say(line)
     dtype = compute_dtype(ds_config)
     base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
     run = describe_run(args, sources.contents, tokenizer, base, ds_config, world_size)

@@ -1,12 +1,10 @@
-"""What the scripts share: start-up, the ds file, loading, logging, saving."""
+"""What the scripts share: start-up, loading, logging, saving."""
 
 import contextlib
-import copy
 import ctypes
 import datetime
 import fcntl
 import functools
-import inspect
 import io
 import itertools
 import json
@@ -28,9 +26,6 @@ import torch
 import torch.utils.cpp_extension
 import transformers
 from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.config import ADAM_OPTIMIZER, ADAMW_OPTIMIZER, DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from peft import PeftModel
 from tqdm import tqdm
@@ -39,8 +34,7 @@ from adapter import BASE_FILE, check_base, open_adapter, read_config
 from errors import UserError
 from folders import FolderError, new_folder, write_errors, write_file
 from glm_models import MODE, CheckpointError, check_family
-from glm_models.checkpoint import read_json, write_json, write_side_files, write_weights
-from glm_models.config import shown
+from glm_models.checkpoint import write_json, write_side_files, write_weights
 from throughput import Flops
 from zero3 import load_partitioned
 
@@ -274,159 +268,16 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-# The ds file
+def supports_bf16() -> bool:
+    """Whether this device computes in bf16. GPUs before Ampere only emulate it: slowly, and without fused attention."""
+    if get_accelerator().device_name() == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(get_accelerator().is_bf16_supported())
 
 
-def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
-    """Read a DeepSpeed config file and fill in its "auto" values.
-
-    Args:
-        path: the file; beside the scripts if it is not in the current folder.
-        values: what the command line says of batch, lr and the rest, by the ds file's dotted key, as
-            "optimizer.params.lr".
-        as_gpu: resolve precision for a GPU with bf16, whatever this machine has.
-
-    Raises:
-        UserError: a section is missing, an unknown "auto", a precision that the device cannot do, a number that
-            contradicts the command line, or a value that DeepSpeed cannot take.
-        CheckpointError: unreadable.
-    """
-    if not os.path.exists(path):
-        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.path.basename(path))
-        path = beside if os.path.dirname(path) == "" and os.path.exists(beside) else path
-    config = read_json(path)
-    if not isinstance(config.get("zero_optimization"), dict):
-        raise UserError(f'{path}: "zero_optimization" is missing; start from one of the ds_zero*.json files')
-    for section in ("bf16", "fp16", "optimizer", "scheduler"):
-        if not isinstance(config.get(section, {}), dict):
-            raise UserError(f'{path}: "{section}" must be an object, as in the ds_zero*.json files')
-    _resolve_precision(config, path, as_gpu)
-    # bf16 sums of gradients would be exact to three digits, and be copied to float32 at each step
-    values = values | {"data_types.grad_accum_dtype": "fp32" if config["bf16"]["enabled"] else None}
-    try:
-        _fill_auto(config, values, path)
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply") from None
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
-        if config.setdefault(key, values[key]) != values[key]:
-            raise UserError(
-                f'{path}: "{key}" is {shown(config[key])}, the command line makes it {values[key]}; use "auto"'
-            )
-    for section in ("optimizer", "scheduler"):
-        if section not in config:
-            raise UserError(f'{path}: "{section}" is missing; start from one of the ds_zero*.json files')
-    _check_ds_config(config, path)
-    return config
-
-
-# Keys of the ds file that DeepSpeed takes as they are, and trips over in the middle of a training.
-DS_TYPES = dict.fromkeys(("gradient_clipping", "gradient_predivide_factor"), (int, float))
-DS_TYPES |= dict.fromkeys(("steps_per_print", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu"), (int,))
-DS_TYPES |= dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state", "prescale_gradients"), (bool,))
-DS_TYPES |= dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), (bool,))
-GRADIENT_TYPES = (None, "fp32", "fp16", "bf16")
-
-
-def _check_ds_config(config: dict, path: str) -> None:
-    """Let DeepSpeed read the config, and make the scheduler and, as far as torch has it, the optimiser."""
-    for key, kinds in DS_TYPES.items():
-        value = config.get(key)
-        if value is not None and (type(value) not in kinds or not 0 <= value < math.inf):
-            raise UserError(f"{path}: {key} must be {' or '.join(k.__name__ for k in kinds)}, not {shown(value)}")
-    stage = config["zero_optimization"].get("stage")
-    if type(stage) is not int:
-        raise UserError(f"{path}: zero_optimization.stage must be 1, 2 or 3, not {shown(stage)}")
-    try:
-        part = "what DeepSpeed reads"
-        # the batch is checked already, and for --plan of more devices than there are processes
-        whole = DeepSpeedConfig({k: v for k, v in copy.deepcopy(config).items() if k != "train_batch_size"})
-        part = "zero_optimization"
-        for key, value in config["zero_optimization"].items():
-            if isinstance(value, str) and isinstance(getattr(whole.zero_config, key, None), int | float):
-                raise ValueError(f"{key} must be a number or true or false, not {shown(value)}")
-        part = "data_types"
-        if whole.grad_accum_dtype not in GRADIENT_TYPES:
-            raise ValueError(f"grad_accum_dtype {shown(whole.grad_accum_dtype)} is none of {GRADIENT_TYPES}")
-        part = "optimizer"
-        _try_optimizer(config["optimizer"])
-        part = "scheduler"
-        _try_scheduler(config["scheduler"])
-    except Exception as error:  # DeepSpeed checks by pydantic, by assertions, and by what happens to fail
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason.split(" For further information")[0]
-        raise UserError(f"{path}: {part}: {reason[:300]}") from None
-
-
-def _try_optimizer(section: dict) -> None:
-    name, params = section["type"], dict(section.get("params", {}))
-    known = [torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam]
-    if name.lower() in (ADAM_OPTIMIZER, ADAMW_OPTIMIZER):
-        names = {parameter for kind in known for parameter in inspect.signature(kind).parameters}
-        if unknown := sorted(params.keys() - names - {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}):
-            raise ValueError(f"{unknown[0]} is no parameter of {name}")
-        params = {key: params[key] for key in ("lr", "betas", "eps", "weight_decay") if key in params}
-        kind = torch.optim.AdamW
-    elif name.lower() in DEEPSPEED_OPTIMIZERS:
-        return
-    else:
-        kind = getattr(torch.optim, name)
-        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-            raise ValueError(f"{name} is no optimizer")
-    kind([torch.zeros(1)], **params)
-
-
-def _try_scheduler(section: dict) -> None:
-    name = section["type"]
-    kind = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name)
-    if not isinstance(kind, type):
-        raise ValueError(f"{name} is no scheduler")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        kind(torch.optim.SGD([torch.zeros(1)], lr=1.0), **section.get("params", {})).step()
-
-
-def _resolve_precision(config: dict, path: str, as_gpu: bool) -> None:
-    """Turn "auto" of bf16 and fp16 into true or false: bf16 where a GPU has it, else fp16, and float32 on a CPU."""
-    accelerator = get_accelerator()
-    on_cpu = accelerator.device_name() == "cpu" and not as_gpu
-    can = {
-        "bf16": as_gpu or bool(accelerator.is_bf16_supported()),
-        "fp16": as_gpu or bool(accelerator.is_fp16_supported()),
-    }
-    wish = {kind: config.setdefault(kind, {}).setdefault("enabled", "auto") for kind in can}
-    for kind, enabled in wish.items():
-        if type(enabled) is not bool and enabled != "auto":
-            raise UserError(f'{path}: {kind}.enabled must be true, false or "auto", not {shown(enabled)}')
-        if enabled is True and not can[kind]:
-            name = "this CPU" if on_cpu else accelerator.device_name()
-            raise UserError(f'{path}: {kind} is enabled, but {name} cannot do it; set it to "auto" or false')
-    if wish["bf16"] is True and wish["fp16"] is True:
-        raise UserError(f"{path}: bf16 and fp16 are both enabled; choose one")
-    if wish["bf16"] == "auto":
-        wish["bf16"] = can["bf16"] and not on_cpu and wish["fp16"] is not True
-    if wish["fp16"] == "auto":
-        wish["fp16"] = can["fp16"] and not on_cpu and not wish["bf16"]
-    for kind, enabled in wish.items():
-        config[kind]["enabled"] = enabled
-
-
-def _fill_auto(config: dict, values: dict, path: str, prefix: str = "") -> None:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            _fill_auto(value, values, path, f"{prefix}{key}.")
-        elif value == "auto":
-            if prefix + key not in values:
-                raise UserError(
-                    f'{path}: train.py does not know what "auto" means for {shown(prefix + key)}; give a value'
-                )
-            config[key] = values[prefix + key]
-
-
-def compute_dtype(ds_config: dict) -> torch.dtype:
-    """The type that weights and activations have during training."""
-    if ds_config["bf16"]["enabled"]:
-        return torch.bfloat16
-    return torch.float16 if ds_config["fp16"]["enabled"] else torch.float32
+def supports_fp16() -> bool:
+    """Whether this device computes in fp16. All GPUs do, and CPUs with AVX512-FP16 or AMX."""
+    return bool(get_accelerator().is_fp16_supported())
 
 
 # Loading
@@ -490,13 +341,7 @@ def load_result(mode: str, folder: str, base: str | None, device: torch.device):
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder")
     # float32 on a CPU: half precision is slow there
-    dtype = (
-        torch.float32
-        if device.type == "cpu"
-        else torch.bfloat16
-        if get_accelerator().is_bf16_supported()
-        else torch.float16
-    )
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if supports_bf16() else torch.float16
     config_path = os.path.join(folder, "adapter_config.json")
     if not os.path.isfile(config_path):
         return load_tokenizer(mode, folder), load_base(mode, folder, dtype).to(device).eval()

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 import planner  # noqa: E402
 import train  # noqa: E402
+from ds_config import compute_dtype, load_ds_config  # noqa: E402
 from glm_models import MODE  # noqa: E402
-from utils import compute_dtype, load_ds_config  # noqa: E402
 
 # Small, and yet so that activations, not weights, are what a step allocates.
 GLM = {"vocab_size": 1024, "hidden_size": 128, "num_layers": 3, "num_attention_heads": 4, "inner_hidden_size": 512}

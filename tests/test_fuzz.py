@@ -32,10 +32,12 @@ from safetensors.torch import save_file
 import train
 from adapter import read_adapter
 from data_set import DataError, InstructionData, RowError, encode_sample, scan_rows
+from ds_config import load_ds_config
+from ds_keys import REFUSED, Key, Section, fits, is_one, walk
 from folders import FolderError, new_folder
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.tiny import make_tiny_checkpoint
-from utils import UserError, load_ds_config, quiet
+from utils import UserError, quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 CLEAR = (DataError, UserError, CheckpointError, FolderError)
@@ -130,6 +132,31 @@ def mutate_json_file(chance: random.Random, value: dict, keys: list[str]) -> byt
     content = json.dumps(value, ensure_ascii=chance.random() < 0.5).encode("utf-8", "surrogatepass")
     return mutate_bytes(chance, content) if chance.random() < 0.3 else content
 
+
+# Values that a key of a ds file does not expect.
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    -1,
+    0.5,
+    1e9,
+    math.nan,
+    math.inf,
+    10**30,
+    "",
+    "auto",
+    "cpu",
+    "no",
+    [],
+    ["a"],
+    [[1]],
+    {},
+]
+ODD += [{"enabled": True}, {"enabled": False}, {"a": {"b": 1}}]
 
 # Kinds of files: a function of a random generator, which makes one input, reads it and judges the result. It returns
 # normally where the input was rightly accepted.
@@ -264,26 +291,7 @@ class Fuzz:
 
     # Configs
 
-    DS_KEYS = ["stage", "optimizer", "scheduler", "type", "params", "lr", "betas", "total_num_steps", "fp16", "bf16"]
-    DS_KEYS += ["gradient_clipping", "steps_per_print", "offload_param", "device", "zero_optimization", "data_types"]
-    DS_KEYS += ["wall_clock_breakdown", "loss_scale", "comms_logger", "tensorboard", "activation_checkpointing"]
-    DS_KEYS += [
-        "communication_data_type",
-        "elasticity",
-        "flops_profiler",
-        "sparse_attention",
-        "compile",
-        "aio",
-        "nonsense",
-    ]
-    DS_KEYS += [
-        "reduce_bucket_size",
-        "enabled",
-        "train_batch_size",
-        "data_efficiency",
-        "checkpoint",
-        "sequence_parallel_size",
-    ]
+    DS_KEYS = sorted({name.rpartition(".")[2] for name, _ in walk()}) + ["nonsense", "_comment"]
 
     def ds_file(self, chance: random.Random) -> None:
         """What is accepted has the types that the engine counts with."""
@@ -296,6 +304,42 @@ class Fuzz:
         lr = config["optimizer"].get("params", {}).get("lr", 1.0)
         assert type(lr) in (int, float, bool) and lr >= 0
         assert config["train_batch_size"] == self.ds_values["train_batch_size"]
+
+    def ds_keys(self, chance: random.Random) -> None:
+        """A key that is unknown, or has a value that is refused, is never accepted."""
+        table = dict(walk())
+        dotted = chance.choice(sorted(table))
+        known, value = table[dotted], chance.choice(ODD)
+        if chance.random() < 0.2:
+            dotted, known = chance.choice((dotted + "s", dotted.replace("_", ""), f"{dotted}.{dotted}")), None
+            known = table.get(dotted)
+        elif isinstance(known, Key) and chance.random() < 0.5:
+            value = chance.choice([known.default if known.default is not ... else None, *known.harmless, "auto"])
+        config = copy.deepcopy(chance.choice(self.ds_files))
+        *sections, name = dotted.split(".")
+        holder = config
+        for one in sections:
+            holder[one] = holder = holder[one] if isinstance(holder.get(one), dict) else {}
+        holder[name] = value
+        path = self.folder / "ds.json"
+        path.write_text(json.dumps(config))
+        load_ds_config(str(path), self.ds_values, as_gpu=chance.random() < 0.5)
+        inside = [table[name] for name in self.above(dotted) if isinstance(table.get(name), Section)]
+        if any(section.why for section in inside):
+            return  # a section that is off
+        assert known is not None, f"{dotted} is unknown"
+        if isinstance(known, Key) and known.kind == REFUSED:
+            assert is_one(value, known.harmless), f"{dotted} {value!r}"
+        elif isinstance(known, Key):
+            assert value in ("auto", None) or fits(value, known.takes), f"{dotted} {value!r}"
+        else:
+            assert value is None or isinstance(value, dict), f"{dotted} {value!r}"
+
+    @staticmethod
+    def above(dotted: str) -> list[str]:
+        """The sections that hold a key."""
+        parts = dotted.split(".")
+        return [".".join(parts[:i]) for i in range(1, len(parts))]
 
     CONFIG_KEYS = ["id2label", "num_labels", "dtype", "torch_dtype", "auto_map", "architectures", "pre_seq_len"]
     CONFIG_KEYS += ["rope_scaling", "model_type", "quantization_bit", "output_attentions", "return_dict", "to_dict"]
@@ -395,7 +439,7 @@ class Fuzz:
 
 OTHER_TYPES = [b'"\\1": ' + value for value in (b"null", b"3", b"true", b"{}", b'["a"]', b"1e3", b"[]")]
 EMPTY = [b'"output": ' + value for value in (b'""', b'"  "', b'"\\\\n\\\\t"', '"\u3000"'.encode())]
-KINDS = ("rows", "row_bytes", "ds_file", "config", "adapter_config", "adapter_weights")
+KINDS = ("rows", "row_bytes", "ds_file", "ds_keys", "config", "adapter_config", "adapter_weights")
 
 
 class Hang(BaseException):

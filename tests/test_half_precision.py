@@ -1,5 +1,5 @@
-"""bfloat16 and float16 end to end: every family, method and ds file, on one rank and on two, trains, saves, continues from a
-state with the very losses of the run that was not stopped, and its results answer.
+"""bfloat16 and float16 end to end: every family, method and ds file, on one rank and on two: trains, saves, resumes
+with the very losses of the run that was not stopped, and its results answer.
 
 Types that differ between weights, adapters, gradients and buffers stop a run in half precision alone, and under ZeRO-3
 in other places than under ZeRO-2; tests in float32 see nothing of it.

@@ -333,9 +333,9 @@ def errors(tiny, folder):
     good = json.dumps({"instruction": "a", "input": "b", "output": "c"})
     bad_rows.write_text(good + "\n" + '{"instruction": "a", "input": "b", "output": ["c"]}\n')
     ds = json.loads((ROOT / DS_FILES["z2"]).read_text())
-    ds["fp16"]["enabled"] = True
-    half = folder / "half.json"
-    half.write_text(json.dumps(ds))
+    ds["optimizer"]["params"]["lr"] = 0.5
+    other_lr = folder / "other_lr.json"
+    other_lr.write_text(json.dumps(ds))
     return {
         "mode": ({"mode": "glm"}, "--mode glm3 (ChatGLM3-6B)"),
         "path": ({"model_name_or_path": folder / "nowhere"}, "nowhere: no such folder"),
@@ -343,12 +343,12 @@ def errors(tiny, folder):
         "data": ({"train_path": bad_rows}, "bad_rows.json line 2: output must be a string, not a list"),
         "module": ({"lora_module_name": "query_key_value,dence"}, "dence: no such linear layer; there are dense"),
         "freeze": ({"train_type": "freeze", "freeze_module_name": "layers.99."}, "layers.99.: no parameter has it"),
-        "precision": ({"ds_file": half}, "fp16 is enabled, but this CPU cannot do it"),
+        "ds_file": ({"ds_file": other_lr}, '"optimizer.params.lr" is 0.5, the command line makes it 0.0001'),
         "contradiction": ({"max_src_len": 200}, "--max_src_len 200 must be less than --max_len 128"),
     }
 
 
-@pytest.mark.parametrize("kind", ["mode", "path", "data", "cache", "module", "freeze", "precision", "contradiction"])
+@pytest.mark.parametrize("kind", ["mode", "path", "data", "cache", "module", "freeze", "ds_file", "contradiction"])
 def test_what_cannot_work_ends_with_one_clear_error_on_two_ranks(tiny, rows, folder, kind):
     change, message = errors(tiny, folder)[kind]
     run = bad_run(tiny, rows, folder, **change)

@@ -32,6 +32,7 @@ PREFIX = {"pre_seq_len": 3, "prefix_projection": True}
 def main():
     import train
     import utils
+    from ds_config import load_ds_config
 
     torch.set_num_threads(1)
     cases, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
@@ -43,7 +44,7 @@ def main():
         values = train.ds_values(args, world_size, 10, 64)
         plain, zero3 = (
             outcome(lambda: utils.load_base(mode, folder, torch.float32, config, **changes))  # noqa: B023
-            for config in (utils.load_ds_config(f"ds_zero{stage}_no_offload.json", values) for stage in (2, 3))
+            for config in (load_ds_config(f"ds_zero{stage}_no_offload.json", values) for stage in (2, 3))
         )
         mine = differences(utils, plain, zero3)
         everyone = [None] * world_size
