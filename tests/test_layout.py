@@ -12,6 +12,7 @@ from utils import UserError, load_ds_config
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"train", "utils", "data_set", "data_cache", "data_check", "data_findings", "throughput", "planner"}
+OURS |= {"plan_zero", "plan_zero3"}
 OURS |= {"memory_trace", "folders", "states", "stops", "merge_lora", "predict", "metrics", "adapter", "probe"}
 OURS |= {"lora", "evaluation", "replay", "forgetting", "zero3", "charts", "report", "compare_methods", "glm_models"}
 MAY_IMPORT = {
@@ -35,7 +36,9 @@ MAY_IMPORT = {
     "stops": {"data_set", "utils"},
     "lora": {"glm_models"},
     "memory_trace": set(),
-    "planner": {"data_set", "glm_models", "memory_trace", "utils"},
+    "plan_zero": {"data_set", "memory_trace", "utils"},
+    "plan_zero3": {"memory_trace", "plan_zero"},
+    "planner": {"data_set", "glm_models", "memory_trace", "plan_zero", "plan_zero3", "utils"},
     "probe": {"adapter", "glm_models"},
     "train": {
         "adapter",
