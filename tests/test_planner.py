@@ -4,15 +4,12 @@ allocator against cases worked out by hand.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from measured import ROOT, SETTINGS, SIZES, arguments, build, ds_config, peak_of, setting
+from ranks import end_ranks, start_ranks
 from torch import nn
 
 import planner
@@ -218,29 +215,6 @@ class Exact(CachingAllocator):
         size, tag = self.blocks.pop(key, (0, ""))
         self.allocated -= size
         self.by_tag[tag] = self.by_tag.get(tag, 0) - size
-
-
-def start_ranks(ranks: int, *command: str) -> list[subprocess.Popen]:
-    """Start a Python program once for each rank of a process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-
-
-def end_ranks(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output[-3000:]
 
 
 @pytest.fixture(scope="module")
