@@ -1,8 +1,9 @@
 """What steps of small models really allocate, by torch's own CPU allocator, and the models themselves.
 
-    python tests/measured.py STAGE RESULTS
+    python tests/measured.py STAGE RESULTS [NAME ...]
 
-runs DeepSpeed's own steps of `SETTINGS` under a ZeRO stage and writes {name: [bytes of the backward, of the step]}.
+runs DeepSpeed's own steps of `SETTINGS` (all, or those named) under a ZeRO stage, as train.py trims it, and writes
+{name: [bytes of the backward, of the step]}; of several ranks, those of the one that needs most.
 """
 
 import argparse
@@ -36,7 +37,12 @@ SETTINGS = {
     "freeze": "--mode glm --train_type freeze --gradient_accumulation_steps 2",
     "lora": "--mode glm3 --train_type lora --gradient_checkpointing",
     "ptuning": "--mode glm2 --train_type ptuning --gradient_accumulation_steps 2 --gradient_checkpointing",
+    # gradients that are larger than a bucket, and some that are not
+    "large": "--mode glm2 --train_type freeze --gradient_accumulation_steps 2 --gradient_checkpointing "
+    "--freeze_module_name layers.",
+    "large-all": "--mode glm3 --train_type all --gradient_checkpointing",
 }
+SMALL_BUCKET = 10_000  # numbers; of the settings named "large"
 
 
 def arguments(flags: str) -> argparse.Namespace:
@@ -45,6 +51,13 @@ def arguments(flags: str) -> argparse.Namespace:
     if "--train_type freeze" in flags:
         fixed += "--freeze_module_name layers.2. "
     return train.parse_args((fixed + flags).split())
+
+
+def setting(name: str, stage: int, gpus: int, sums: str) -> tuple[argparse.Namespace, dict]:
+    """Arguments and ds config of one of `SETTINGS`, with gradients summed in the type `sums`."""
+    args = arguments(SETTINGS[name])
+    small = {"reduce_bucket_size": SMALL_BUCKET} if name.startswith("large") else {}
+    return args, ds_config(args, stage, gpus, data_types={"grad_accum_dtype": sums}, zero_optimization=small)
 
 
 def ds_config(args: argparse.Namespace, stage: int, gpus: int = 1, **sections) -> dict:
@@ -113,17 +126,19 @@ def measure(args: argparse.Namespace, config: dict) -> list[int]:
 def main() -> None:
     import utils
 
-    stage, results = int(sys.argv[1]), Path(sys.argv[2])
+    stage, results, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or SETTINGS
     torch.set_num_threads(1)
     utils.quiet(verbose=False)
-    utils.start_distributed(verbose=False)
+    rank, ranks = utils.start_distributed(verbose=False)
+    utils.trim_deepspeed()
     measured = {}
-    for name, flags in SETTINGS.items():
-        args = arguments(flags)
+    for name in names:
         for sums in ("bf16", "fp32"):
-            config = ds_config(args, stage, data_types={"grad_accum_dtype": sums})
-            measured[f"{name} {sums}"] = measure(args, config)
-    results.write_text(json.dumps(measured))
+            peaks = [None] * ranks
+            torch.distributed.all_gather_object(peaks, measure(*setting(name, stage, ranks, sums)))
+            measured[f"{name} {sums}"] = [max(of_ranks) for of_ranks in zip(*peaks, strict=True)]
+    if rank == 0:
+        results.write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ MAY_IMPORT = {
     "stops": {"data_set", "utils"},
     "lora": {"glm_models"},
     "memory_trace": set(),
-    "planner": {"data_set", "ds_config", "glm_models", "memory_trace", "utils"},
+    "plan_zero": {"data_set", "memory_trace", "utils"},
+    "plan_zero3": {"memory_trace", "plan_zero"},
+    "planner": {"data_set", "ds_config", "glm_models", "memory_trace", "plan_zero", "plan_zero3", "utils"},
     "probe": {"adapter", "glm_models"},
     "train": {
         "adapter",

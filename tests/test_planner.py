@@ -4,13 +4,12 @@ allocator against cases worked out by hand.
 """
 
 import json
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from measured import ROOT, SETTINGS, SIZES, arguments, build, ds_config, peak_of
+from measured import ROOT, SETTINGS, SIZES, arguments, build, ds_config, peak_of, setting
+from ranks import end_ranks, start_ranks
 from torch import nn
 
 import planner
@@ -18,6 +17,8 @@ import train
 from data_set import MicroBatch, Sample, collate
 from glm_models import MODE, ops
 from memory_trace import MIB, CachingAllocator, StorageTracker, host_bytes, peak_bytes, trace_step
+from plan_zero import Zero12Simulator
+from plan_zero3 import Zero3Simulator
 from utils import UserError
 
 FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
@@ -113,7 +114,7 @@ def test_tied_weights_count_once():
     args = arguments("--mode glm --train_type all")
     setup = build(args, ds_config(args, 2), "meta")
     memory = CachingAllocator()
-    run = planner.DeepSpeed(setup, 1, memory)
+    run = Zero12Simulator(setup, 1, memory)
     run.start()
     numel = sum(p.numel() for p in {id(p): p for p in setup.model.parameters()}.values())
     assert memory.by_tag["weights"] == pytest.approx(2 * numel, rel=0.01)
@@ -218,32 +219,24 @@ class Exact(CachingAllocator):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """measured[stage]: what DeepSpeed allocates; stages have a process of their own, for stage 3 changes modules."""
+    """measured[stage, ranks]: what DeepSpeed allocates. Stages have their own processes: stage 3 changes modules."""
     folder = tmp_path_factory.mktemp("measured")
-    runs = {}
-    for stage in (2, 3):
-        command = [sys.executable, str(ROOT / "tests" / "measured.py"), str(stage), str(folder / f"{stage}.json")]
-        runs[stage] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for stage, run in runs.items():
-        output, _ = run.communicate(timeout=300)
-        assert run.returncode == 0, output[-3000:]
-        runs[stage] = json.loads((folder / f"{stage}.json").read_text())
-    return runs
+    files = {(stage, ranks): folder / f"{stage}-{ranks}.json" for stage, ranks in ((2, 1), (3, 1), (2, 2))}
+    program, started = str(ROOT / "tests" / "measured.py"), []
+    for (stage, ranks), file in files.items():
+        started += start_ranks(ranks, program, str(stage), str(file), *(["large"] if ranks > 1 else []))
+    end_ranks(started)
+    return {key: json.loads(file.read_text()) for key, file in files.items()}
 
 
-@pytest.mark.parametrize("sums", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("stage", [2, 3])
-def test_accounting_agrees_with_deepspeed(stage, name, sums, measured):
-    args = arguments(SETTINGS[name])
-    config = ds_config(args, stage, data_types={"grad_accum_dtype": sums})
+def planned_peaks(name: str, stage: int, ranks: int, sums: str) -> list[int]:
+    """Planned for a CPU: bytes of the last backward pass of an optimiser step, and of that step."""
+    args, config = setting(name, stage, ranks, sums)
     setup = build(args, config, "meta")
-    trace = planner.run_trace(setup, on_gpu=False)
-
     peaks = []  # above what lives before the backward, and before the step
     memory = Exact()
 
-    class Watched(planner.DeepSpeed3 if stage == 3 else planner.DeepSpeed):
+    class Watched(Zero3Simulator if stage == 3 else Zero12Simulator):
         def start(self):
             super().start()
             self.before = memory.allocated
@@ -254,18 +247,30 @@ def test_accounting_agrees_with_deepspeed(stage, name, sums, measured):
             super().step()
             peaks.append(memory.peak_allocated - self.before)
 
-    Watched(setup, 1, memory).play(trace)
-    backward, step = measured[stage][f"{name} {sums}"]
-    if not (stage == 3 and name == "all" and sums == "bf16"):  # there gloo, of the CPU alone, copies a bucket
-        assert peaks[0] == pytest.approx(backward, rel=0.02)
+    Watched(setup, ranks, memory, on_gpu=False).play(planner.run_trace(setup, on_gpu=False))
+    return peaks
+
+
+@pytest.mark.parametrize("sums", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accounting_agrees_with_deepspeed(stage, name, sums, measured):
+    peaks, (backward, step) = planned_peaks(name, stage, 1, sums), measured[stage, 1][f"{name} {sums}"]
+    assert peaks[0] == pytest.approx(backward, rel=0.02)
     assert peaks[1] == pytest.approx(step, rel=0.02, abs=4096)
 
 
-def play(flags: str, stage: int, gpus: int, **sections) -> planner.DeepSpeed:
+@pytest.mark.parametrize("sums", ["bf16", "fp32"])
+def test_accounting_agrees_with_deepspeed_on_two_ranks(sums, measured):
+    """The backward pass alone: in the step gloo gathers by copies of its own."""
+    assert planned_peaks("large", 2, 2, sums)[0] == pytest.approx(measured[2, 2][f"large {sums}"][0], rel=0.02)
+
+
+def play(flags: str, stage: int, gpus: int, **sections) -> Zero12Simulator:
     """A whole step, counted without an allocator's rounding."""
     args = arguments(flags)
     setup = build(args, ds_config(args, stage, gpus, **sections), "meta")
-    run = (planner.DeepSpeed3 if stage == 3 else planner.DeepSpeed)(setup, gpus, Exact())
+    run = (Zero3Simulator if stage == 3 else Zero12Simulator)(setup, gpus, Exact())
     run.play(planner.run_trace(setup))
     return run
 

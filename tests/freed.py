@@ -1,0 +1,91 @@
+"""Train tiny models twice, with DeepSpeed's own way to take a gradient and with utils._reduce_gradient.
+
+    python tests/freed.py RESULTS
+
+writes {name of a case: [facts of the first, facts of the second]}, of rank 0. Equal facts are equal numbers bit by bit.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+import utils
+
+TAKES = "reduce_independent_p_g_buckets_and_remove_grads"
+BUCKET = 1000  # numbers: the 40 x 40 weights are larger, the 12 x 40 ones and the biases are not
+# (type of the model, of sums of gradients)
+TYPES = [("fp32", None), ("bf16", "bf16"), ("bf16", "fp32"), ("fp16", None), ("fp16", "fp32")]
+CASES = {
+    f"stage {stage}, {kind} summed in {sums}{', offload' * offload}": (stage, kind, sums, offload)
+    for kind, sums in TYPES
+    for stage, offload in ((1, False), (2, False), (2, True))
+    if (stage, kind, sums) != (1, "bf16", "fp32")  # of these DeepSpeed makes an optimiser that sums by itself
+}
+
+
+def ds_config(stage: int, kind: str, sums: str | None, offload: bool) -> dict:
+    zero = {"stage": stage, "reduce_bucket_size": BUCKET, "overlap_comm": True}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.5,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "data_types": {"grad_accum_dtype": sums},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+    }
+    if kind != "fp32":
+        config[kind] = {"enabled": True} | ({"initial_scale_power": 8} if kind == "fp16" else {})
+    return config
+
+
+def facts(config: dict) -> list:
+    """Of two optimiser steps: each loss and norm of the gradient, and hashes of the masters at the end."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(12, 40), torch.nn.GELU(), torch.nn.Linear(40, 40), torch.nn.GELU(), torch.nn.Linear(40, 40)
+    )
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    found = []
+    for _ in range(2 * config["gradient_accumulation_steps"]):
+        x = torch.randn(2, 12, generator=generator).to(next(model.parameters()).dtype)
+        loss = engine(x).float().pow(2).sum()
+        engine.backward(loss)
+        engine.step()
+        found.append(loss.item())
+    found.append(float(engine.get_global_grad_norm()))
+    masters = engine.optimizer.single_partition_of_fp32_groups
+    found += [hashlib.sha256(master.detach().numpy().tobytes()).hexdigest() for master in masters]
+    engine.destroy()
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    utils.quiet(verbose=False)
+    get_accelerator().is_fp16_supported = lambda: True  # slow, but any CPU can
+    rank, _ = utils.start_distributed(verbose=False)
+    utils.trim_deepspeed()
+    results = {}
+    for name, case in CASES.items():
+        with mock.patch.object(DeepSpeedZeroOptimizer, TAKES, utils._put_in_bucket):
+            results[name] = [facts(ds_config(*case))]
+        results[name].append(facts(ds_config(*case)))
+    if rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
