@@ -32,7 +32,7 @@ from ds_keys import (
     is_one,
     walk,
 )
-from utils import UserError
+from errors import UserError
 
 START = "start from one of the ds_zero*.json files"
 # "auto" and a missing key mean these, whatever the command line says; `values` of load_ds_config has the others.

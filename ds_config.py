@@ -11,8 +11,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from ds_check import Check, optimizer_class, reason, shown
 from ds_keys import IDLE, KEYS, REFUSED, SAID, Section
+from errors import UserError
 from glm_models.checkpoint import CheckpointError, read_json
-from utils import UserError, supports_bf16, supports_fp16
+from utils import supports_bf16, supports_fp16
 
 
 def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
