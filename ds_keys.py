@@ -152,8 +152,7 @@ ZERO = {
     "stage3_model_persistence_threshold": said(COUNT, sys.maxsize, LATE),
     **each("stage3_max_live_parameters stage3_max_reuse_distance", planned(COUNT, 10**9, LATE)),
     # results are always whole, in the model's type
-    "stage3_gather_16bit_weights_on_model_save": planned(BOOL, False),
-    "stage3_gather_fp16_weights_on_model_save": planned(BOOL, False),
+    **each("stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save", planned(BOOL, False)),
     "stage3_module_granularity_threshold": said(COUNT, 0, LATE),
     **each(
         "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential enable_sanity_checks",
@@ -180,15 +179,11 @@ for _name in [name for name in ZERO if name.startswith("stage3_") and "fp16" not
     ZERO[_name.removeprefix("stage3_")] = refused(f'write "{_name}"')
 
 ADAM = {
-    "lr": planned(NUMBER),
+    **each("lr eps weight_decay", planned(NUMBER)),
     "betas": planned(BETAS),
-    "eps": planned(NUMBER),
-    "weight_decay": planned(NUMBER),
     "torch_adam": planned(BOOL, False),
-    "fused": planned(BOOL, None),
-    "foreach": planned(BOOL, None),
-    "adam_w_mode": planned(BOOL, True),
-    "bias_correction": planned(BOOL, True),
+    **each("fused foreach", planned(BOOL, None)),
+    **each("adam_w_mode bias_correction", planned(BOOL, True)),
     "fp32_optimizer_states": refused(MASTERS, True, None),
     "amsgrad": refused("its third moment is not known to training states and --plan", False),
     "maximize": refused("it would raise the loss", False),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from runs import Launched, command, make_base, make_rows
 
+import ds_check
 import ds_config
 import states
 import train
@@ -149,7 +150,7 @@ def test_refused_keys_are_refused_by_name_and_their_harmless_values_are_not(load
     ],
 )
 def test_a_ds_file_that_cannot_be_meant_is_refused(load, monkeypatch, changes, message):
-    monkeypatch.setattr(ds_config.get_accelerator(), "device_name", lambda *_: "cpu")
+    monkeypatch.setattr(ds_check.get_accelerator(), "device_name", lambda *_: "cpu")
     monkeypatch.setattr(ds_config, "supports_fp16", lambda: True)
     with pytest.raises(UserError, match=message) as error:
         load(changes)
@@ -164,8 +165,8 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path):
 
 
 def test_logs_need_their_packages(load, monkeypatch):
-    find = ds_config.importlib.util.find_spec
-    monkeypatch.setattr(ds_config.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    find = ds_check.importlib.util.find_spec
+    monkeypatch.setattr(ds_check.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     with pytest.raises(UserError, match="wandb is enabled and its package is not installed: pip install wandb"):
         load({"wandb.enabled": True})
     load({"wandb.enabled": False, "wandb.project": "mine"})
@@ -278,7 +279,7 @@ def test_bf16_is_chosen_where_it_is_not_emulated(load, monkeypatch, is_real):
         return is_real or including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    for module in (utils, ds_config):
+    for module in (utils, ds_check, ds_config):
         monkeypatch.setattr(module, "get_accelerator", lambda: Gpu(fp16=True))
     config = load({})
     assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (is_real, not is_real)
@@ -321,16 +322,20 @@ def test_half_precision_that_this_machine_lacks_is_refused_on_two_ranks(tmp_path
         ({"round_robin_gradients": True}, {"round_robin_gradients": True}, 2, None),
         ({"type": "Lion"}, {"type": "Lion"}, 1, None),
         ({}, {"reduce_bucket_size": 7}, 1, None),
+        ({}, {"offload_optimizer": {"device": "cpu"}}, 2, "saved with optimizer AdamW in the ds file"),
+        ({}, {"offload_optimizer": {"device": "cpu"}}, 1, None),
     ],
 )
 def test_a_state_goes_on_in_its_own_layout_alone(load, monkeypatch, before, now, ranks, message):
     def run(changes, ranks):
         stage = 3 if "sub_group_size" in changes else 2
         more = {f"zero_optimization.{k}": v for k, v in changes.items() if k != "type"}
+        if "offload_optimizer" in changes:
+            more["optimizer.params"] = {}
         if kind := changes.get("type"):
             more |= {"optimizer.type": kind, "zero_allow_untested_optimizer": True, "optimizer.params": {}}
         config = load(more, stage, as_gpu=True)
-        settings = {"optimizer of --ds_file": config["optimizer"], states.LAYOUT: zero_layout(config)}
+        settings = {"optimizer of --ds_file": {"type": config["optimizer"]["type"]}, states.LAYOUT: zero_layout(config)}
         return states.Run(settings, ranks, stage)
 
     monkeypatch.setattr(states, "read_run", lambda _: run(before, 2))
