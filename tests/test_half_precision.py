@@ -10,9 +10,10 @@ import math
 
 import pytest
 import torch
+from conftest import enliven, write_model
 from runs import METHOD_FLAGS, make_base
 from safetensors import safe_open
-from test_train import DS_FILES, PAIRS, ROOT, ROWS, run_jobs
+from test_train import DS_FILES, PAIRS, RATES, ROOT, ROWS, run_jobs
 
 import predict
 from glm_models import MODE
@@ -45,7 +46,13 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def bases(folder):
-    return {mode: make_base(mode, folder / mode) for mode in MODE}
+    """bases[mode]: two layers, with lively weights, else a prefix would hardly be felt."""
+    made = {mode: make_base(mode, folder / mode) for mode in MODE}
+    for mode, path in made.items():
+        model = MODE[mode].model.from_pretrained(path)
+        enliven(model)
+        write_model(model, str(path))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +86,7 @@ def losses(bases, folder, rows, ds_files):
                     --mode {mode} --train_type {method} {METHOD_FLAGS[method]} --model_name_or_path {bases[mode]}
                     --train_path {rows} --data_cache {folder}/cache --output_dir {output} --max_len 128 --max_src_len 96
                     --ds_file {ds_files[kind, ds]} --num_train_epochs 2 --per_device_train_batch_size 1
-                    --gradient_accumulation_steps {2 // ranks} --learning_rate 3e-3 --show_loss_step 1
+                    --gradient_accumulation_steps {2 // ranks} --learning_rate {RATES[method]} --show_loss_step 1
                     {f"--resume_from_checkpoint {state}" if resumed else "--save_state_steps 2"}
                 """
                 jobs[output.name] = argv.split()
