@@ -281,6 +281,8 @@ def test_flags_that_would_do_nothing_are_refused_whatever_their_value(parser, ne
         value = {Integer: "1", Number: "0.5", GiB: "24", File: __file__, Folder: ".", Text: "x", NewPath: "x"}
         text = str(flag.default) if flag.default is not None else value[type(flag.read)]
         words = [*needed, flag.name, text]
+        if flag.needs == "--train_type lora":  # the default
+            words += ["--train_type", "all"]
         if flag.needs:
             (line,) = refused(parser().parse_args, "", words)
             assert line.startswith(f"{flag.name} does nothing without {flag.needs}")
@@ -487,7 +489,7 @@ CHINESE = {
     "the accelerator, else cpu": "有加速卡用加速卡，否则 cpu",
     "predictions-NAME.jsonl in the model folder": "模型目录下的 predictions-文件名.jsonl",
 }
-TABLES = {"--train_path": train_arguments, "--predict_path": predict_arguments, "--no_verify": merge_lora}
+TABLES = {"--train_path": train_arguments, "--predict_path": predict_arguments, "--model_dir": merge_lora}
 
 
 def defaults_in(readme: str, telling: str) -> dict[str, str]:
