@@ -18,81 +18,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from errors import UserError
+from other_names import LAUNCHER, OTHER_NAMES
 
 LARGEST = 2**31 - 1
-
-# What other programs call a flag -> what it may be called here; a script suggests those that it has.
-OTHER_NAMES = {
-    "adapter": ("model_path", "model_dir"),
-    "adapter_name_or_path": ("model_path", "model_dir"),
-    "attn": ("attn_implementation",),
-    "base_model": ("model_name_or_path", "ori_model_dir", "base"),
-    "batch_size": ("per_device_train_batch_size",),
-    "beam_size": ("num_beams",),
-    "checkpoint": ("model_path", "resume_from_checkpoint"),
-    "checkpoint_path": ("model_path", "resume_from_checkpoint"),
-    "cutoff_len": ("max_len",),
-    "data": ("train_path", "predict_path"),
-    "data_path": ("train_path", "predict_path"),
-    "dataset": ("train_path", "predict_path"),
-    "deepspeed": ("ds_file",),
-    "deepspeed_config": ("ds_file",),
-    "epochs": ("num_train_epochs",),
-    "eval_file": ("eval_path",),
-    "finetuning_type": ("train_type",),
-    "flash_attn": ("attn_implementation",),
-    "freeze_layers": ("freeze_module_name",),
-    "grad_accum": ("gradient_accumulation_steps",),
-    "learning_rate": ("learning_rates",),
-    "load_best_model_at_end": ("best_metric",),
-    "logging_steps": ("show_loss_step",),
-    "lora_path": ("model_path", "model_dir"),
-    "lora_r": ("lora_dim",),
-    "lora_rank": ("lora_dim",),
-    "lora_target": ("lora_module_name",),
-    "lora_target_modules": ("lora_module_name",),
-    "lr": ("learning_rate", "learning_rates"),
-    "max_length": ("max_len",),
-    "max_new_tokens": ("max_length",),
-    "max_seq_length": ("max_len",),
-    "max_source_length": ("max_src_len",),
-    "metric_for_best_model": ("best_metric",),
-    "micro_batch_size": ("per_device_train_batch_size",),
-    "model": ("model_name_or_path", "model_path", "base"),
-    "model_dir": ("model_path", "model_name_or_path", "tuned"),
-    "model_name": ("model_name_or_path", "model_path"),
-    "model_name_or_path": ("model_path", "ori_model_dir", "base"),
-    "model_path": ("model_name_or_path", "model_dir", "tuned"),
-    "model_type": ("mode",),
-    "neat_packing": ("packing",),
-    "num_epochs": ("num_train_epochs",),
-    "ori_model_dir": ("model_name_or_path", "base"),
-    "output": ("output_dir", "output_path"),
-    "output_dir": ("output", "output_path"),
-    "output_file": ("output_path",),
-    "per_device_batch_size": ("per_device_train_batch_size",),
-    "per_device_eval_batch_size": ("eval_batch_size",),
-    "prompt": ("instruction",),
-    "query": ("instruction",),
-    "r": ("lora_dim",),
-    "rank": ("lora_dim",),
-    "resume": ("resume_from_checkpoint",),
-    "save_steps": ("save_model_step",),
-    "seeds": ("seed",),
-    "stage": ("train_type",),
-    "target_modules": ("lora_module_name",),
-    "template": ("mode",),
-    "test_file": ("test_path", "predict_path"),
-    "train_batch_size": ("per_device_train_batch_size",),
-    "train_file": ("train_path",),
-    "val_size": ("eval_ratio",),
-    "validation_file": ("eval_path",),
-    "warmup": ("warmup_ratio",),
-}
-
-# Flags of the launcher, which it takes before the name of the script.
-LAUNCHER = ("num_gpus", "num_nodes", "include", "exclude", "master_port", "master_addr", "hostfile", "nproc_per_node")
-
+MARK = "\0"  # no word of a command line can have it
 
 # Kinds of values: each turns the text of a flag into its value, or raises ValueError with what is needed instead
 
@@ -383,14 +312,14 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: something is wrong; a line for each problem.
         """
-        words, unknown = self.parse_known_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
+        words, unknown = self.parse_known_args(mark_negative_numbers(sys.argv[1:] if argv is None else argv))
         given = vars(words)
-        problems, wrong = self._explain(unknown), set()
+        problems, wrong = self._explain([word.removeprefix(MARK) for word in unknown]), set()
         args = argparse.Namespace(**{name: flag.default for name, flag in self.flags.items()})
         for name, flag in self.flags.items():
             try:
                 if name in given:
-                    setattr(args, name, flag.value(given[name]))
+                    setattr(args, name, flag.value([text.removeprefix(MARK) for text in given[name]]))
                 elif flag.required:
                     raise ValueError(f"{flag.name} is missing; --help tells what it is")
             except ValueError as error:
@@ -478,15 +407,10 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
-def join_negative_numbers(argv: list[str]) -> list[str]:
-    """Make `--flag -1e-4` `--flag=-1e-4`: argparse takes some negative numbers for flags."""
-    joined = []
-    for word in argv:
-        if joined and re.fullmatch(r"--[^=]+", joined[-1]) and re.match(r"-(\d|\.\d|inf|nan)", word, re.IGNORECASE):
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
+def mark_negative_numbers(argv: list[str]) -> list[str]:
+    """Put MARK before negative numbers: argparse takes some of them, as -1e-4, for flags."""
+    negative = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
+    return [MARK + word if negative.match(word) else word for word in argv]
 
 
 def is_rank_0() -> bool:

@@ -16,6 +16,10 @@ from glm_models import MODE
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags. Raises UserError: see Parser.parse_args."""
+    return make_parser().parse_args(argv)
+
+
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     group = parser.group("models")
     group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
@@ -26,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder to write; must be empty or new",
     )  # fmt: skip
     group.add_argument("--no_verify", **SWITCH, help="do not compare merged and unmerged model")
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: see Parser.parse_args.
     """
+    return make_parser().parse_args(argv)
+
+
+def make_parser() -> Parser:
     parser = Parser(DESCRIPTION, contradictions, HINTS)
     group = parser.group("model")
     group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
@@ -81,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     group.add_argument("--num_beams", type=Integer(), default=1, help="number of beams of beam search")
     group.add_argument("--repetition_penalty", type=Number(above=0), default=1.0, help="above 1: discourage repetition")
-    return parser.parse_args(argv)
+    return parser
 
 
 def contradictions(args: argparse.Namespace) -> list[str]:
