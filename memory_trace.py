@@ -6,6 +6,7 @@ device it costs neither memory nor arithmetic. `CachingAllocator` replays such a
 
 import bisect
 import contextlib
+import math
 import weakref
 from typing import NamedTuple
 from unittest import mock
@@ -165,6 +166,9 @@ def meta_kernels(on_gpu: bool):
     def attention(query, key, value, attn_mask=None, *args, **kwargs):
         if not query.is_meta:
             return real_attention(query, key, value, attn_mask, *args, **kwargs)
+        if on_gpu and query.dtype == torch.float32:  # its kernel takes no groups, see glm_models.attention
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             # the kernels add masks: torch turns a bool one into numbers, anew in each layer, rows aligned on a GPU
             step = 16 if on_gpu else 1
@@ -246,8 +250,13 @@ def peak_bytes(trace: list[Event]) -> int:
 
 
 def host_bytes(trace: list[Event]) -> int:
-    """The most bytes of main memory, of tensors that the model moved there."""
-    return _peak(trace, host=True)
+    """The most bytes of main memory, of tensors that the model moved there: pinned, so rounded up to powers of two."""
+    return _peak([e._replace(size=pinned_size(e.size)) for e in trace], host=True)
+
+
+def pinned_size(size: float) -> int:
+    """What torch takes of main memory for a pinned tensor of so many bytes."""
+    return 2 ** math.ceil(math.log2(size)) if size >= 1 else 0
 
 
 def _peak(trace: list[Event], host: bool) -> int:

@@ -5,17 +5,16 @@ caching allocator: partitions, float32 masters and moments, gradient buckets, ga
 step, offload. DeepSpeed is taken as `utils.trim_deepspeed` leaves it. Nothing here was measured on a GPU.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from deepspeed.runtime.config import DtypeEnum
 
 from data_set import Batch
-from memory_trace import CachingAllocator, Event, host_bytes
+from memory_trace import CachingAllocator, Event, host_bytes, pinned_size
 from utils import UserError
 
-CUBLAS = 8519680  # workspace of cuBLAS, from torch's allocator: ":4096:2:16:8" KiB, torch's default
+CUBLAS = 32 * 2**20  # workspace of cuBLAS, from torch's allocator: Hopper's; other GPUs take 8 MiB
 
 
 class Setup(NamedTuple):
@@ -97,8 +96,8 @@ class Zero12Simulator:
             self.memory.free(key)
 
     def spare(self, size: float, pinned: bool = False) -> None:
-        """Count main memory; torch rounds pinned memory up to a power of two."""
-        self.cpu += 2 ** math.ceil(math.log2(size)) if pinned and size >= 1 else int(size)
+        """Count main memory."""
+        self.cpu += pinned_size(size) if pinned else int(size)
 
     def _note(self) -> None:
         if self.memory.peak_allocated > self.seen_peak:

@@ -17,14 +17,12 @@ from data_set import Batch, MicroBatch, Sample, collate
 from ds_config import ds_notes
 from glm_models.ops import TILE
 from memory_trace import CachingAllocator, Event, trace_step
+from plan_host import GIB, Host, host_needs, host_text
 from plan_zero import Setup, Zero12Simulator
 from plan_zero3 import Zero3Simulator
 from utils import UserError, is_main, say
 
-GIB = 2**30
-CONTEXT = int(1.5 * GIB)  # CUDA's own, its kernels and NCCL's buffers: outside torch's allocator
-PROCESS = 3 * GIB  # main memory of one process with torch and CUDA loaded, before any weights
-SHARD = 2 * GIB  # a file of the official checkpoints, about
+CONTEXT = int(1.5 * GIB)  # CUDA's own, its kernels and NCCL's buffers: outside torch's allocator; assumed
 
 
 class Needs(NamedTuple):
@@ -34,16 +32,16 @@ class Needs(NamedTuple):
     slack: what the caching allocator holds beyond that, at its own peak.
     peak: all of a GPU, context included.
     phase: when most is allocated.
-    cpu: main memory of a node that runs all ranks.
-    folder: one saved folder.
+    dtype: of weights and activations.
+    host: main memory and disk.
     """
 
     parts: dict[str, int]
     slack: int
     peak: int
     phase: str
-    cpu: int
-    folder: int
+    dtype: torch.dtype
+    host: Host
 
 
 def longest_batch(args: argparse.Namespace, config) -> Batch:
@@ -97,17 +95,13 @@ def account(
     memory = CachingAllocator(expandable() if grows is None else grows, capacity)
     run = (Zero3Simulator if stage == 3 else Zero12Simulator)(setup, gpus, memory)
     run.play(trace)
-    size = sum(p.numel() for p in run.parameters) * run.item
-    adapter = hasattr(setup.model, "peft_config")
-    # while loading: stage 3 keeps a part a rank and one shard; the others the whole model a rank
-    loading = size + gpus * SHARD if stage == 3 else gpus * size + SHARD
     return Needs(
         parts=memory.at_peak,
         slack=memory.peak_reserved - memory.peak_allocated,
         peak=memory.peak_reserved + CONTEXT,
         phase=run.peak_phase,
-        cpu=gpus * PROCESS + max(loading, gpus * run.cpu),
-        folder=sum(p.numel() for p in run.trained) * run.item if adapter else size,
+        dtype=run.parameters[0].dtype,
+        host=host_needs(run),
     )
 
 
@@ -208,14 +202,14 @@ def suggestions(args: argparse.Namespace, plans: Plans) -> list[tuple[str, Needs
 
 def cheapest(args: argparse.Namespace, plans: Plans, limit: float) -> tuple[dict, Needs] | None:
     """The changes of least cost with which a training fits into `limit` bytes of each GPU; None if none do."""
-    lists = {0: {}}  # cost -> changes
+    candidates = []  # (cost, changes)
     for subset in range(1 << len(CHANGES)):
         rows = [row for i, row in enumerate(CHANGES) if subset >> i & 1]
         parts = [change(args, plans.gpus) for _, change in rows]
         names = [name for part in parts if part for name in part]
         if None not in parts and len(names) == len(set(names)):  # no two rows change the same flag
-            lists[sum(cost for cost, _ in rows)] = {k: v for part in parts for k, v in part.items()}
-    for _, changes in sorted(lists.items()):
+            candidates.append((sum(cost for cost, _ in rows), {k: v for part in parts for k, v in part.items()}))
+    for _, changes in sorted(candidates, key=lambda one: one[0]):
         try:
             return changes, plans(changed(args, changes), limit - CONTEXT)
         except MemoryError:
@@ -241,22 +235,35 @@ def table(found: Needs) -> str:
     rows = [
         (name, found.parts.get(part, 0)) for part, name in NAMES.items() if part != "gathered" or part in found.parts
     ]
-    rows += [("allocator slack", found.slack), ("context", CONTEXT), ("peak", found.peak)]
+    rows += [("allocator slack", found.slack), ("CUDA context", CONTEXT), ("peak", found.peak)]
     return "\n".join(f"  {name:<18}{size / GIB:8.2f}" for name, size in rows)
 
 
+def describe(args: argparse.Namespace, found: Needs, gpus: int) -> str:
+    """What was planned, and its table."""
+    dtype = str(found.dtype).removeprefix("torch.")
+    return (
+        f"plan (simulated): {args.mode} {args.train_type} in {dtype}, {args.ds_file}, {gpus} GPU{'s' * (gpus > 1)}, "
+        f"{args.per_device_train_batch_size} x {args.max_len} tokens each\n"
+        f"GiB of each GPU; the most is allocated in the {found.phase}:\n{table(found)}\n"
+        "CUDA context: what CUDA, its kernels and NCCL take beside torch, assumed. For GPUs of compute capability 8.0\n"
+        "or newer (A100, A40, RTX 30xx, H100); older ones (V100, T4) have other attention kernels and need more."
+    )
+
+
 def advice(args: argparse.Namespace, plans: Plans) -> str:
-    """What would lower the peak, a line each: GiB of a GPU with it, the difference, the flags."""
+    """What would lower the peak, a line each: GiB of a GPU with it, the difference, main memory, the flags."""
     before = plans(args).peak
     lines = [
-        f"  {after.peak / GIB:6.2f} ({(after.peak - before) / GIB:+.2f})  {change}"
+        f"  {after.peak / GIB:6.2f} ({(after.peak - before) / GIB:+.2f}), {after.host.memory / GIB:4.0f}  {change}"
         for change, after in suggestions(args, plans)
     ]
-    return "\n".join(["what would lower it:", *(lines or ["  nothing that train.py knows of"])])
+    head = "what would lower it: GiB of each GPU, GiB of main memory"
+    return "\n".join([head, *(lines or ["  nothing that train.py knows of"])])
 
 
 def plan(args: argparse.Namespace, build: Build) -> None:
-    """Print what `args` need, and what would lower it; with --max_memory, flags that fit.
+    """Print what `args` need, and what would lower it; with --max_memory, flags that fit, and what they need.
 
     Raises:
         UserError: flags that cannot be meant, or nothing fits.
@@ -272,19 +279,9 @@ def plan(args: argparse.Namespace, build: Build) -> None:
     found = plans(args)
     for line in ds_notes(build(args, gpus).ds_config):
         say(line)
-    say(
-        f"plan (simulated): {args.mode} {args.train_type}, {args.ds_file}, {gpus} GPU{'s' * (gpus > 1)}, "
-        f"{args.per_device_train_batch_size} x {args.max_len} tokens each\n"
-        f"GiB of each GPU; the most is allocated in the {found.phase}:\n{table(found)}"
-    )
-    epochs, folder = args.num_train_epochs, found.folder / GIB
-    say(
-        f"main memory of a node with all ranks: about {found.cpu / GIB:.0f} GiB; "
-        f"disk: {folder:.2f} GiB a saved folder, {epochs * folder:.2f} GiB for {epochs} epoch{'s' * (epochs > 1)}"
-        + (", and what --save_model_step saves" if args.save_model_step else "")
-    )
+    say(describe(args, found, gpus))
     if args.max_memory is None:
-        say(advice(args, plans))
+        say(f"{host_text(found.host, args)}\n{advice(args, plans)}")
         return
     best = cheapest(args, plans, args.max_memory * GIB)
     if best is None:
@@ -294,4 +291,5 @@ def plan(args: argparse.Namespace, build: Build) -> None:
         )
     changes, after = best
     what = flags(changes) or "no change"
-    say(f"fits into {args.max_memory} GiB with: {what}  (peak {after.peak / GIB:.2f} GiB)")
+    say(f"fits into {args.max_memory} GiB with: {what}  (peak {after.peak / GIB:.2f} GiB); so it takes")
+    say(host_text(after.host, changed(args, changes)))

@@ -418,7 +418,9 @@ def training_batches(args, engine, sources: Sources, split, epoch_steps: int):
 
 def result_size(model, dtype) -> int:
     """Bytes of the weights of one result."""
-    parameters = [p for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config")]
+    adapter = hasattr(model, "peft_config")
+    # a tied output layer is written beside the embedding
+    parameters = [p for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad or not adapter]
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * dtype.itemsize
 
 

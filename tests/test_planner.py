@@ -16,7 +16,16 @@ import planner
 import train
 from data_set import MicroBatch, Sample, collate
 from glm_models import MODE, ops
-from memory_trace import MIB, CachingAllocator, StorageTracker, host_bytes, peak_bytes, trace_step
+from memory_trace import (
+    MIB,
+    CachingAllocator,
+    Event,
+    StorageTracker,
+    host_bytes,
+    meta_kernels,
+    peak_bytes,
+    trace_step,
+)
 from plan_zero import Zero12Simulator
 from plan_zero3 import Zero3Simulator
 from utils import UserError
@@ -397,11 +406,26 @@ def test_a_ds_file_that_cannot_be_planned_is_refused(section, values, message):
 def test_real_tensors_are_left_alone():
     """The stand-ins for fused kernels serve the meta device only."""
     dropout = nn.Dropout(0.5)
-    from memory_trace import meta_kernels
-
     with meta_kernels(True):
         assert dropout(torch.ones(1000)).unique().tolist() == [0.0, 2.0]
     assert dropout(torch.ones(4, device="meta")).shape == (4,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_has_as_many_heads_of_keys_as_of_queries(dtype):
+    """On a GPU the kernel for it takes no groups."""
+    q, k, v = (torch.empty(1, heads, 8, 16, dtype=dtype, device="meta") for heads in (4, 2, 2))
+    repeated = {}
+    for on_gpu in (True, False):
+        with StorageTracker([q, k, v]) as tracker, meta_kernels(on_gpu):
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        sizes = [event.size for event in tracker.events if event.what == "alloc"]
+        repeated[on_gpu] = sizes.count(q.numel() * q.element_size()) - 1  # the output is as large
+    assert repeated == {True: 2 if dtype == torch.float32 else 0, False: 0}
+
+
+def test_pinned_memory_comes_in_powers_of_two():
+    assert host_bytes([Event("alloc", 1, 5 * MIB, "host"), Event("alloc", 2, 4 * MIB, "host")]) == 12 * MIB
 
 
 @pytest.mark.parametrize("mode", MODE)

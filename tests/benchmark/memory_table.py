@@ -126,7 +126,7 @@ def main() -> None:
                 "parts_gib": {name: size / planner.GIB for name, size in found.parts.items()},
                 "slack_gib": found.slack / planner.GIB,
                 "phase": found.phase,
-                "cpu_gib": found.cpu / planner.GIB,
+                "main_memory_gib": found.host.memory / planner.GIB,
                 "seconds": seconds,
             }
         )
