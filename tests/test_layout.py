@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "train_arguments": {"arguments", "glm_models", "metrics"},
     "predict_arguments": {"arguments", "glm_models", "metrics"},
     "charts": set(),
-    "report": {"arguments", "charts", "folders", "glm_models", "metrics", "utils"},
+    "report": {"answers", "arguments", "charts", "folders", "glm_models", "metrics", "utils"},
     "compare_methods": {
         "arguments",
         "data_set",
@@ -72,7 +72,17 @@ MAY_IMPORT = {
         "utils",
     },
     "merge_lora": {"arguments", "adapter", "folders", "glm_models", "probe", "utils"},
-    "predict": {"arguments", "predict_arguments", "glm_models", "data_set", "metrics", "utils"},
+    "answers": {"adapter", "folders", "glm_models", "utils"},
+    "predict": {
+        "answers",
+        "arguments",
+        "predict_arguments",
+        "glm_models",
+        "data_findings",
+        "data_set",
+        "metrics",
+        "utils",
+    },
     "forgetting": {"arguments", "data_cache", "data_set", "folders", "glm_models", "utils"},
 }
 
