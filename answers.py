@@ -15,9 +15,9 @@ import os
 from typing import NamedTuple
 
 from adapter import read_config
+from errors import UserError
 from folders import MANIFEST, FolderError, write_errors, write_file
 from glm_models.checkpoint import CheckpointError, describe_base, read_json
-from utils import UserError
 
 RECORD = ".run.json"  # appended to the name of the answer file
 FORMAT = 1  # of the record

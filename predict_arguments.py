@@ -1,6 +1,7 @@
 """The flags of predict.py. No torch in here: --help and wrong flags are answered before it is imported."""
 
 import argparse
+import os
 
 from arguments import SWITCH, File, Folder, Integer, NewPath, Number, Parser, Text
 from glm_models import MODE
@@ -49,7 +50,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.group("a whole file")
     group.add_argument(
-        "--predict_path", type=File(), help="rows of instruction, input, and output: a reference, a list of them, or none"
+        "--predict_path",
+        type=File(),
+        help="rows of instruction, input, and output: a reference, a list of them, or none",
     )
     group = parser.group("settings for a file", needs="--predict_path")
     group.add_argument(
@@ -90,7 +93,12 @@ def contradictions(args: argparse.Namespace) -> list[str]:
     wrong = []
     if args.predict_path and (args.instruction or args.input):
         wrong.append("--predict_path and --instruction or --input exclude each other")
-    if args.output_path and os.path.exists(args.output_path) and os.path.samefile(args.output_path, args.predict_path):
+    if (
+        args.predict_path
+        and args.output_path
+        and os.path.exists(args.output_path)
+        and os.path.samefile(args.output_path, args.predict_path)
+    ):
         wrong.append("--output_path and --predict_path are one file")
     if longest_prompt(args) >= args.max_length - 3 or longest_prompt(args) < 1:
         prompts = longest_prompt(args)

@@ -72,7 +72,9 @@ MAY_IMPORT = {
         "utils",
     },
     "merge_lora": {"arguments", "adapter", "folders", "glm_models", "probe", "utils"},
-    "answers": {"adapter", "folders", "glm_models", "utils"},
+    "answers": {"adapter", "errors", "folders", "glm_models"},
+    "results": {"errors", "folders", "states"},
+    "run_record": {"errors", "folders", "glm_models", "states", "utils"},
     "predict": {
         "answers",
         "arguments",
