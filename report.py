@@ -62,6 +62,7 @@ from answers import read_record
 from charts import COLOURS, interval_chart, legend, line_chart, scatter_chart
 from folders import write_errors, write_file
 from metrics import HEADLINE, bootstrap, kind_of, references_of, relation_scores, row_scores, score
+from run_record import read_starts
 from utils import UserError, clear_errors
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
@@ -144,6 +145,12 @@ def read_curves(training: str, log: str = "") -> dict:
         lines = re.findall(r"^epoch \d+ step (\d+)/\d+ loss (\S+) lr", log, re.MULTILINE)
         found["curve"] = [{"step": int(step), "loss": float(loss)} for step, loss in lines]
     return {"validation": [], **found}
+
+
+def read_commands(training: str) -> dict[str, str]:
+    """The command line of a training's last start, as its run.json has it."""
+    starts = read_starts(training)
+    return {"train": str(starts[-1]["command"])} if starts and starts[-1].get("command") else {}
 
 
 # ---- figures
@@ -624,7 +631,7 @@ def main(argv=None) -> None:
         for name, answers, training in args.run:
             run = {"mode": args.mode, "method": name, "seed": None, "status": "done"}
             run["predictions"] = os.path.relpath(answers, args.output_dir)
-            runs.append(run | (read_curves(training) if training else {}))
+            runs.append(run | (read_curves(training) | {"commands": read_commands(training)} if training else {}))
         given = " ".join(f"{name}={answers}" + f",{training}" * bool(training) for name, answers, training in args.run)
         path, (family,) = write_report(args.output_dir, runs, {"runs": given}, title=args.title)
         print(*summary(family), f"report: {path}", sep="\n")

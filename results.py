@@ -56,6 +56,29 @@ def find_traces(output_dir: str) -> list[str]:
     return found
 
 
+def check_second_run(output_dir: str, state: str | None, goes_on: bool, overwrite: bool) -> None:
+    """Make sure that a run does not mix its results with those of an earlier one.
+
+    Args:
+        state: the training state that it goes on from.
+        goes_on: it is meant to be the run of this folder, if there is one.
+        overwrite: --overwrite_output_dir.
+
+    Raises:
+        UserError: the folder holds results of another run; or they are to go, and something else would go with them.
+    """
+    inside = state is not None and os.path.realpath(state).startswith(os.path.realpath(output_dir) + os.sep)
+    if overwrite and inside:
+        raise UserError(f"--overwrite_output_dir would remove {state}, from which this run is to go on")
+    if overwrite:
+        list_removable(output_dir)
+    elif (traces := find_traces(output_dir)) and not goes_on and not inside:
+        raise UserError(
+            f"--output_dir {output_dir} holds results of an earlier run ({shorten(traces)}): name another folder; or "
+            "--resume_from_checkpoint goes on with that run, --overwrite_output_dir removes them and starts anew"
+        )
+
+
 def shorten(names: list[str]) -> str:
     """Some names for a message."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -22,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from errors import UserError
 from folders import FolderError, write_errors, write_file
 from glm_models.checkpoint import CheckpointError, read_json
+from results import shorten
 from states import Run
 from utils import control_group, is_main, say
 
@@ -114,23 +115,25 @@ def read_starts(output_dir: str) -> list[dict]:
     return starts if isinstance(starts, list) and all(isinstance(start, dict) for start in starts) else []
 
 
-def check_restart(output_dir: str, traces: str, run: Run) -> None:
+def check_restart(output_dir: str, traces: list[str], run: Run) -> None:
     """Make sure that a run that is to go on, but has no state yet, is the one whose results are in its folder.
 
     Args:
-        traces: what is in the folder.
+        traces: of `results.find_traces`.
 
     Raises:
         UserError: it is another one, or that is not known.
     """
+    if not traces:
+        return
     starts = read_starts(output_dir)
     before = starts[-1].get("run") if starts else None
     if isinstance(before, dict) and before.get("settings") == json.loads(json.dumps(run.settings)):
         return
     what = "of a run with other settings" if before else f"of a run that left no {FILE}"
     raise UserError(
-        f"--output_dir {output_dir} holds results {what} ({traces}), and no training state to go on from: name another "
-        "folder, or --overwrite_output_dir in place of --resume_from_checkpoint removes them and starts anew"
+        f"--output_dir {output_dir} holds results {what} ({shorten(traces)}), and no training state to go on from: "
+        "name another folder; --overwrite_output_dir, in place of --resume_from_checkpoint, removes them"
     )
 
 
@@ -139,11 +142,11 @@ class RunRecord:
 
     Args:
         start: of `describe_start`.
-        goes_on: the folder's earlier starts are of the same run.
     """
 
-    def __init__(self, output_dir: str, start: dict, goes_on: bool):
+    def __init__(self, output_dir: str, start: dict):
         self.output_dir, self.start = output_dir, start
+        goes_on = start["flags"]["resume_from_checkpoint"] and not start["flags"]["overwrite_output_dir"]
         self.starts = [*(read_starts(output_dir) if goes_on else []), start]
 
     def write(self) -> None:
@@ -162,7 +165,7 @@ class RunRecord:
             self.start["exit"] = f"{type(error).__name__}: {error}".splitlines()[0]
             try:
                 self._end()
-            except FolderError as second:  # the first error is the one to be told
+            except (FolderError, CheckpointError) as second:  # the first error is the one to be told
                 say(f"warning: {second}")
             raise
         self.start["exit"] = self.start["exit"] or "done"

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "train_arguments": {"arguments", "glm_models", "metrics"},
     "predict_arguments": {"arguments", "glm_models", "metrics"},
     "charts": set(),
-    "report": {"answers", "arguments", "charts", "folders", "glm_models", "metrics", "utils"},
+    "report": {"answers", "arguments", "charts", "folders", "glm_models", "metrics", "run_record", "utils"},
     "compare_methods": {
         "arguments",
         "data_set",
@@ -66,6 +66,8 @@ MAY_IMPORT = {
         "lora",
         "planner",
         "replay",
+        "results",
+        "run_record",
         "states",
         "stops",
         "throughput",
@@ -74,7 +76,7 @@ MAY_IMPORT = {
     "merge_lora": {"arguments", "adapter", "folders", "glm_models", "probe", "utils"},
     "answers": {"adapter", "errors", "folders", "glm_models"},
     "results": {"errors", "folders", "states"},
-    "run_record": {"errors", "folders", "glm_models", "states", "utils"},
+    "run_record": {"errors", "folders", "glm_models", "results", "states", "utils"},
     "predict": {
         "answers",
         "arguments",
