@@ -54,26 +54,29 @@ class RowError(DataError):
 # Rows
 
 
-def read_rows(path: str, several_outputs: bool = False, empty_outputs: bool = False) -> Iterator[tuple[int, dict]]:
+def read_rows(
+    path: str, several_outputs: bool = False, empty_outputs: bool = False, no_outputs: bool = False
+) -> Iterator[tuple[int, dict]]:
     """`scan_rows` of a file that must hold no broken row.
 
     Raises:
         DataError: as `scan_rows`; or for the first row that is not as it must be.
     """
-    for line, row in scan_rows(path, several_outputs, empty_outputs):
+    for line, row in scan_rows(path, several_outputs, empty_outputs, no_outputs):
         if isinstance(row, RowError):
             raise row
         yield line, row
 
 
 def scan_rows(
-    path: str, several_outputs: bool = False, empty_outputs: bool = False
+    path: str, several_outputs: bool = False, empty_outputs: bool = False, no_outputs: bool = False
 ) -> Iterator[tuple[int, dict | RowError]]:
     """Read an instruction file to its end: JSON lines, or one JSON array of objects.
 
     Args:
         several_outputs: a row's output may also be a list of strings (references to compare a prediction with).
         empty_outputs: an output may be empty (nothing to extract).
+        no_outputs: a row may have no output (it is to be answered, and nothing to compare with is known).
 
     Yields:
         Line number (of the row's start, from 1) and the row, a dict with strings under instruction, input and output;
@@ -92,7 +95,7 @@ def scan_rows(
             file.seek(start)
             for line, row, flaw in _array_rows(file.read()) if first == b"[" else _line_rows(file):
                 empty = False
-                flaw = flaw or find_flaw(row, several_outputs, empty_outputs)
+                flaw = flaw or find_flaw(row, several_outputs, empty_outputs, no_outputs)
                 yield line, RowError(f"{path} line {line}: {flaw.problem}", line, flaw) if flaw else row
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
@@ -180,10 +183,12 @@ def _array_rows(content: bytes):
         yield line, None, Flaw("json", "there is more after the end of the array", ends=True)
 
 
-def find_flaw(row, several_outputs: bool = False, empty_outputs: bool = False) -> Flaw | None:
+def find_flaw(row, several_outputs: bool = False, empty_outputs: bool = False, no_outputs: bool = False) -> Flaw | None:
     """What a value from a file lacks to be a row as `scan_rows` gives them."""
     if not isinstance(row, dict):
         return Flaw("type", f"a row must be an object with instruction, input and output, not {_kind(row)}")
+    if no_outputs and "output" not in row:
+        row = {**row, "output": ""}
     for key in ("instruction", "input", "output"):
         if key not in row:
             return Flaw("type", f"the key {key!r} is missing; a row has instruction, input and output")
@@ -197,7 +202,7 @@ def find_flaw(row, several_outputs: bool = False, empty_outputs: bool = False) -
     query = row["instruction"] + row["input"]
     if not query.strip():
         return Flaw("empty", "instruction and input are both empty")
-    if not empty_outputs and not all(output.strip() for output in outputs):
+    if not (empty_outputs or no_outputs) and not all(output.strip() for output in outputs):
         return Flaw("empty", "output is empty; --allow_empty_output trains such rows to answer nothing")
     if has_half_pair(query + "".join(outputs)):
         return Flaw("json", "a text holds half a surrogate pair, which is no character")

@@ -60,21 +60,25 @@ def _describe(path: str, flush: bool = False) -> dict:
         return {"size": file.tell(), "sha256": digest.hexdigest()}
 
 
-def finish_folder(partial: str, folder: str, files: dict[str, dict]) -> None:
-    """Write the manifest and let the folder take its name, in place of one that had it.
+def finish_folder(partial: str, folder: str, files: dict[str, dict], replace: bool = True) -> None:
+    """Write the manifest and let the folder take its name.
 
     Args:
         files: of `seal_files`, of all files in it.
+        replace: in place of a folder that has the name; else only an empty one may have it.
+
+    Raises:
+        OSError: another folder has the name, and may not be replaced.
     """
     write_file(os.path.join(partial, MANIFEST), json.dumps({"written_by": WRITTEN_BY, "files": files}, indent=1))
     for where, _, _ in os.walk(partial):
         _flush(where)
     folder = folder.rstrip("/")
-    if os.path.isdir(folder):
+    if replace and os.path.isdir(folder):
         os.rename(folder, folder + REPLACED)
     os.rename(partial, folder)
     _flush(os.path.dirname(folder) or ".")
-    if os.path.isdir(folder + REPLACED):
+    if replace and os.path.isdir(folder + REPLACED):
         shutil.rmtree(folder + REPLACED)
 
 
@@ -111,6 +115,71 @@ def new_folder(folder: str):
 
 
 @contextlib.contextmanager
+def claimed_folder(folder: str):
+    """As `new_folder`, for a name that several processes may want at once: one of them gets it, and nothing that is
+    there is ever replaced.
+
+    Raises:
+        FolderError: another process is writing it, it is not empty, or it cannot be written.
+    """
+    folder = folder.rstrip("/")
+    partial = folder + PARTIAL
+    lock = _lock_partial(partial)
+    try:
+        with write_errors(folder):
+            if os.path.isdir(folder) and os.listdir(folder):
+                raise FolderError(f"{folder} is not empty: another process has just written it")
+            for name in os.listdir(partial):  # of a process that was killed
+                path = os.path.join(partial, name)
+                shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+            yield partial
+            finish_folder(partial, folder, seal_files(partial, list_files(partial)), replace=False)
+    finally:
+        os.close(lock)
+
+
+def _lock_partial(partial: str) -> int:
+    """Make a folder and lock it for this process. Returns the handle that holds the lock.
+
+    Raises:
+        FolderError: another process has it, or it cannot be made.
+    """
+    while True:
+        try:
+            os.makedirs(partial, exist_ok=True)
+            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # between the two its process has finished or removed it
+            continue
+        except OSError as error:
+            raise FolderError(f"cannot write {partial}: {error.strerror}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise FolderError(f"another process is writing {partial.removesuffix(PARTIAL)}; name another") from None
+        except OSError:
+            return handle  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(partial)):
+                return handle
+        os.close(handle)
+
+
+def _is_locked(folder: str) -> bool:
+    """Whether a process is at work in a folder of `claimed_folder`."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # a file system without locks
+    finally:
+        os.close(handle)
+    return False
+
+
+@contextlib.contextmanager
 def write_errors(folder: str):
     """Turn what may go wrong while `folder` is written into one FolderError, and remove what was written so far."""
     try:
@@ -142,7 +211,10 @@ def _reason(error: Exception) -> str | None:
 
 
 def remove_folder(folder: str) -> None:
-    """Remove a folder such that nobody ever sees a part of it under its name."""
+    """Remove a folder such that nobody ever sees a part of it under its name; of a link, only the link."""
+    if os.path.islink(folder.rstrip("/")):
+        os.unlink(folder.rstrip("/"))
+        return
     partial = folder.rstrip("/") + PARTIAL
     if os.path.isdir(partial):
         shutil.rmtree(partial)
@@ -158,14 +230,16 @@ def sweep(parent: str) -> list[str]:
     found = []
     for name in sorted(os.listdir(parent)) if os.path.isdir(parent) else ():
         path = os.path.join(parent, name)
-        if not os.path.isdir(path):
+        if not name.endswith((PARTIAL, REPLACED)) or not os.path.isdir(path):
             continue
-        if name.endswith(REPLACED) and not os.path.isdir(whole := path.removesuffix(REPLACED)):
+        if os.path.islink(path):
+            os.unlink(path)
+        elif _is_locked(path):
+            continue
+        elif name.endswith(REPLACED) and not os.path.isdir(whole := path.removesuffix(REPLACED)):
             os.rename(path, whole)
-        elif name.endswith((PARTIAL, REPLACED)):
-            shutil.rmtree(path)
         else:
-            continue
+            shutil.rmtree(path)
         found.append(path)
     return found
 
@@ -179,19 +253,7 @@ def check_folder(folder: str, nothing_else: bool = False) -> None:
     Raises:
         FolderError: it has no manifest of this project, or a file is missing, of another size or content.
     """
-    path = os.path.join(folder, MANIFEST)
-    try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-        if manifest["written_by"] != WRITTEN_BY:
-            raise FolderError(f"{path} was not written by this project")
-        expected = {str(name): (item["size"], item["sha256"]) for name, item in manifest["files"].items()}
-    except OSError as error:
-        raise FolderError(f"{folder} is not complete: {MANIFEST}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, FolderError):
-            raise
-        raise FolderError(f"{path} is broken: {error!r}") from None
+    expected = _read_manifest(folder)
     for name, (size, digest) in expected.items():
         file = os.path.join(folder, name)
         if not os.path.isfile(file):
@@ -203,6 +265,32 @@ def check_folder(folder: str, nothing_else: bool = False) -> None:
     for name in list_files(folder):
         if nothing_else and name not in expected:
             raise FolderError(f"{folder} holds {name}, which is not in its {MANIFEST}")
+
+
+def _read_manifest(folder: str) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file, by name. Raises FolderError: there is no manifest of this project."""
+    path = os.path.join(folder, MANIFEST)
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        if manifest["written_by"] != WRITTEN_BY:
+            raise FolderError(f"{path} was not written by this project")
+        return {str(name): (item["size"], item["sha256"]) for name, item in manifest["files"].items()}
+    except OSError as error:
+        raise FolderError(f"{folder} is not complete: {MANIFEST}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, FolderError):
+            raise
+        raise FolderError(f"{path} is broken: {error!r}") from None
+
+
+def foreign_files(folder: str) -> list[str]:
+    """Files of a folder that came after it was written: those that its manifest does not name.
+
+    Raises:
+        FolderError: it has no manifest of this project.
+    """
+    return sorted(set(list_files(folder)) - _read_manifest(folder).keys())
 
 
 def check_space(folder: str, needed: int, what: str) -> None:

@@ -41,7 +41,7 @@ from torch import nn
 
 import probe
 from adapter import Adapter, check_base, read_adapter
-from folders import check_space, new_folder
+from folders import check_space, claimed_folder
 from glm_models import check_family
 from glm_models.checkpoint import (
     DTYPES,
@@ -251,7 +251,7 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
 
     # an output layer that was tied to the embedding no longer equals it
     changes = {"tie_word_embeddings": False} if "lm_head.weight" in adapter.pairs else {}
-    with new_folder(output) as partial:
+    with claimed_folder(output) as partial:
         files = write_merged(partial, base, adapter)
         write_side_files(partial, base, dtype, tokenizer.stop_token_ids, **changes)
         if verify:
@@ -273,7 +273,7 @@ def main(argv=None) -> None:
         quiet(verbose=False)
         output = args.output_dir or args.model_dir.rstrip("/") + "-merged"
         merge(args.mode, args.ori_model_dir, args.model_dir, output, not args.no_verify)
-        print(f"merged {args.model_dir} into {args.ori_model_dir}: {output}")
+        print(f"wrote {output}: {args.ori_model_dir} with {args.model_dir} merged in; both are as they were")
 
 
 if __name__ == "__main__":

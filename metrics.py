@@ -401,6 +401,16 @@ def output_statistics(
     }
 
 
+def describe_outputs(predictions: list[str], ended: list[bool]) -> str:
+    """`output_statistics` in words, as far as they need no references."""
+    count = len(predictions)
+    looping, empty = sum(map(repeats, predictions)) / count, sum(not text.strip() for text in predictions) / count
+    return (
+        f"outputs: {sum(ended) / count:.1%} end by themselves, {looping:.1%} repeat to the end, {empty:.1%} are empty; "
+        f"{sum(map(len, predictions)) / count:.1f} characters on average"
+    )
+
+
 def repeats(text: str, times: int = 4, least: int = 16) -> bool:
     """Whether a text ends in a loop, the degeneration of Holtzman et al. 2020: its last characters, `least` or more,
     are one piece said `times` times over or more, the last time perhaps not to its end."""

@@ -9,6 +9,7 @@ The folder may be a full model, a P-Tuning result, or a LoRA adapter: which, it 
 
 import json
 import os
+import sys
 
 from arguments import answer_early
 from predict_arguments import longest_prompt, parse_args
@@ -19,10 +20,15 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
+from answers import AnswerFile, Made, describe_model, file_hash, find_base
+from data_findings import FIRST, lines_text
 from data_set import DataError, read_rows
 from glm_models.chat import generate_answers
-from metrics import describe, kind_of, missing, references_of, relation_scores, score
-from utils import UserError, clear_errors, load_result, named_device, quiet, set_seed
+from glm_models.tokenization import Prompt
+from metrics import describe, describe_outputs, kind_of, missing, references_of, relation_scores, score
+from utils import UserError, clear_errors, load_result, load_tokenizer, named_device, quiet, set_seed
+
+CHUNK = 1000  # rows whose prompts are held at once to count cuts
 
 
 @torch.inference_mode()
@@ -31,10 +37,7 @@ def answer(model, tokenizer, queries: list[str], args) -> list[tuple[str, bool]]
 
     A row's answer does not depend on the rows beside it: --max_length is counted for each row without its padding.
     """
-    try:
-        prompts = [tokenizer.encode_prompt(query, max_src_len=args.max_src_len) for query in queries]
-    except ValueError as error:
-        raise UserError(f"--max_src_len: {error}") from None
+    prompts = [prompt.ids.tolist() for prompt in encode(tokenizer, queries, args.max_src_len)]
     sampling = {}
     if args.do_sample:
         sampling = {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature}
@@ -43,30 +46,95 @@ def answer(model, tokenizer, queries: list[str], args) -> list[tuple[str, bool]]
     return generate_answers(model, tokenizer, prompts, limits, **options)
 
 
-def predict_file(model, tokenizer, args) -> None:
-    """Answer all rows of --predict_path into --output_path, JSON lines; go on where an earlier run stopped."""
-    rows = list(read_rows(args.predict_path, several_outputs=True, empty_outputs=True))
-    done = read_done(args.output_path, rows)
-    if done:
-        print(f"{args.output_path} holds {len(done)} of {len(rows)} answers; going on from there")
-    with open(args.output_path, "a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(done)) as bar:
-        for start in range(len(done), len(rows), args.batch_size):
-            part = [row for _, row in rows[start : start + args.batch_size]]
-            answers = answer(model, tokenizer, [row["instruction"] + row["input"] for row in part], args)
-            for row, (text, ended) in zip(part, answers, strict=True):
-                done.append({**row, "prediction": text, "ended": ended})
-                file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update(len(part))
+def predict_file(args) -> None:
+    """Answer all rows of --predict_path into --output_path, JSON lines; go on where an earlier run stopped.
 
-    references = [references_of(row) for _, row in rows]
+    All that can be refused is refused before the model is loaded, which takes minutes.
+    """
+    numbered = list(read_rows(args.predict_path, several_outputs=True, no_outputs=True))
+    lines, rows = [line for line, _ in numbered], [row for _, row in numbered]
+    base = find_base(args.model_path, args.ori_model_dir)
+    tokenizer = load_tokenizer(args.mode, base)
+    with AnswerFile(args.output_path, rows, describe_run(args, len(rows), base, tokenizer), args.overwrite) as file:
+        warn_of_cuts(tokenizer, rows, lines, args.max_src_len)
+        if file.done:
+            print(f"{args.output_path} holds {len(file.done)} of {len(rows)} answers; going on from there")
+        if len(file.done) < len(rows):
+            answer_rows(file, args)
+        done = file.done
+
     unended = sum(not row["ended"] for row in done)
     print(f"answers: {args.output_path}" + (f" ({unended} cut at --max_length {args.max_length})" if unended else ""))
+    references = [references_of(row) if "output" in row else [] for row in rows]
     show_scores(args.metrics, [row["prediction"] for row in done], references, [row["ended"] for row in done])
 
 
+def answer_rows(file: AnswerFile, args) -> None:
+    """Load the model and answer the rows that have no answer yet."""
+    tokenizer, model = load_result(args.mode, args.model_path, args.ori_model_dir, args.device)
+    with tqdm(total=len(file.rows), initial=len(file.done)) as bar:
+        for start in range(len(file.done), len(file.rows), args.batch_size):
+            part = file.rows[start : start + args.batch_size]
+            set_seed(args.seed + start)  # with --do_sample: a run that goes on draws what it would have drawn
+            file.add(answer(model, tokenizer, [query_of(row) for row in part], args))
+            bar.update(len(part))
+
+
+def query_of(row: dict) -> str:
+    return row["instruction"] + row["input"]
+
+
+def describe_run(args, rows: int, base: str, tokenizer) -> Made:
+    """All that the answers to a file depend on. --batch_size is not among it."""
+    names = ["mode", "max_length", "max_src_len", "num_beams", "repetition_penalty", "do_sample"]
+    names += ["top_p", "temperature", "seed"] if args.do_sample else []
+    settings = {f"--{name}": getattr(args, name) for name in names}
+    settings["SHA-256 of --predict_path"] = file_hash(args.predict_path)
+    settings["kind of --device"] = args.device.type  # the type that the model computes in depends on it
+    settings |= describe_model(args.mode, args.model_path, base, tokenizer)
+    return Made(settings, rows, args.model_path)
+
+
+def warn_of_cuts(tokenizer, rows: list[dict], lines: list[int], max_src_len: int) -> None:
+    """Say which queries lose their end to --max_src_len.
+
+    Raises:
+        UserError: the template alone is longer than that.
+    """
+    cut = []
+    for start in range(0, len(rows), CHUNK):
+        queries = [query_of(row) for row in rows[start : start + CHUNK]]
+        prompts = encode(tokenizer, queries, max_src_len)
+        cut += [line for line, prompt in zip(lines[start : start + CHUNK], prompts, strict=True) if prompt.cut]
+    if cut:
+        where = lines_text(len(cut), cut[:FIRST])
+        print(f"warning: the end of the query is cut at --max_src_len {max_src_len} in {where}")
+
+
+def encode(tokenizer, queries: list[str], max_src_len: int) -> list[Prompt]:
+    """Prompts of some queries. Raises UserError: the template alone is longer than max_src_len."""
+    try:
+        return tokenizer.encode_prompts(queries, max_src_len=max_src_len)
+    except ValueError as error:
+        raise UserError(f"--max_src_len: {error}") from None
+
+
 def show_scores(kind: str, predictions: list[str], references: list[list[str]], ended: list[bool]) -> None:
-    """Print the scores that fit the references, or those of the kind that --metrics names."""
+    """Print the scores that fit the references, or those of the kind that --metrics names.
+
+    Args:
+        references: of each row; an empty list for a row without any, which is not scored.
+    """
+    known, count = [i for i, answers in enumerate(references) if answers], len(references)
+    references = [references[i] for i in known]
+    nothing = not any(text.strip() for answers in references for text in answers)
+    if not known or (kind == "auto" and nothing):
+        why = "every output is empty" if known else "the file has no references (output)"
+        print(f"no scores: {why}; {describe_outputs(predictions, ended)}")
+        return
+    if len(known) < count:
+        print(f"scored: the {len(known)} of {count} rows that have references (output)")
+    predictions, ended = [predictions[i] for i in known], [ended[i] for i in known]
     kind = kind_of(references) if kind == "auto" else kind
     *lines, outputs = describe(kind, score(kind, predictions, references, ended))
     if kind == "triples":
@@ -77,35 +145,6 @@ def show_scores(kind: str, predictions: list[str], references: list[list[str]], 
     if missing(kind):
         lines.append(f"ROUGE and BLEU are left out; they need: {missing(kind)}")
     print(*lines, outputs, sep="\n")
-
-
-def read_done(path: str, rows: list[tuple[int, dict]]) -> list[dict]:
-    """Answers that an earlier run wrote for the same rows; a half-written last line is taken off the file.
-
-    Raises:
-        UserError: the file holds something else.
-    """
-    if not os.path.exists(path):
-        return []
-    done, good = [], 0
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if row is None or not line.endswith(b"\n"):
-                break
-            asked = rows[len(done)][1] if len(done) < len(rows) else {}
-            same = all(row.get(key) == asked.get(key) for key in ("instruction", "input", "output"))
-            if not same or not isinstance(row.get("prediction"), str):
-                raise UserError(
-                    f"{path} exists and is not an earlier run's answers to this file; remove it or name another"
-                )
-            done.append(row)
-            good += len(line)
-    os.truncate(path, good)
-    return done
 
 
 def chat(model, tokenizer, args) -> None:
@@ -155,12 +194,16 @@ def main(argv=None) -> None:
         args = parse_args(argv)
         quiet(args.verbose)
         check_args(args)
+        if args.predict_path:
+            predict_file(args)
+            return
         set_seed(args.seed)
         tokenizer, model = load_result(args.mode, args.model_path, args.ori_model_dir, args.device)
-        if args.predict_path:
-            predict_file(model, tokenizer, args)
-        elif args.instruction or args.input:
-            print(answer(model, tokenizer, [args.instruction + args.input], args)[0][0])
+        if args.instruction or args.input:
+            query = args.instruction + args.input
+            if encode(tokenizer, [query], args.max_src_len)[0].cut:
+                print(f"warning: the query's end is cut at --max_src_len {args.max_src_len}", file=sys.stderr)
+            print(answer(model, tokenizer, [query], args)[0][0])
         else:
             chat(model, tokenizer, args)
 

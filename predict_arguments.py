@@ -1,6 +1,7 @@
 """The flags of predict.py. No torch in here: --help and wrong flags are answered before it is imported."""
 
 import argparse
+import os
 
 from arguments import SWITCH, File, Folder, Integer, NewPath, Number, Parser, Text
 from glm_models import MODE
@@ -53,13 +54,16 @@ def make_parser() -> Parser:
 
     group = parser.group("a whole file")
     group.add_argument(
-        "--predict_path", type=File(), help="rows of instruction, input, output (a string or several references)"
+        "--predict_path",
+        type=File(),
+        help="rows of instruction, input, and output: a reference, a list of them, or none",
     )
     group = parser.group("settings for a file", needs="--predict_path")
     group.add_argument(
         "--output_path", type=NewPath(), default_text="predictions-NAME.jsonl in the model folder",
         help="file for the answers",
     )  # fmt: skip
+    group.add_argument("--overwrite", **SWITCH, help="remove the answers that output_path holds, and start anew")
     group.add_argument("--batch_size", type=Integer(), default=8, help="rows per batch")
     group.add_argument(
         "--metrics", choices=("auto", *HEADLINE), default="auto", help="how to score; auto: as fits the references"
@@ -93,6 +97,13 @@ def contradictions(args: argparse.Namespace) -> list[str]:
     wrong = []
     if args.predict_path and (args.instruction or args.input):
         wrong.append("--predict_path and --instruction or --input exclude each other")
+    if (
+        args.predict_path
+        and args.output_path
+        and os.path.exists(args.output_path)
+        and os.path.samefile(args.output_path, args.predict_path)
+    ):
+        wrong.append("--output_path and --predict_path are one file")
     if longest_prompt(args) >= args.max_length - 3 or longest_prompt(args) < 1:
         prompts = longest_prompt(args)
         wrong.append(f"--max_src_len {prompts} must be above 0 and well below --max_length {args.max_length}")

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from html import escape
 from typing import NamedTuple
 
@@ -58,9 +58,11 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from answers import read_record
 from charts import COLOURS, interval_chart, legend, line_chart, scatter_chart
 from folders import write_errors, write_file
 from metrics import HEADLINE, bootstrap, kind_of, references_of, relation_scores, row_scores, score
+from run_record import read_starts
 from utils import UserError, clear_errors
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
@@ -77,19 +79,40 @@ def read_answers(path: str) -> tuple[list[dict], list[str], list[list[str]], lis
     """predict.py's file: rows, predictions, references of each row, whether each prediction ended.
 
     Raises:
-        UserError: not such a file.
+        UserError: not such a file; rows are missing, or answered more than once; there is nothing to compare with.
     """
     try:
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
+        check_count(path, rows)
+        if not any("output" in row for row in rows) and rows:
+            raise UserError(f"{path} has no references (output) to hold the answers against")
         references = [references_of(row) for row in rows]
         if not rows:
             raise ValueError("it is empty")
         return rows, [row["prediction"] for row in rows], references, [row["ended"] for row in rows]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a file of answers that predict.py wrote: {error!r}") from None
+
+
+def check_count(path: str, rows: list[dict]) -> None:
+    """Make sure that each row has one answer.
+
+    Raises:
+        UserError: it has more or none, as far as can be told: the record beside the file has the number of rows.
+    """
+    made = read_record(path)
+    if made and len(rows) < made.rows:
+        raise UserError(f"{path} holds {len(rows)} of {made.rows} answers; predict.py's same command goes on with them")
+    if made and len(rows) > made.rows:
+        raise UserError(f"{path} holds {len(rows)} answers to {made.rows} rows: other programs wrote to it as well")
+    asked = Counter(json.dumps([row["instruction"], row["input"], row.get("output")]) for row in rows)
+    if not made and rows and min(asked.values()) > 1:
+        raise UserError(f"{path} answers each row {min(asked.values())} times: two runs wrote to it; answer it anew")
 
 
 def headline(kind: str, rows: dict) -> str:
@@ -122,6 +145,12 @@ def read_curves(training: str, log: str = "") -> dict:
         lines = re.findall(r"^epoch \d+ step (\d+)/\d+ loss (\S+) lr", log, re.MULTILINE)
         found["curve"] = [{"step": int(step), "loss": float(loss)} for step, loss in lines]
     return {"validation": [], **found}
+
+
+def read_commands(training: str) -> dict[str, str]:
+    """The command line of a training's last start, as its run.json has it."""
+    starts = read_starts(training)
+    return {"train": str(starts[-1]["command"])} if starts and starts[-1].get("command") else {}
 
 
 # ---- figures
@@ -602,7 +631,7 @@ def main(argv=None) -> None:
         for name, answers, training in args.run:
             run = {"mode": args.mode, "method": name, "seed": None, "status": "done"}
             run["predictions"] = os.path.relpath(answers, args.output_dir)
-            runs.append(run | (read_curves(training) if training else {}))
+            runs.append(run | (read_curves(training) | {"commands": read_commands(training)} if training else {}))
         given = " ".join(f"{name}={answers}" + f",{training}" * bool(training) for name, answers, training in args.run)
         path, (family,) = write_report(args.output_dir, runs, {"runs": given}, title=args.title)
         print(*summary(family), f"report: {path}", sep="\n")

@@ -31,6 +31,7 @@ from peft import LoraConfig, get_peft_model
 import data_cache
 import data_check
 import planner
+import results
 from adapter import record_base
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
 from ds_config import compute_dtype, ds_notes, load_ds_config, zero_layout
@@ -40,7 +41,8 @@ from glm_models import MODE
 from glm_models.ops import TiledMLP
 from lora import LoraLinear
 from replay import Mixture
-from states import LAYOUT, Run, States, check_run, ds_section, find_state, list_states
+from run_record import RunRecord, check_restart, describe_start
+from states import LAYOUT, Run, States, check_run, ds_section, find_state
 from stops import Peers, Watch, told_clearly
 from throughput import matmul_peak, needed_flops
 from utils import (
@@ -296,23 +298,32 @@ def open_output(args) -> str | None:
     """Make --output_dir ready, on rank 0. Returns the state to go on from, if there is one.
 
     Raises:
-        FolderError, UserError: see `folders.sweep` and `states.find_state`; or there are states and the run is new.
+        FolderError, UserError: see `folders.sweep`, `states.find_state` and `results.check_second_run`.
     """
     for folder in (args.output_dir, os.path.join(args.output_dir, "states")):
         for path in sweep(folder):
             say(f"{path}: tidied up after a run that was killed")
+    state = None
     if args.resume_from_checkpoint:
         state, broken = find_state(args.resume_from_checkpoint, args.output_dir)
         for problem in broken:
             say(f"warning: a newer state cannot be used: {problem}")
         say(f"going on from {state}" if state else f"no training state in {args.output_dir} yet: from the start")
-        return state
-    if there := list_states(args.output_dir):
-        raise UserError(
-            f"--output_dir {args.output_dir} holds training states of an earlier run (newest: {there[0]}): "
-            "--resume_from_checkpoint goes on from it; or remove them, or name another folder"
-        )
-    return None
+    results.check_second_run(args.output_dir, state, args.resume_from_checkpoint == "auto", args.overwrite_output_dir)
+    return state
+
+
+def begin_output(args, state: str | None, record: RunRecord) -> None:
+    """Give --output_dir to this run, on rank 0: all that can be refused was refused before.
+
+    Raises:
+        FolderError: something cannot be removed or written.
+    """
+    if args.overwrite_output_dir:
+        results.remove(results.list_removable(args.output_dir))
+    if not state:
+        results.remove_events(args.output_dir)
+    record.write()
 
 
 def train(args) -> list[tuple[int, float]]:
@@ -340,6 +351,8 @@ def train(args) -> list[tuple[int, float]]:
     run = describe_run(args, sources.contents, tokenizer, base, ds_config, world_size)
     for change in check_run(state, run, args.resume_changed) if state else ():
         say(f"warning: changed since {state}: {change}")
+    if args.resume_from_checkpoint and not state:
+        on_rank_0(lambda: check_restart(args.output_dir, results.find_traces(args.output_dir), run))
 
     def load(**config):
         return load_base(args.mode, args.model_name_or_path, dtype, ds_config, args.attn_implementation, **config)
@@ -370,15 +383,17 @@ def train(args) -> list[tuple[int, float]]:
         steps = (args.eval_steps or epoch_steps, total_steps)
         validation = parts["validation"] = Validation(engine, tokenizer, *rows, args, *steps, log, lambda: keep("best"))
     states = States(engine, parts, run, args.output_dir, args.save_state_steps, args.save_total_limit)
-    on_rank_0(lambda: check_room(args, model, dtype, states))
+    on_rank_0(lambda: check_room(args, result_size(model, dtype), states, count_results(args, epoch_steps)))
     if state:
         states.load(state)
+    record = RunRecord(args.output_dir, describe_start(args, run, ds_config, state))
     say(f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows")
 
+    on_rank_0(lambda: begin_output(args, state, record))
     keep_freed_memory()
     engine.train()
     log.begin()
-    with watch:
+    with record.until_the_end(), watch:
         if validation:
             validation.begin()
         for epoch, batch in training_batches(args, engine, sources, split, epoch_steps):
@@ -397,6 +412,7 @@ def train(args) -> list[tuple[int, float]]:
             if validation and validation.due() and validation.run(epoch):
                 if not wanted:
                     keep(result)
+                record.start["exit"] = "stopped early"
                 break
             if done < total_steps and (states.due() or watch.interrupted):
                 watch.end_if_interrupted(states.save())
@@ -424,23 +440,49 @@ def result_size(model, dtype) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * dtype.itemsize
 
 
-def check_room(args, model, dtype, states: States) -> None:
-    """Make sure that the disk has room for one result and the states; warn if not for all results."""
-    result = result_size(model, dtype)
-    # a new state is there before an old one goes
+def count_results(args, epoch_steps: int) -> int:
+    """How many results a run saves, best/ apart: after each epoch, and each --save_model_step."""
+    total, every = args.num_train_epochs * epoch_steps, args.save_model_step or epoch_steps
+    return len({*range(epoch_steps, total + 1, epoch_steps), *range(every, total + 1, every)})
+
+
+def check_room(args, result: int, states: States, count: int) -> None:
+    """Make sure that the disk has room for one result and the states; say what all results will take.
+
+    Args:
+        result: bytes of one.
+        count: how many there will be.
+    """
+    # a new state or result is there before an old one goes
     kept = states.size() * (args.save_total_limit + 1) if args.save_state_steps else 0
-    check_space(args.output_dir, result + kept, "a result and the training states" if kept else "a result")
-    results = args.num_train_epochs + 2 * validates(args)  # a new best one is there before the old one goes
-    if free_space(args.output_dir) < results * result + kept:
-        say(f"warning: the disk of {args.output_dir} has no room for the results of all epochs")
+    freed = results.size_of(results.list_removable(args.output_dir)) if args.overwrite_output_dir else 0
+    what = "a result and the training states" if kept else "a result"
+    check_space(args.output_dir, result + kept - freed, what)
+    all_of_them = f"results: {count} of {shown_size(result)} each"
+    if args.keep_results and args.keep_results < count:
+        say(f"{all_of_them}; the newest {args.keep_results} stay (--keep_results)")
+        count = args.keep_results + 1
+    elif count > 1:
+        say(f"{all_of_them}, {shown_size(count * result)} in all; --keep_results N would keep the newest N")
+    most = count + 2 * validates(args)  # best/
+    if free_space(args.output_dir) + freed < most * result + kept:
+        say(f"warning: the disk of {args.output_dir} has no room for all that this run keeps; see --keep_results")
+
+
+def shown_size(size: int) -> str:
+    """Bytes, for a reader."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def save(args, model, tokenizer, name: str, dtype) -> None:
-    """Write the model to a folder of that name in --output_dir."""
+    """Write the model to a folder of that name in --output_dir; results beyond --keep_results go."""
     folder = os.path.join(args.output_dir, name)
     on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype), folder))
     save_model(model, tokenizer, args.model_name_or_path, folder, dtype)
     say(f"saved {folder}")
+    if args.keep_results and name != results.BEST:
+        for warning in on_rank_0(lambda: results.prune(args.output_dir, results.step_of(folder), args.keep_results)):
+            say(f"warning: {warning}")
 
 
 def memory_advice(args) -> str:

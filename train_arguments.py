@@ -228,6 +228,14 @@ def add_results(parser: Parser) -> None:
         "--save_model_step", type=Integer(), may_change=True,
         help="optimizer steps between checkpoints, besides the one after each epoch",
     )  # fmt: skip
+    group.add_argument(
+        "--keep_results", type=Integer(), default_text="all", may_change=True,
+        help="number of checkpoints epoch-*-step-* to keep, the newest; best is kept besides",
+    )  # fmt: skip
+    group.add_argument(
+        "--overwrite_output_dir", **SWITCH, may_change=True,
+        help="remove the results of an earlier run from output_dir once this one starts to train; no other files",
+    )  # fmt: skip
     group.add_argument("--verbose", **SWITCH, may_change=True, help="show the messages of the libraries")
 
 
@@ -270,8 +278,9 @@ def add_interruptions(parser: Parser) -> None:
         "--save_state_steps", type=Integer(), may_change=True, help="optimizer steps between training states"
     )
     group.add_argument(
-        "--save_total_limit", type=Integer(), default=2, may_change=True, help="number of training states to keep"
-    )
+        "--save_total_limit", type=Integer(), default=2, may_change=True,
+        help="number of training states to keep; for checkpoints: keep_results",
+    )  # fmt: skip
     group.add_argument(
         "--resume_from_checkpoint", type=NewPath(), nargs="?", const="auto", metavar="auto|PATH", may_change=True,
         help="resume from the training state PATH; auto: the newest one in output_dir, or start if there is none",
@@ -295,6 +304,8 @@ def contradictions(args: argparse.Namespace) -> list[str]:
         wrong.append("--plan and --check_data exclude each other")
     if args.eval_path and args.eval_ratio is not None:
         wrong.append("--eval_path and --eval_ratio exclude each other")
+    if args.overwrite_output_dir and args.resume_from_checkpoint == "auto":
+        wrong.append("--overwrite_output_dir (start anew) and --resume_from_checkpoint auto exclude each other")
     if args.packing and args.group_by_length:
         wrong.append("--packing and --group_by_length exclude each other: packed rows are all about max_len long")
     if missing(args.eval_generate):

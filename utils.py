@@ -408,6 +408,7 @@ def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> 
         if is_main():
             with new_folder(folder) as partial:
                 model.save_pretrained(partial, state_dict=tensors, save_embedding_layers=False)
+                os.unlink(os.path.join(partial, "README.md"))  # peft's model card, of empty fields
                 write_json(os.path.join(partial, BASE_FILE), model.base_record)
     else:
         save_full_model(model, tokenizer, base, folder, dtype)

@@ -27,11 +27,10 @@ if [ ! -d "$base" ]; then
   mv "$work"/base-training/epoch-3-step-* "$base"
 fi
 
-score() {
-  python predict.py --mode glm3 --predict_path data/spo_1.json --max_length 384 --batch_size 50 --model_path "$@"
+score() { # answers of an earlier run belong to another model
+  python predict.py --mode glm3 --predict_path data/spo_1.json --max_length 384 --batch_size 50 --overwrite --model_path "$@"
 }
 
-rm -f "$work"/*-predictions.jsonl
 echo "== 2/5 what the base makes of data/spo_1.json"
 score "$base" --output_path "$work/base-predictions.jsonl"
 

@@ -577,7 +577,7 @@ def test_a_new_run_does_not_mix_with_states_of_an_earlier_one(stopped):
     stopped.argv = argv
     codes, text = stopped.run()
     assert codes == {0: 2}
-    assert "holds training states of an earlier run" in errors(text)[0]
+    assert "holds results of an earlier run (states/step-00000007" in errors(text)[0]
 
 
 def test_a_changed_learning_rate_counts_from_the_first_step_on(stopped):

@@ -1,0 +1,334 @@
+"""predict.py's answer files: answers of one model, with one set of flags, to one file, by one process; and what is said
+of rows that cannot be scored or are cut.
+"""
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import TEXT
+
+import answers
+import predict
+import report
+from folders import FolderError
+from glm_models.tiny import make_tiny_checkpoint
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two models that differ in their random weights alone."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("a", "b")):
+        size = {"layers": 1, "hidden_size": 32, "heads": 2, "vocab_size": 1000}
+        make_tiny_checkpoint("glm3", str(folder / name), TEXT, **size, seed=seed)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def errors_are_raised(monkeypatch):
+    """clear_errors ends the process; here errors are looked at."""
+    import contextlib
+
+    monkeypatch.setattr(predict, "clear_errors", lambda *kinds: contextlib.nullcontext())
+
+
+def write_rows(path: Path, count: int = 5, **change) -> Path:
+    rows = [{"instruction": "写：", "input": TEXT[i], "output": TEXT[i][:4]} | change for i in range(count)]
+    rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return path
+
+
+class Work:
+    """A file to answer, and where its answers go."""
+
+    def __init__(self, folder: Path, models: Path):
+        self.models, self.rows, self.output = models, write_rows(folder / "rows.json"), folder / "new" / "out.jsonl"
+
+    def predict(self, *more, model="a"):
+        command = ["--mode", "glm3", "--model_path", self.models / model, "--predict_path", self.rows]
+        command += ["--output_path", self.output, "--device", "cpu", "--max_length", "100", *more]
+        predict.main([str(part) for part in command])
+
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.output.read_text().splitlines()]
+
+
+@pytest.fixture
+def work(tmp_path, models):
+    return Work(tmp_path, models)
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """A model that answers at once, and says how often it was loaded."""
+    loaded = []
+
+    def load_result(mode, folder, base, device):
+        loaded.append(folder)
+        return None, Path(folder).name
+
+    monkeypatch.setattr(predict, "load_result", load_result)
+    monkeypatch.setattr(
+        predict, "answer", lambda model, tokenizer, queries, args: [(f"{model}:{query}", True) for query in queries]
+    )
+    return loaded
+
+
+def test_answers_of_a_real_model_go_on_after_a_stop(work, capsys):
+    work.predict()
+    whole = work.output.read_bytes()
+    first, second, third, *_ = whole.splitlines(keepends=True)
+    work.output.write_bytes(first + second + third[:20])
+    work.predict("--batch_size", "2")
+    assert work.output.read_bytes() == whole
+    assert "holds 2 of 5 answers; going on from there" in capsys.readouterr().out
+
+
+def test_drawn_answers_are_those_of_a_run_without_a_stop(work):
+    flags = ("--do_sample", "--temperature", "3", "--batch_size", "2", "--max_length", "60")
+    work.predict(*flags)
+    whole = work.output.read_bytes()
+    work.output.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    work.predict(*flags)
+    assert work.output.read_bytes() == whole
+
+
+def test_a_whole_file_needs_no_model(work, echo):
+    work.predict()
+    work.predict()
+    assert len(echo) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "model", "said"),
+    [
+        ((), "b", "weights of --model_path"),
+        (("--max_length", "80"), "a", "--max_length (100 before, 80 now); --max_src_len (84 before, 64 now)"),
+        (("--max_src_len", "50"), "a", "--max_src_len (84 before, 50 now)"),
+        (("--do_sample",), "a", "--do_sample (False before, True now); --seed (None before, 1234 now)"),
+        (("--num_beams", "2"), "a", "--num_beams (1 before, 2 now)"),
+        (("--repetition_penalty", "1.1"), "a", "--repetition_penalty (1.0 before, 1.1 now)"),
+    ],
+)
+def test_answers_that_were_made_otherwise_are_refused_and_overwritten_if_asked(work, echo, flags, model, said):
+    work.predict()
+    before = work.output.read_bytes()
+    with pytest.raises(UserError, match=r"out.jsonl holds 5 answers of .*/a that were made otherwise: ") as error:
+        work.predict(*flags, model=model)
+    assert said in str(error.value)
+    assert "--overwrite" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert work.output.read_bytes() == before
+    assert len(echo) == 1  # refused before the model was loaded
+    work.predict(*flags, "--overwrite", model=model)
+    assert [row["prediction"] for row in work.lines()] == [f"{model}:写：{text}" for text in TEXT[:5]]
+    work.predict(*flags, model=model)
+
+
+def test_another_file_to_answer_is_refused(work, echo):
+    work.predict()
+    write_rows(work.rows, 6)
+    with pytest.raises(UserError, match="SHA-256 of --predict_path"):
+        work.predict()
+
+
+def test_what_does_not_change_answers_may_change(work, echo):
+    work.predict("--top_p", "0.9", "--seed", "1")  # nothing is drawn
+    lines = work.output.read_text().splitlines(keepends=True)
+    work.output.write_text("".join(lines[:1]))
+    work.predict("--batch_size", "3", "--metrics", "text", "--temperature", "2")
+    assert len(work.lines()) == 5
+
+
+def test_config_tokenizer_manifest_and_adapter_are_part_of_a_model(models, tmp_path):
+    folder = shutil.copytree(models / "a", tmp_path / "m")
+    tokenizer = predict.load_tokenizer("glm3", str(folder))
+
+    def described():
+        return answers.describe_model("glm3", str(folder), str(folder), tokenizer)
+
+    first = described()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layernorm_epsilon": 0.1}))
+    (changed,) = answers.compare(first, described())
+    assert changed == "layernorm_epsilon in config.json of --model_path (1e-05 before, 0.1 now)"
+    (folder / "manifest.json").write_text("{}")
+    assert "manifest.json of --model_path" in " ".join(answers.compare(first, described()))
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "nowhere"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"1")
+    with pytest.raises(UserError, match="its base model nowhere is not here; name it with --ori_model_dir"):
+        answers.find_base(str(adapter), None)
+    assert answers.find_base(str(adapter), str(folder)) == str(folder)
+    one = answers.describe_model("glm3", str(adapter), str(folder), tokenizer)
+    (adapter / "adapter_model.safetensors").write_bytes(b"2")
+    (changed,) = answers.compare(one, answers.describe_model("glm3", str(adapter), str(folder), tokenizer))
+    assert changed.startswith("adapter_model.safetensors of --model_path")
+
+
+def test_answers_without_a_record_are_refused(work, echo):
+    work.predict()
+    record = Path(f"{work.output}.run.json")
+    for content in (None, "{", "[]", '{"format": 99, "settings": {}, "rows": 5, "model": "a"}'):
+        record.unlink()
+        if content:
+            record.write_text(content)
+        with pytest.raises(
+            UserError, match=r"holds answers without out.jsonl.run.json, so what made them is not known"
+        ):
+            work.predict(model="b")
+        work.predict("--overwrite")
+
+
+@pytest.mark.parametrize("content", ["[1]\n", "my notes\n", '{"prediction": 3}\n', "[" * 100_000 + "\n", "no end"])
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_other_files_are_never_overwritten(work, echo, content, flags):
+    work.output.parent.mkdir()
+    work.output.write_text(content)
+    with pytest.raises(UserError, match=r"out.jsonl is no file of answers; name another one"):
+        work.predict(*flags)
+    assert work.output.read_text() == content
+    assert not echo
+
+
+def test_lines_that_are_no_answers_after_some_that_are_do_not_vanish(work, echo):
+    work.predict()
+    text = work.output.read_text() + "my notes\n"
+    work.output.write_text(text)
+    with pytest.raises(UserError, match="does not hold the rows of --predict_path in their order"):
+        work.predict()
+    assert work.output.read_text() == text
+
+
+def test_the_file_to_answer_is_not_the_file_of_answers(work, echo):
+    text = work.rows.read_text()
+    work.output = work.rows
+    with pytest.raises(UserError, match="--output_path and --predict_path are one file"):
+        work.predict("--overwrite")
+    assert work.rows.read_text() == text
+
+
+def test_one_process_at_a_time(work, echo):
+    work.output.parent.mkdir()
+    with open(work.output, "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"another predict.py is writing to .*out.jsonl"):
+            work.predict()
+    assert not echo
+    work.predict()
+    assert len(work.lines()) == 5
+
+
+def test_what_cannot_be_written_is_found_before_the_model_is_loaded(work, echo, monkeypatch):
+    work.output.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"out.jsonl is no plain file"):
+        work.predict()
+    work.output = Path(os.devnull)
+    with pytest.raises(UserError, match="null is no plain file"):
+        work.predict()
+    work.output = work.rows / "folder" / "out.jsonl"
+    with pytest.raises(UserError, match=r"cannot write .*: Not a directory; --output_path names another place"):
+        work.predict()
+
+    def read_only(path, *args, **kwargs):
+        raise OSError(30, "Read-only file system", path)
+
+    work.output = work.rows.parent / "out.jsonl"
+    monkeypatch.setattr(answers, "open", read_only, raising=False)
+    with pytest.raises(UserError, match=r"cannot write .*: Read-only file system; --output_path names another place"):
+        answers._open_locked(str(work.output))
+    assert not echo
+
+
+def test_a_full_disk_keeps_the_answers_so_far(work, echo):
+    work.predict()
+    whole = work.output.read_bytes()
+    work.predict("--overwrite", "--batch_size", "1")
+    work.output.unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) - 10, before[1]))
+    try:
+        with pytest.raises(FolderError, match=r"it keeps 4 of 5 answers, and the same command goes on from there"):
+            work.predict("--batch_size", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert work.output.read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
+    work.predict("--batch_size", "1")
+    assert work.output.read_bytes() == whole
+
+
+# Rows
+
+
+def test_rows_without_references_are_answered_and_not_scored(work, echo, capsys):
+    write_rows(work.rows, output=None)
+    work.predict()
+    out = capsys.readouterr().out
+    assert "no scores: the file has no references (output); outputs: 100.0% end by themselves" in out
+    assert "exact match" not in out
+    assert "output" not in work.lines()[0]
+    with pytest.raises(UserError, match="has no references"):
+        report.read_answers(str(work.output))
+    write_rows(work.rows, output="")
+    work.predict("--overwrite")
+    assert "no scores: every output is empty" in capsys.readouterr().out
+    work.predict("--metrics", "text")
+    assert "exact match 0.0000" in capsys.readouterr().out
+
+
+def test_only_rows_with_references_are_scored(work, echo, capsys):
+    rows = [{"instruction": "写：", "input": text} for text in TEXT[:4]]
+    rows[1]["output"], rows[2]["output"] = f"a:写：{TEXT[1]}", ["x", ""]
+    work.rows.write_text("\n".join(map(json.dumps, rows)))
+    work.predict("--metrics", "text")
+    out = capsys.readouterr().out
+    assert "scored: the 2 of 4 rows that have references (output)" in out
+    assert "exact match 0.5000" in out
+
+
+def test_queries_that_are_cut_are_named(work, echo, capsys):
+    rows = [{"instruction": "写：", "input": text} for text in ("短", TEXT[0] * 3, "短", TEXT[0] * 4)]
+    work.rows.write_text("\n\n".join(map(json.dumps, rows)))
+    work.predict("--max_src_len", "40")
+    assert "the end of the query is cut at --max_src_len 40 in 2 rows (lines 3, 7)" in capsys.readouterr().out
+    work.predict("--max_src_len", "900", "--overwrite", "--max_length", "1000")
+    assert "cut" not in capsys.readouterr().out
+
+
+def test_a_single_query_that_is_cut_is_named(models, capsys):
+    command = ["--mode", "glm3", "--model_path", str(models / "a"), "--device", "cpu", "--max_length", "60"]
+    predict.main([*command, "--input", TEXT[0] * 3])
+    assert "warning: the query's end is cut at --max_src_len 44" in capsys.readouterr().err
+    predict.main([*command, "--input", "短"])
+    assert "cut" not in capsys.readouterr().err
+
+
+# Reports
+
+
+def test_reports_take_whole_files_only(work, echo):
+    work.predict()
+    assert len(report.read_answers(str(work.output))[0]) == 5
+    text = work.output.read_text()
+    lines = text.splitlines(keepends=True)
+    work.output.write_text("".join(lines[:3]))
+    with pytest.raises(UserError, match=r"holds 3 of 5 answers; predict.py's same command goes on"):
+        report.read_answers(str(work.output))
+    twice = "".join(line * 2 for line in lines)
+    work.output.write_text(twice)
+    with pytest.raises(UserError, match="holds 10 answers to 5 rows"):
+        report.read_answers(str(work.output))
+    Path(f"{work.output}.run.json").unlink()
+    with pytest.raises(UserError, match="answers each row 2 times"):
+        report.read_answers(str(work.output))
+    work.output.write_text(text + lines[0])  # a file may hold a row twice
+    assert len(report.read_answers(str(work.output))[0]) == 6
