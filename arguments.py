@@ -135,10 +135,11 @@ class Folder:
             return text
         if os.path.isfile(text):
             raise ValueError("is a file; a folder is needed")
-        if re.fullmatch(r"(THUDM|ZhipuAI|zai-org)/[\w.-]+/?", text, re.IGNORECASE):
+        if hub := re.fullmatch(r"(?:THUDM|ZhipuAI|zai-org)/([\w.-]+)/?", text, re.IGNORECASE):
             raise ValueError(
-                "no such folder, and nothing is downloaded here; get it first, for example with "
-                "modelscope download --model ZhipuAI/chatglm3-6b --local_dir ChatGLM3-6B"
+                "no such folder, and nothing is downloaded here; get it first (its data files are enough) with "
+                f"`modelscope download --model ZhipuAI/{hub[1]} --local_dir {hub[1]}` or "
+                f"`huggingface-cli download THUDM/{hub[1]} --local-dir {hub[1]}`"
             )
         raise ValueError("no such folder")
 

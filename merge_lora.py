@@ -253,7 +253,7 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
     changes = {"tie_word_embeddings": False} if "lm_head.weight" in adapter.pairs else {}
     with claimed_folder(output) as partial:
         files = write_merged(partial, base, adapter)
-        write_side_files(partial, base, dtype, tokenizer.stop_token_ids, **changes)
+        write_side_files(partial, base, mode, dtype, tokenizer.stop_token_ids, **changes)
         if verify:
             changed = compare_weights(files, adapter)
             print(

@@ -7,6 +7,7 @@ from torch import nn
 from adapter import Adapter
 from glm_models import MODE
 from glm_models.checkpoint import CheckpointError, WeightFile, weight_layout
+from glm_models.modeling import check_prefix
 
 
 def skeleton(mode: str, folder: str) -> nn.Module:
@@ -19,6 +20,7 @@ def skeleton(mode: str, folder: str) -> nn.Module:
         model = MODE[mode].model(MODE[mode].config.from_pretrained(folder)).eval().requires_grad_(False)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
     found = {name: shape for names in weight_layout(folder).values() for name, (_, shape) in names.items()}
+    check_prefix(folder, model.config, found)
     for name in sorted(wanted.keys() | found.keys()):
         if name.endswith("inv_freq") or (name not in found and name in _tied(model)):
             continue

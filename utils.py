@@ -35,6 +35,8 @@ from errors import UserError
 from folders import FolderError, new_folder, write_errors, write_file
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.checkpoint import write_json, write_side_files, write_weights
+from glm_models.families import check_ids, how_to_download
+from glm_models.modeling import has_lost_prefix
 from throughput import Flops
 from zero3 import load_partitioned
 
@@ -297,9 +299,12 @@ def supports_fp16() -> bool:
 
 
 def load_tokenizer(mode: str, folder: str):
-    """The tokenizer of a checkpoint folder."""
+    """The tokenizer of a checkpoint folder, its ids held against those of config.json."""
     check_family(folder, mode)
-    return MODE[mode].tokenizer.from_pretrained(folder)
+    tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
+    for odd in check_ids(MODE[mode].config.from_pretrained(folder), tokenizer, folder):
+        say(f"warning: {odd}")
+    return tokenizer
 
 
 def load_base(
@@ -318,12 +323,17 @@ def load_base(
     # of milliseconds, and keeps all plans; on Blackwell it is wrong for fewer than 8 heads of keys (pytorch #193893).
     torch.backends.cuda.enable_cudnn_sdp(False)
     zero3 = bool(ds_config) and ds_config["zero_optimization"].get("stage") == 3
+    new_prefix = config.get("pre_seq_len") is not None
+    if new_prefix and has_lost_prefix(folder):
+        say(f"warning: config.json of {folder} names a P-Tuning prefix that its weights lack; a new one is made")
     config = family.config.from_pretrained(folder, use_cache=ds_config is None, **config)
     try:
         if zero3:
-            model = load_partitioned(family.model, folder, config, dtype, attention, ds_config)
+            model = load_partitioned(family.model, folder, config, dtype, attention, ds_config, new_prefix)
         else:
-            model = family.model.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
+            model = family.model.from_pretrained(
+                folder, config=config, new_prefix=new_prefix, dtype=dtype, attn_implementation=attention
+            )
     except ImportError as error:  # a package that the attention implementation needs
         raise UserError(f"--attn_implementation {attention}: {error}") from None
     model.zero3 = zero3
@@ -352,7 +362,7 @@ def load_result(mode: str, folder: str, base: str | None, device: torch.device):
         base: the base model of an adapter; None for the one that the adapter's config names.
     """
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder; {how_to_download(mode)}")
     # float32 on a CPU: half precision is slow there
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if supports_bf16() else torch.float16
     config_path = os.path.join(folder, "adapter_config.json")
@@ -432,7 +442,7 @@ def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype
     prefix = {key: getattr(model.config, key) for key in keys}
     with new_folder(folder) as partial:
         write_weights(partial, itertools.chain(tensors, buffers.items()), total)
-        write_side_files(partial, base, dtype, tokenizer.stop_token_ids, **prefix)
+        write_side_files(partial, base, model.mode, dtype, tokenizer.stop_token_ids, **prefix)
 
 
 # Logging

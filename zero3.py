@@ -1,18 +1,23 @@
 """Loading under ZeRO-3: every rank reads its own part of each weight, straight from the files."""
 
-import os
-import re
-
 import deepspeed
 import torch
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
-from transformers import GenerationConfig
 from transformers import initialization as init
 
 from glm_models.checkpoint import read_weights
+from glm_models.modeling import read_generation_config
 
 
-def load_partitioned(model_class, folder: str, config, dtype: torch.dtype, attention: str, ds_config: dict):
+def load_partitioned(
+    model_class,
+    folder: str,
+    config,
+    dtype: torch.dtype,
+    attention: str,
+    ds_config: dict,
+    new_prefix: bool = False,
+):
     """As `model_class.from_pretrained`, but no process ever holds more than its part, one weight and one file.
 
     Called on every rank. transformers would read all files into rank 0, and send each weight from there.
@@ -22,10 +27,12 @@ def load_partitioned(model_class, folder: str, config, dtype: torch.dtype, atten
         config: its configuration.
         dtype: what `ds_config` makes of precision.
         attention: implementation in transformers' registry.
+        new_prefix: see check_prefix.
 
     Raises:
         CheckpointError: the weights do not fit the config, or a file is missing or broken.
     """
+    model_class.check_weights(folder, config, new_prefix)
     config.dtype, config._attn_implementation, config.name_or_path = dtype, attention, folder
     # each module's weights are partitioned as soon as it is made, with no values yet; ties wait for what is read
     with init.no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
@@ -34,9 +41,7 @@ def load_partitioned(model_class, folder: str, config, dtype: torch.dtype, atten
     tie(model, missing)
     model_class.check_fit(folder, missing, unknown, misshapen)
     initialise(model, missing)
-    there = os.path.isfile(os.path.join(folder, "generation_config.json"))
-    source = {} if there else {"config_file_name": "config.json", "_from_model_config": True}  # as in transformers
-    model.generation_config = GenerationConfig.from_pretrained(folder, **source)
+    model.generation_config = read_generation_config(folder, config)
     return model.eval()
 
 
@@ -54,8 +59,7 @@ def fill(model, folder: str) -> tuple[set[str], list[str], list[str]]:
     missing, unknown, misshapen = set(parameters), [], []
     for name, tensor in read_weights(folder):
         if name not in parameters:
-            computed = any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected)
-            unknown += [] if computed else [name]
+            unknown += [] if model.is_computed(name) else [name]
             continue
         missing.discard(name)
         parameter = parameters[name]

@@ -51,7 +51,8 @@ __all__ = ["MODE", "CheckpointError", "Families", "Family", "check_family"]
 
 
 def __getattr__(name: str):
-    """Names of `checkpoint`, which imports torch, at their first use."""
-    if name in ("CheckpointError", "check_family"):
-        return getattr(importlib.import_module(".checkpoint", __name__), name)
+    """Names of modules that import torch, at their first use."""
+    home = {"CheckpointError": ".checkpoint", "check_family": ".families"}
+    if name in home:
+        return getattr(importlib.import_module(home[name], __name__), name)
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,15 +1,10 @@
-"""Official checkpoint folders: which family one belongs to, reading and writing its weights, its fingerprint.
-
-All three official configs say `"model_type": "chatglm"`, so the family is read off the config's keys and the name of
-the vocabulary file. ChatGLM2 and ChatGLM3 are one network with one vocabulary; only the names in their json files and
-the tokenizer code that lies beside the weights tell them apart.
-"""
+"""Official checkpoint folders: reading and writing their files, and the fingerprint of the weights."""
 
 import hashlib
 import json
 import os
-import re
 import shutil
+import unicodedata
 import zipfile
 
 import torch
@@ -22,8 +17,51 @@ DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int
 DTYPES |= {torch.uint8: "U8", torch.bool: "BOOL"}
 
 
+# Control characters of all kinds: they could clear a terminal, or forge a second line.
+UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
 class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used as asked; the message names the folder and what to do."""
+    """A checkpoint folder that cannot be used as asked; the message names the folder and what to do.
+
+    Messages quote names and values from files, so control characters are escaped: a message is one line of text.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text with its control characters escaped."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in UNPRINTABLE else c for c in text)
+
+
+def shown(value) -> str:
+    """A value from a file, for a message: short, and printable on any terminal."""
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_download(path: str) -> None:
+    """Refuse what failed downloads leave in the place of a file. Broken files of other kinds are left to their readers.
+
+    Raises:
+        CheckpointError: the file is empty, a git-lfs pointer or a web page, or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    start = head.lstrip().lower()
+    if not head:
+        raise CheckpointError(f"{path} is empty: the download broke off; download the file again")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder, or download it again"
+        )
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path} is a web page, not the file itself: download the file again")
 
 
 def read_json(path: str) -> dict:
@@ -32,6 +70,7 @@ def read_json(path: str) -> dict:
     Raises:
         CheckpointError: unreadable, not json, or not an object.
     """
+    check_download(path)
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -44,53 +83,6 @@ def read_json(path: str) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
-
-
-def possible_modes(folder: str) -> set[str]:
-    """The families that a checkpoint or tokenizer folder may belong to, judged by what lies in it; all if unknown."""
-    from . import MODE  # here, not above: the families' modules import this one
-
-    files = set(os.listdir(folder))
-    config = read_json(os.path.join(folder, "config.json")) if "config.json" in files else {}
-    names = [config.get("_name_or_path")]  # where the json files say the folder came from
-    if "tokenizer_config.json" in files:
-        names.append(read_json(os.path.join(folder, "tokenizer_config.json")).get("name_or_path"))
-    code = ""
-    if "tokenization_chatglm.py" in files:  # read as text, never run
-        with open(os.path.join(folder, "tokenization_chatglm.py"), encoding="utf-8", errors="replace") as file:
-            code = file.read()
-
-    signs = [  # strongest first; each narrows the choice where it says anything
-        lambda family: not family.config.telling_keys.isdisjoint(config),
-        lambda family: family.tokenizer.vocab_files_names["vocab_file"] in files,
-        lambda family: any(re.search(rf"\b{family.config.title}\b", str(name), re.IGNORECASE) for name in names),
-        lambda family: family.tokenizer.code_sign in code,
-    ]
-    modes = set(MODE)
-    for sign in signs:
-        modes = {mode for mode in modes if sign(MODE[mode])} or modes
-    return modes
-
-
-def check_family(folder: str, mode: str, need: tuple[str, ...] = ("config", "vocabulary")) -> None:
-    """Make sure that `folder` exists and holds what `mode` needs.
-
-    Raises:
-        CheckpointError: no such folder, a file is missing, or the folder belongs to another family (which is named).
-    """
-    from . import MODE
-
-    if not os.path.isdir(folder):
-        raise CheckpointError(f"no such model folder: {folder}")
-    title = MODE[mode].config.title
-    modes = possible_modes(folder)
-    if mode not in modes:
-        fits = " or ".join(f"--mode {m} ({MODE[m].config.title})" for m in sorted(modes))
-        raise CheckpointError(f"{folder} is not a {title} folder (--mode {mode}); what lies in it fits {fits}")
-    wanted = {"config": "config.json", "vocabulary": MODE[mode].tokenizer.vocab_files_names["vocab_file"]}
-    for what in need:
-        if not os.path.isfile(os.path.join(folder, wanted[what])):
-            raise CheckpointError(f"{folder} has no {wanted[what]}: not a complete {title} folder")
 
 
 def weight_files(folder: str) -> list[str]:
@@ -135,11 +127,12 @@ class WeightFile:
 
     def __init__(self, path: str):
         self.path = path
+        check_download(path)
         if path.endswith(".safetensors"):
             try:
                 self.file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is broken or no weights file: {error}") from None
+                raise CheckpointError(f"{path} is broken or no weights file; download it again ({error})") from None
             self.names, self.get = list(self.file.keys()), self.file.get_tensor
         else:
             try:
@@ -147,7 +140,9 @@ class WeightFile:
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             except Exception as error:  # a broken pickle can raise anything; torch's text tells how to load it unsafely
                 kind = type(error).__name__
-                raise CheckpointError(f"{path} is broken, or holds more than tensors; not loaded ({kind})") from None
+                raise CheckpointError(
+                    f"{path} is broken, or holds more than tensors; not loaded ({kind}). Download it again"
+                ) from None
             if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
                 raise CheckpointError(f"{path} is no weights file: it does not hold tensors by name")
             self.names, self.get = list(tensors), tensors.__getitem__
@@ -222,7 +217,7 @@ def describe_base(mode: str, folder: str) -> dict:
     Raises:
         CheckpointError: of another family, or broken.
     """
-    from . import MODE
+    from . import MODE, check_family  # here, not above: they import this module
 
     check_family(folder, mode, need=("config",))
     config = MODE[mode].config.from_pretrained(folder)
@@ -314,19 +309,32 @@ def write_safetensors(path: str, layout: dict[str, tuple[torch.dtype, torch.Size
                 raise ValueError(f"the parts of {name} are not of its size")
 
 
-def write_side_files(folder: str, base: str, dtype: torch.dtype, stop_ids: list[int], **config) -> None:
+# Of generation_config.json, what a result says as its base does: other keys make programs load code or other models.
+GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "max_length", "max_new_tokens")
+GENERATION_KEYS += ("num_beams", "temperature", "top_k", "top_p", "repetition_penalty", "transformers_version")
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def write_side_files(folder: str, base: str, mode: str, dtype: torch.dtype, stop_ids: list[int], **changes) -> None:
     """Write all that a model folder holds besides weights: config, tokenizer, generation config, official code.
 
-    config.json is the base's own with the given keys changed, so that official code and other tools find every key,
-    `architectures` and `auto_map` where they look for them.
+    config.json is the base's own with `changes`, so that official code and other tools find every key, `architectures`
+    and `auto_map` where they look for them. `_name_or_path` names the official model of the family: other programs know
+    the vocabulary by it, and a base that transformers wrote names a folder of another machine there.
     """
+    from . import MODE
+
     content = read_json(os.path.join(base, "config.json"))
-    content.pop("dtype", None)
-    content |= {"torch_dtype": str(dtype).removeprefix("torch."), **config}
+    content = {key: value for key, value in content.items() if MODE[mode].config.hands_on(key)}
+    official = f"THUDM/{MODE[mode].config.title.lower()}"
+    if official not in str(content.get("_name_or_path")):
+        changes["_name_or_path"] = official
+    content |= {"torch_dtype": str(dtype).removeprefix("torch."), **changes}
     write_json(os.path.join(folder, "config.json"), content)
 
     path = os.path.join(base, "generation_config.json")
     generation = read_json(path) if os.path.isfile(path) else {}
+    generation = {key: generation[key] for key in GENERATION_KEYS if key in generation}
     generation |= {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
     for key in ("bos_token_id", "pad_token_id"):
         if content.get(key) is not None:
@@ -334,5 +342,10 @@ def write_side_files(folder: str, base: str, dtype: torch.dtype, stop_ids: list[
     write_json(os.path.join(folder, "generation_config.json"), generation)
 
     for name in os.listdir(base):
-        if name.endswith((".py", ".model")) or name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name.endswith((".py", ".model")) or name in TOKENIZER_FILES:
+            check_download(os.path.join(base, name))
             shutil.copyfile(os.path.join(base, name), os.path.join(folder, name))
+    path = os.path.join(folder, "tokenizer_config.json")
+    content = read_json(path) if os.path.isfile(path) else {}
+    if content.get("padding_side", "left") != "left":
+        write_json(path, content | {"padding_side": "left"})

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedConfig
 
-from .checkpoint import CheckpointError, read_json
+from .checkpoint import CheckpointError, read_json, shown
 
 # Largest values, far beyond any model: a wrong number shall not fill the memory.
 MOST = dict.fromkeys(("num_layers", "num_attention_heads", "multi_query_group_num"), 1000)
@@ -17,6 +17,19 @@ MOST_OF_OTHERS = 10**8
 # Ends of the keys that may be 0; of a size or a number of something there is at least 1.
 MAY_BE_ZERO = ("_id", "_bit", "_dropout", "_epsilon", "_range")
 MOST_LABELS = 1000  # transformers makes a table of so many, which nothing here reads
+
+# Keys of config.json that ask for another model than its weights are, or for other weights. transformers acts on them.
+REFUSED = ("quantization_config", "compression_config", "transformers_weights", "configuration_files")
+REFUSED += ("attn_implementation", "_attn_implementation", "rope_scaling", "rope_parameters", "rope_theta")
+# Keys that PreTrainedConfig reads and that may stay: they change nothing that is computed. Unknown ones are left out.
+HARMLESS = ("architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+# Others on which transformers acts. They do nothing here, and results do not get them either.
+IGNORED = ("experts_implementation", "_experts_implementation", "_experts_implementation_internal", "per_layer_config")
+IGNORED += ("_attn_implementation_internal", "_attn_implementation_autoset", "tp_plan", "num_labels", "id2label")
+IGNORED += ("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan", "label2id")
+IGNORED += ("problem_type", "is_encoder_decoder", "output_attentions", "output_hidden_states", "name_or_path")
 
 
 class ChatGLMConfigBase(PreTrainedConfig):
@@ -40,10 +53,8 @@ class ChatGLMConfigBase(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
             raise CheckpointError("dtype (or torch_dtype) must name a type of torch")
-        for base in type(self).__mro__[: type(self).__mro__.index(ChatGLMConfigBase)]:
-            for key, hint in base.__annotations__.items():
-                if typing.get_origin(hint) is not ClassVar:
-                    self._check(key, getattr(self, key), hint)
+        for key, hint in self.own_keys().items():
+            self._check(key, getattr(self, key), hint)
 
     @staticmethod
     def _check(key: str, value, hint) -> None:
@@ -60,26 +71,51 @@ class ChatGLMConfigBase(PreTrainedConfig):
                 raise CheckpointError(f"{key} {shown(number)} is not between {least} and {most}")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers, of a folder.
+    def own_keys(cls) -> dict[str, typing.Any]:
+        """Keys of config.json that mean something here, by their official names, and their types."""
+        bases = cls.__mro__[: cls.__mro__.index(ChatGLMConfigBase)]
+        hints = {key: hint for base in reversed(bases) for key, hint in base.__annotations__.items()}
+        return {key: hint for key, hint in hints.items() if typing.get_origin(hint) is not ClassVar}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **changes):
+        """The config of a folder. Keys that mean nothing here are left out: transformers acts on many.
+
+        Args:
+            changes: keys of config.json to set differently, by their official names.
 
         Raises:
             CheckpointError: config.json is missing, broken, or describes no such model; file and key are named.
         """
-        path = os.path.join(pretrained_model_name_or_path, "config.json")
-        for key in read_json(path):  # transformers would believe whatever they say
-            if key in ("attn_implementation", "_attn_implementation"):
-                raise CheckpointError(f"{path}: {key} is not for a config to say; remove it")
+        folder = os.fspath(pretrained_model_name_or_path)
+        path = os.path.join(folder, "config.json")
+        content = read_json(path)
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return cls(**cls._select(content) | changes, name_or_path=folder)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        except Exception as error:  # transformers acts on many more keys, and anything can come of their values
+        except Exception as error:  # anything can come of a value that transformers reads
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"{path} does not describe a {cls.title}: {reason[:300]}") from error
 
+    @classmethod
+    def hands_on(cls, key: str) -> bool:
+        """Whether results get this key of their base's config.json."""
+        return key not in ("dtype", *REFUSED, *IGNORED) and not callable(getattr(cls, key, None))
 
-def shown(value) -> str:
-    """A value from a file, for a message: short, and printable on any terminal."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    @classmethod
+    def _select(cls, content: dict) -> dict:
+        """Of a config.json, what PreTrainedConfig may see."""
+        for key in REFUSED:
+            if content.get(key) is not None:
+                raise CheckpointError(
+                    f"{key} {shown(content[key])} is not obeyed here; remove it. {cls.title} has none"
+                )
+        known = cls.own_keys()
+        selected = {key: content[key] for key in content if key in known or key in HARMLESS}
+        for alias, key in cls.attribute_map.items():  # as in configs that transformers wrote
+            if alias in content and selected.setdefault(key, content[alias]) != content[alias]:
+                raise CheckpointError(
+                    f"{alias} is {shown(content[alias])} and {key} is {shown(content[key])}, but mean the same thing"
+                )
+        return selected

@@ -16,11 +16,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention import Segment, attend, real_tokens, split_heads, visible_mask
 from .chat import ChatMixin
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, shown
 from .config import ChatGLMConfigBase
 from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output, take
 from .ops import OutputLayer, TiledMLP, rotary, through
-from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
+from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt, add_pieces
 
 
 class GLMConfig(ChatGLMConfigBase):
@@ -39,11 +39,12 @@ class GLMConfig(ChatGLMConfigBase):
     layernorm_epsilon: float = 1e-5
     max_sequence_length: int = 2048
     position_encoding_2d: bool = True
-    mask_token_id: int = 130000
-    gmask_token_id: int = 130001
-    bos_token_id: int | None = 130004
+    # In all releases these two lie four and three below bos; the first has vocab_size 150528 and names neither of them.
+    mask_token_id: int | None = None
+    gmask_token_id: int | None = None
+    bos_token_id: int = 130004
     eos_token_id: int | list[int] | None = 130005
-    pad_token_id: int | None = 3
+    pad_token_id: int | None = None  # 3, or 20003 where the ids of 20000 image tokens lie before those of text
     use_cache: bool = True
     pre_seq_len: int | None = None
     prefix_projection: bool = False
@@ -55,6 +56,12 @@ class GLMConfig(ChatGLMConfigBase):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.mask_token_id is None:
+            self.mask_token_id = max(0, self.bos_token_id - 4)
+        if self.gmask_token_id is None:
+            self.gmask_token_id = max(0, self.bos_token_id - 3)
+        if self.pad_token_id is None:
+            self.pad_token_id = 20003 if self.bos_token_id >= 150000 else 3
         pairs = 4 if self.position_encoding_2d else 2  # each axis rotates pairs
         if self.hidden_size % (self.num_attention_heads * pairs):
             raise CheckpointError(
@@ -63,24 +70,62 @@ class GLMConfig(ChatGLMConfigBase):
             )
 
 
+MOST_IMAGES = 10**6
+
+
 class GLMTokenizer(ChatGLMTokenizerBase):
-    """ice_text.model; `num_image_tokens` ids (20000 in the oldest checkpoints) lie before those of text."""
+    """ice_text.model; `num_image_tokens` ids (20000 in the oldest checkpoints) lie before those of text.
+
+    The ice_text.model of the first release ends with the last piece of text; what later ones have behind it, special
+    tokens, pieces for white space and bytes, the official code of that time added while loading, and so it is here.
+    """
 
     mode = "glm"
     code_sign = "ice_text"
     vocab_files_names = {"vocab_file": "ice_text.model"}
     model_input_names = ["input_ids", "attention_mask"]
     MAX_BLANKS = 80  # the longest run of spaces that has a piece of its own
+    special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
+    names = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "pad": "<pad>", "unk": "<unk>", "gmask": "[gMASK]"}
+    more_names = {"gmask_token": "[gMASK]", "end_token": "</s>"}  # that transformers does not know
 
     def __init__(self, vocab_file, num_image_tokens=20000, **kwargs):
         self.num_image_tokens = num_image_tokens
-        specials = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "pad": "<pad>", "unk": "<unk>"}
-        for name, token in specials.items():
-            kwargs.setdefault(f"{name}_token", token)
-        self.gmask_token = kwargs.pop("gmask_token", "[gMASK]")
-        self.end_token = kwargs.pop("end_token", "</s>")
+        for name in ("bos", "eos", "mask", "pad", "unk"):
+            kwargs[f"{name}_token"] = self.names[name]
+        kwargs["model_specific_special_tokens"] = self.more_names
         super().__init__(vocab_file, **kwargs)
-        self.init_kwargs |= {"num_image_tokens": num_image_tokens, "gmask_token": self.gmask_token}
+        self.init_kwargs["num_image_tokens"] = num_image_tokens
+
+    @classmethod
+    def read_settings(cls, settings: dict) -> dict:
+        for key in ("do_lower_case", "remove_space"):
+            if settings.get(key):
+                raise CheckpointError(f"{key} {shown(settings[key])} is not supported; the official value is false")
+        for name, right in (cls.names | {"end": "</s>"}).items():
+            given = settings.get(f"{name}_token")
+            token = given.get("content") if isinstance(given, dict) else given
+            # in the first release eop_token names what ends an answer
+            if token not in (None, right) and not (name == "eos" and settings.get("eop_token") == right):
+                raise CheckpointError(f"{name}_token {shown(token)} is not supported, only {right}")
+        images = settings.get("num_image_tokens", 20000)
+        if type(images) is not int or not 0 <= images <= MOST_IMAGES:
+            raise CheckpointError(f"num_image_tokens {shown(images)} must be a whole number up to {MOST_IMAGES}")
+        return {"num_image_tokens": images}
+
+    def _complete_vocabulary(self) -> None:
+        known = [self.sp_model.PieceToId(token) != self.sp_model.unk_id() for token in self.special_tokens]
+        if all(known):
+            return
+        if any(known):
+            missing = self.special_tokens[known.index(False)]
+            raise CheckpointError(f"{self.vocab_file} has no {missing}: not the vocabulary of {GLMConfig.title}")
+        blanks = [f"<|blank_{count}|>" for count in range(2, self.MAX_BLANKS + 1)]
+        add_pieces(self.sp_model, self.special_tokens, ("<|tab|>", *blanks))
+
+    def config_ids(self) -> dict[str, set[int]]:
+        names = ("bos", "eos", "mask", "gmask", "pad")
+        return {f"{name}_token_id": {self._convert_token_to_id(self.names[name])} for name in names}
 
     @property
     def vocab_size(self) -> int:

@@ -53,6 +53,7 @@ class ChatGLM2Config(ChatGLMConfigBase):
     attention_dropout: float = 0.0
     fp32_residual_connection: bool = False
     use_cache: bool = True
+    bos_token_id: int | None = None  # the official configs have none
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = 0
     pre_seq_len: int | None = None
@@ -61,6 +62,9 @@ class ChatGLM2Config(ChatGLMConfigBase):
     quantization_bit: int = 0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+
+    # Two official meanings of rope_ratio. In ChatGLM2-6B-32K positions are divided by it (linear interpolation).
+    rope_ratio_scales_base: ClassVar[bool] = False
 
     # What the network below computes. A config that asks for anything else is refused, not half obeyed.
     only: ClassVar[dict] = {
@@ -116,6 +120,10 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
             kwargs.pop(name, None)
         kwargs |= {"unk_token": "<unk>", "pad_token": "<unk>", "eos_token": "</s>"}
         super().__init__(vocab_file, **kwargs)
+
+    def config_ids(self) -> dict[str, set[int]]:
+        begins = {self.get_command("<bos>"), self.get_command("sop")}  # nothing reads it
+        return {"bos_token_id": begins, "eos_token_id": set(self.stop_token_ids), "pad_token_id": {self.pad_token_id}}
 
     @property
     def vocab_size(self) -> int:
@@ -212,10 +220,10 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotary_frequencies(config: ChatGLM2Config) -> torch.Tensor:
+def rotary_frequencies(config: ChatGLM2Config, base: float = 10000) -> torch.Tensor:
     """Inverse frequencies of the rotary pairs: [kv_channels / 4], float32."""
     dim = config.kv_channels // 2
-    return 1.0 / (10000 * config.rope_ratio) ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
 
 def rotary_angles(config: ChatGLM2Config, position_ids: torch.Tensor, dtype: torch.dtype):
@@ -227,7 +235,11 @@ def rotary_angles(config: ChatGLM2Config, position_ids: torch.Tensor, dtype: tor
     Returns:
         cos, sin: [batch, tokens, 1, kv_channels / 4], of `dtype`.
     """
-    angles = position_ids[:, :, None, None] * rotary_frequencies(config).to(position_ids.device)
+    if config.rope_ratio_scales_base:
+        frequencies = rotary_frequencies(config, 10000 * config.rope_ratio)
+    else:
+        frequencies, position_ids = rotary_frequencies(config), position_ids.float() / config.rope_ratio
+    angles = position_ids[:, :, None, None] * frequencies.to(position_ids.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 from transformers import BatchEncoding
 
+from .checkpoint import CheckpointError, shown
 from .glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer
 from .tokenization import Prompt
 
@@ -17,6 +18,7 @@ class ChatGLM3Config(ChatGLM2Config):
     """config.json of ChatGLM3-6B: the keys of ChatGLM2-6B."""
 
     title: ClassVar[str] = "ChatGLM3-6B"
+    rope_ratio_scales_base: ClassVar[bool] = True
 
 
 class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
@@ -31,6 +33,13 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         self.encode_special_tokens = encode_special_tokens
         super().__init__(vocab_file, **kwargs)
         self.init_kwargs["encode_special_tokens"] = encode_special_tokens
+
+    @classmethod
+    def read_settings(cls, settings: dict) -> dict:
+        encode = settings.get("encode_special_tokens", False)
+        if type(encode) is not bool:
+            raise CheckpointError(f"encode_special_tokens {shown(encode)} must be true or false")
+        return {"encode_special_tokens": encode}
 
     @property
     def stop_token_ids(self) -> list[int]:

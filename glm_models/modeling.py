@@ -2,16 +2,19 @@
 
 import contextlib
 import math
+import os
+import re
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .checkpoint import CheckpointError, check_family, weight_layout
+from .checkpoint import CheckpointError, read_json, shown, weight_layout
+from .families import check_family
 from .ops import TiledMLP, input_in_main_memory, summed_cross_entropy
 
 IGNORE_INDEX = -100  # the label of a token that the loss leaves out, as in torch and transformers
@@ -63,7 +66,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # computed here, never read: some official files hold them, some do not
     _keys_to_ignore_on_load_unexpected = [r"\.inv_freq$"]
-    # a base checkpoint has none of these; they are initialised
+    # see check_prefix
     _keys_to_ignore_on_load_missing = [r"prefix_encoder\."]
 
     def __init__(self, config, *args, **kwargs):
@@ -75,20 +78,29 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, new_prefix: bool = False, **kwargs):
         """As in transformers, but any weight that is missing, left over or of another shape is an error.
+
+        Args:
+            config: None for the folder's own; then kwargs may hold keys of it to set differently.
+            new_prefix: see check_prefix.
 
         Raises:
             CheckpointError: the folder is missing, of another family, incomplete, or its shapes do not fit its config.
         """
         folder = str(pretrained_model_name_or_path)
         check_family(folder, cls.mode, need=("config",))
-        weight_layout(folder)  # else broken files and indices end in a traceback, or lead out of the folder
+        if config is None:
+            changes = {key: kwargs.pop(key) for key in cls.config_class.own_keys() if key in kwargs}
+            config = cls.config_class.from_pretrained(folder, **changes)
+        cls.check_weights(folder, config, new_prefix)  # broken files and indices end here too
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             folder,
             *args,
             **kwargs,
+            config=config,
+            generation_config=read_generation_config(folder, config),
             use_safetensors=None,
             weights_only=True,
             output_loading_info=True,
@@ -98,6 +110,33 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         cls.check_fit(folder, info["missing_keys"], info["unexpected_keys"], misshapen)
         return (model, info) if wants_info else model
 
+    @classmethod
+    def check_weights(cls, folder: str, config, new_prefix: bool = False) -> None:
+        """Make sure that a folder's weights are those of a config, before any memory is taken for them.
+
+        Args:
+            new_prefix: see check_prefix.
+
+        Raises:
+            CheckpointError: they are not, or a file is missing or broken.
+        """
+        found = {name: shape for names in weight_layout(folder).values() for name, (_, shape) in names.items()}
+        check_prefix(folder, config, found, new_prefix)
+        with torch.device("meta"), init.no_init_weights():
+            model = cls(config)
+        wanted = {name: weight.shape for name, weight in model.named_parameters(remove_duplicate=False)}
+        missing = wanted.keys() - found.keys()
+        for pair in model.all_tied_weights_keys.items():
+            if not missing.issuperset(pair):
+                missing -= {*pair}
+        unknown = [name for name in found if name not in wanted and not cls.is_computed(name)]
+        cls.check_fit(folder, missing, unknown, [name for name in wanted.keys() & found if wanted[name] != found[name]])
+
+    @classmethod
+    def is_computed(cls, name: str) -> bool:
+        """Whether a weight of a file is not read, because it is computed here."""
+        return any(re.search(pattern, name) for pattern in cls._keys_to_ignore_on_load_unexpected)
+
     @staticmethod
     def check_fit(folder: str, missing, unknown, misshapen) -> None:
         """Make sure that the weights of a folder are those of the model, by the names of those that are not.
@@ -105,7 +144,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         Raises:
             CheckpointError: they are not; it tells of all three kinds.
         """
-        # only a base checkpoint's lack of a prefix is no error: a trained one must never be lost or made anew
+        # check_prefix has seen to it that a prefix is missing only where a new one is to be trained
         missing = [name for name in missing if "prefix_encoder." not in name]
         kinds = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
         wrong = [f"{len(names)} {kind} (first: {min(names)})" for kind, names in kinds.items() if names]
@@ -191,6 +230,75 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             return None
         head_dim = getattr(self.config, "kv_channels", self.config.hidden_size // self.config.num_attention_heads)
         return self.prefix_encoder(batch, self.config.num_layers, head_dim)
+
+
+PREFIX = "prefix_encoder."  # in the names of a prefix's weights
+PROJECTED = 5  # so many there are with prefix_projection: an embedding, and weights and biases of two layers
+
+
+def check_prefix(folder: str, config, shapes: dict[str, torch.Size], new_prefix: bool = False) -> None:
+    """Make sure that a folder's weights hold the P-Tuning prefix that a config asks for.
+
+    Args:
+        shapes: of the folder's weights.
+        new_prefix: one is to be trained. It may be missing then, and also where the folder's config.json names none.
+
+    Raises:
+        CheckpointError: the prefix is missing, it is of another length or kind, or there is nothing but a prefix.
+    """
+    prefix = {name.split(PREFIX)[1]: shape for name, shape in shapes.items() if PREFIX in name}
+    length = prefix["embedding.weight"][0] if prefix.get("embedding.weight") else None
+    projection = any(name.startswith("trans.") for name in prefix)
+    if prefix and all(PREFIX in name or name.endswith("inv_freq") for name in shapes):
+        base = read_json(os.path.join(folder, "config.json")).get("_name_or_path")
+        raise CheckpointError(
+            f"{folder} holds a P-Tuning prefix alone (length {length}), as the official script saves it, and not the "
+            f"model that it was trained on ({shown(base)}). Such folders are not read yet: put these weights and the "
+            "model's into one model.safetensors beside the model's other files, and pre_seq_len "
+            f"{length}, prefix_projection {str(projection).lower()} into its config.json"
+        )
+    if config.pre_seq_len is None:  # a prefix that nobody asks for is found by check_fit
+        return
+    asked = f"pre_seq_len {config.pre_seq_len}, prefix_projection {str(config.prefix_projection).lower()}"
+    if not prefix:
+        if not new_prefix and has_lost_prefix(folder):
+            raise CheckpointError(
+                f"{folder}: config.json asks for a P-Tuning prefix ({asked}), but there is none among the weights; "
+                "set pre_seq_len to null. Only --train_type ptuning makes a new one"
+            )
+    elif length != config.pre_seq_len or projection != config.prefix_projection:
+        raise CheckpointError(
+            f"the prefix in {folder} (transformer.{PREFIX}embedding) has pre_seq_len {length}, prefix_projection "
+            f"{str(projection).lower()}, but asked for are {asked}; a trained prefix keeps its length and kind"
+        )
+    elif len(prefix) != (PROJECTED if projection else 1):
+        raise CheckpointError(f"{folder}: weights of the P-Tuning prefix are missing; there are {', '.join(prefix)}")
+
+
+def has_lost_prefix(folder: str) -> bool:
+    """Whether a folder's config.json names a prefix that is not among its weights."""
+    names = (name for names in weight_layout(folder).values() for name in names)
+    asked = read_json(os.path.join(folder, "config.json")).get("pre_seq_len") is not None
+    return asked and not any(PREFIX in name for name in names)
+
+
+def read_generation_config(folder: str, config) -> GenerationConfig:
+    """The ids of special tokens in generation_config.json, or else in the config.
+
+    All other keys would change greedy answers, load code or other models: what is generated is for flags to say.
+
+    Raises:
+        CheckpointError: the file is broken, or an id is none.
+    """
+    path = os.path.join(folder, "generation_config.json")
+    content = read_json(path) if os.path.lexists(path) else {}
+    ids = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids[key] = content.get(key, getattr(config, key))
+        numbers = ids[key] if isinstance(ids[key], list) and key == "eos_token_id" else [ids[key]]
+        if ids[key] is not None and not (numbers and all(type(n) is int and 0 <= n < 10**8 for n in numbers)):
+            raise CheckpointError(f"{path}: {key} must be the id of a token, not {shown(ids[key])}")
+    return GenerationConfig(**ids)
 
 
 def take(x: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:

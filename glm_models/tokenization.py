@@ -11,6 +11,7 @@ Two ways lead from text to ids, and the difference matters:
 import functools
 import hashlib
 import os
+import re
 import shutil
 from bisect import bisect_left, bisect_right
 from typing import NamedTuple
@@ -19,7 +20,8 @@ import numpy as np
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-from .checkpoint import check_family
+from .checkpoint import CheckpointError, check_download, read_json
+from .families import check_family
 
 # Part of `fingerprint`: raise it when a change of the code here gives other ids for the same text.
 ENCODING = 1
@@ -43,6 +45,77 @@ class Prompt(NamedTuple):
         return np.concatenate((self.begin, self.text, self.end))
 
 
+def load_vocabulary(path: str) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model.
+
+    Raises:
+        CheckpointError: the file is none, or only the beginning of one.
+    """
+    check_download(path)
+    with open(path, "rb") as file:
+        content = file.read()
+    vocabulary = sentencepiece.SentencePieceProcessor()
+    try:
+        vocabulary.LoadFromSerializedProto(content)
+        # Cut between two pieces a file can still be read. A whole one ends with how texts are normalised.
+        fields = top_fields(content)
+        if NORMALIZER_FIELD not in fields:
+            raise RuntimeError("its end is missing")
+    except (RuntimeError, IndexError) as error:
+        first = content[:300].split(b"\n")[0]
+        if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?", first):
+            reason = "it looks like the vocabulary of GLM-4, which is not supported"
+        else:
+            reason = f"broken or another file, download it again ({' '.join(str(error).split())[:200]})"
+        raise CheckpointError(f"{path} is not a SentencePiece model: {reason}") from None
+    return vocabulary
+
+
+NORMALIZER_FIELD = 3  # of SentencePiece's ModelProto; its fields lie in the order of their numbers
+
+
+def top_fields(content: bytes) -> set[int]:
+    """Numbers of the fields of a protocol buffer, all of which hold bytes.
+
+    Raises:
+        IndexError: the content ends within a field.
+    """
+    fields, place = set(), 0
+    while place < len(content):
+        fields.add(content[place] >> 3)
+        length = shift = 0
+        place += 1
+        while True:
+            byte = content[place]
+            length |= (byte & 127) << shift
+            place, shift = place + 1, shift + 7
+            if byte < 128:
+                break
+        place += length
+    return fields
+
+
+# Kinds of pieces, by their numbers in ModelProto.
+CONTROL, USER_DEFINED, BYTE = 3, 4, 6
+BYTE_FALLBACK = b"\x12\x03\x98\x02\x01"  # trainer_spec { byte_fallback: true }
+
+
+def add_pieces(vocabulary: sentencepiece.SentencePieceProcessor, controls: tuple, texts: tuple) -> None:
+    """Add pieces behind the last: control tokens, pieces that are taken whole from a text, and bytes if there are none.
+
+    To add to a repeated field of a protocol buffer is to append to its bytes.
+    """
+    pieces = [(name, CONTROL) for name in controls] + [(name, USER_DEFINED) for name in texts]
+    content = vocabulary.serialized_model_proto()
+    if not any(map(vocabulary.IsByte, range(vocabulary.GetPieceSize()))):
+        pieces += [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
+        content += BYTE_FALLBACK
+    for name, kind in pieces:
+        field = b"\x0a" + bytes([len(name)]) + name.encode() + b"\x15" + bytes(4) + b"\x18" + bytes([kind])
+        content += b"\x0a" + bytes([len(field)]) + field  # name, score 0, kind
+    vocabulary.LoadFromSerializedProto(content)
+
+
 class ChatGLMTokenizerBase(PreTrainedTokenizer):
     """A SentencePiece vocabulary with the special tokens of one family.
 
@@ -56,24 +129,48 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
 
     def __init__(self, vocab_file, **kwargs):
         self.vocab_file = os.fspath(vocab_file)
-        self.sp_model = sentencepiece.SentencePieceProcessor()
-        try:
-            self.sp_model.Load(self.vocab_file)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{self.vocab_file} is not a SentencePiece model: {error}") from None
+        self.sp_model = load_vocabulary(self.vocab_file)
+        self._complete_vocabulary()
         # The official configs say false; nobody wants decode() to eat spaces before punctuation.
         kwargs["clean_up_tokenization_spaces"] = False
         super().__init__(**kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; a folder of another family is refused with the --mode that fits it."""
-        if os.path.isdir(pretrained_model_name_or_path):
-            check_family(pretrained_model_name_or_path, cls.mode, need=("vocabulary",))
-        # Official folders name remote code in "auto_map"; it is never run, so transformers must not ask about it.
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """The tokenizer of a folder, from its vocabulary and from what `read_settings` takes of tokenizer_config.json.
+
+        The official tokenizers fix all else in their code, whatever the json files say, padding on the left above all.
+
+        Raises:
+            CheckpointError: no such folder, of another family (the --mode that fits is named), or a file is broken.
+        """
+        folder = os.fspath(pretrained_model_name_or_path)
+        check_family(folder, cls.mode, need=("vocabulary",))
+        path = os.path.join(folder, "tokenizer_config.json")
+        try:
+            settings = cls.read_settings(read_json(path) if os.path.isfile(path) else {})
+        except CheckpointError as error:
+            raise CheckpointError(str(error) if path in str(error) else f"{path}: {error}") from None
+        vocabulary = os.path.join(folder, cls.vocab_files_names["vocab_file"])
+        return cls(vocabulary, name_or_path=folder, **settings | kwargs)
 
     # What a family defines.
+
+    @classmethod
+    def read_settings(cls, settings: dict) -> dict:
+        """Of tokenizer_config.json, what changes ids: arguments of this class.
+
+        Raises:
+            CheckpointError: a key asks for what the official tokenizer would do and this one does not.
+        """
+        return {}
+
+    def _complete_vocabulary(self) -> None:
+        """Add pieces that the vocabulary's file lacks and the official code adds while loading."""
+
+    def config_ids(self) -> dict[str, set[int]]:
+        """The ids that a key of config.json may have, for every key that names ids of tokens."""
+        raise NotImplementedError
 
     def encode_texts(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
         """Ids of plain texts, int32 [tokens] each: no special tokens added, none recognised.

@@ -33,6 +33,13 @@ def native_weights(model, weights):
     return found
 
 
+# what rope_ratio means: in ChatGLM2-6B-32K positions are divided by it, in ChatGLM3 the base is multiplied
+ROPE = {
+    "glm2": lambda ratio: {"rope_type": "linear", "factor": float(ratio), "rope_theta": 10000.0},
+    "glm3": lambda ratio: {"rope_type": "default", "rope_theta": 10000.0 * ratio},
+}
+
+
 def native_model(model):
     config = model.config
     native = GlmForCausalLM(
@@ -50,8 +57,7 @@ def native_model(model):
             max_position_embeddings=config.seq_length,
             tie_word_embeddings=False,
             rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 10000.0 * config.rope_ratio,
+                **ROPE[model.mode](config.rope_ratio),
                 "partial_rotary_factor": 0.5,
             },
             pad_token_id=0,

@@ -13,9 +13,11 @@ import copy
 import gc
 import json
 import math
+import os
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -37,7 +39,7 @@ from ds_keys import REFUSED, Key, Section, fits, is_one, walk
 from folders import FolderError, new_folder
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.tiny import make_tiny_checkpoint
-from utils import UserError, quiet
+from utils import UserError, load_base, load_tokenizer, quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 CLEAR = (DataError, UserError, CheckpointError, FolderError)
@@ -176,6 +178,7 @@ class Fuzz:
         self.ds_files = [json.loads(path.read_text()) for path in sorted(ROOT.glob("ds_zero*.json"))]
         args = train.parse_args(["--mode", "glm3", "--model_name_or_path", ".", "--train_path", __file__])
         self.ds_values = train.ds_values(args, 1, 10, 64)
+        self.right = {}  # mode -> answers
         self.configs = {
             mode: json.loads((Path(path) / "config.json").read_text()) for mode, path in checkpoints.items()
         }
@@ -365,6 +368,103 @@ class Fuzz:
         assert len(list(model.parameters())) > 2 * config.num_layers
         assert all(math.isfinite(weight.numel()) for weight in model.parameters())
 
+    # Whole folders
+
+    FOREIGN = [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 10\n",
+        b"<html>404</html>",
+        b"",
+        b"{}",
+    ]
+    FOREIGN += [b"IQ== 0\nIg== 1\n", b"PK\x03\x04" + bytes(40), b"\x1f\x8b" + bytes(40), b"[" * 100_000, b"\xff" * 99]
+    FOREIGN += [b'{"error": "Repository not found"}', b'{"weight_map": {"a": "b"}}', b"null", b"[]"]
+    MORE_FILES = ["adapter_config.json", "adapter_model.safetensors", "generation_config.json", "added_tokens.json"]
+    MORE_FILES += [
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "tokenization_chatglm.py",
+        "model.safetensors.index.json",
+    ]
+    MORE_FILES += ["chat_template.jinja", "pytorch_model.bin", "custom_generate"]
+    ODD_KEYS = {
+        "config.json": ["quantization_config", "transformers_weights", "experts_implementation", "tp_plan", "auto_map"],
+        "tokenizer_config.json": ["padding_side", "truncation_side", "eos_token", "pad_token", "num_image_tokens"],
+        "generation_config.json": [
+            "eos_token_id",
+            "pad_token_id",
+            "num_beams",
+            "do_sample",
+            "stop_strings",
+            "max_length",
+        ],
+    }
+    ODD_KEYS["config.json"] += [
+        "rope_scaling",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "pre_seq_len",
+        "id2label",
+    ]
+    ODD_KEYS["config.json"] += ["quantization_bit", "num_beams", "prefix_projection", "attention_bias", "mask_token_id"]
+    ODD_KEYS["tokenizer_config.json"] += ["init_inputs", "added_tokens_decoder", "do_lower_case", "chat_template", "a"]
+    ODD_KEYS["tokenizer_config.json"] += [
+        "extra_special_tokens",
+        "encode_special_tokens",
+        "tokenizer_class",
+        "unk_token",
+    ]
+    ODD_KEYS["generation_config.json"] += [
+        "assistant_model",
+        "watermarking_config",
+        "cache_implementation",
+        "min_length",
+    ]
+
+    def break_folder(self, chance: random.Random, folder: Path, original: Path) -> None:
+        """One file becomes another's, is cut, or gets an odd key; or one more file lies there."""
+        names = sorted(file.name for file in folder.iterdir())
+        way = chance.choice(("key", "key", "key", "foreign", "cut", "more", "lost"))
+        if way == "key":
+            name = chance.choice(list(self.ODD_KEYS))
+            content = json.loads((original / name).read_text()) if (original / name).exists() else {}
+            content[chance.choice(self.ODD_KEYS[name])] = chance.choice(HOSTILE)
+            changed = json.dumps(content).encode("utf-8", "surrogatepass")
+        else:
+            name = chance.choice(self.MORE_FILES if way == "more" else names)
+            content = (folder / name).read_bytes() if name in names else b""
+            changed = content[: chance.randrange(len(content) + 1)] if way == "cut" else chance.choice(self.FOREIGN)
+        (folder / name).unlink(missing_ok=True)  # it may be a link to the original
+        if way != "lost":
+            (folder / name).write_bytes(changed)
+
+    def checkpoint(self, chance: random.Random) -> None:
+        """What is accepted gives the prompts, logits and answers of the folder that it was before."""
+        mode = chance.choice(list(MODE))
+        folder = self.folder / "checkpoint"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for file in Path(self.checkpoints[mode]).iterdir():
+            os.link(file, folder / file.name)
+        for _ in range(chance.choice((1, 1, 2))):
+            self.break_folder(chance, folder, Path(self.checkpoints[mode]))
+        found = self.answers(mode, str(folder))
+        if mode not in self.right:
+            self.right[mode] = self.answers(mode, self.checkpoints[mode])
+        prompts, logits, answer = self.right[mode]
+        assert found[0] == prompts and found[1].equal(logits) and found[2].equal(answer)
+
+    @staticmethod
+    def answers(mode: str, folder: str):
+        tokenizer = load_tokenizer(mode, folder)
+        model = load_base(mode, folder, torch.float32).eval()
+        prompts = [tokenizer.encode_prompt(text) for text in ("水泵漏水", "发动机怠速不稳，[gMASK] </s>\n")]
+        batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**batch).logits
+        stop = {"eos_token_id": tokenizer.stop_token_ids, "pad_token_id": tokenizer.pad_token_id}
+        return prompts, logits, model.generate(**batch, **stop, do_sample=False, max_new_tokens=3)
+
     # Adapters
 
     ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query_key_value"], "bias": "none"}
@@ -439,7 +539,7 @@ class Fuzz:
 
 OTHER_TYPES = [b'"\\1": ' + value for value in (b"null", b"3", b"true", b"{}", b'["a"]', b"1e3", b"[]")]
 EMPTY = [b'"output": ' + value for value in (b'""', b'"  "', b'"\\\\n\\\\t"', '"\u3000"'.encode())]
-KINDS = ("rows", "row_bytes", "ds_file", "ds_keys", "config", "adapter_config", "adapter_weights")
+KINDS = ("rows", "row_bytes", "ds_file", "ds_keys", "config", "checkpoint", "adapter_config", "adapter_weights")
 
 
 class Hang(BaseException):

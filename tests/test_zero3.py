@@ -151,6 +151,12 @@ def bad_cases(tiny, folder) -> dict[str, list]:
             cases[f"{mode}-{kind}"] = [mode, other_weights(base, folder / f"{mode}-{kind}", change), {}]
         trained = with_("transformer.prefix_encoder.embedding.weight", lambda weights: torch.zeros(3, 128))
         cases[f"{mode}-lost_prefix"] = [mode, other_weights(base, folder / f"{mode}-lost", trained), {}]
+        asked = {"pre_seq_len": 3, "prefix_projection": False}
+        for name, change in {"no_prefix": lambda weights: weights, "short_prefix": trained}.items():
+            changed = Path(other_weights(base, folder / f"{mode}-{name}", change))
+            content = json.loads((changed / "config.json").read_text())
+            (changed / "config.json").write_text(json.dumps(content | asked))
+            cases[f"{mode}-{name}"] = [mode, str(changed), {"pre_seq_len": 5} if name == "short_prefix" else {}]
         broken = shutil.copytree(base, folder / f"{mode}-broken")
         os.truncate(broken / "model.safetensors", 5000)
         cases[f"{mode}-broken"] = [mode, str(broken), {}]
@@ -162,6 +168,8 @@ SAYS = {
     "unknown": "1 unknown (first: ",
     "misshapen": "1 misshapen (first: ",
     "lost_prefix": "1 unknown (first: transformer.prefix_encoder.embedding.weight)",
+    "no_prefix": "there is none among the weights",
+    "short_prefix": "has pre_seq_len 3",
     "broken": "model.safetensors is broken",
 }
 
