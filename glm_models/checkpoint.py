@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 import zipfile
 
 import torch
@@ -22,8 +23,23 @@ DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int
 DTYPES |= {torch.uint8: "U8", torch.bool: "BOOL"}
 
 
+# Control characters of all kinds: they could clear a terminal, or forge a second line.
+UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
 class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used as asked; the message names the folder and what to do."""
+    """A checkpoint folder that cannot be used as asked; the message names the folder and what to do.
+
+    Messages quote names and values from files, so control characters are escaped: a message is one line of text.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text with its control characters escaped."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in UNPRINTABLE else c for c in text)
 
 
 def read_json(path: str) -> dict:
