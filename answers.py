@@ -14,7 +14,6 @@ import json
 import os
 from typing import NamedTuple
 
-from adapter import read_config
 from errors import UserError
 from folders import MANIFEST, FolderError, write_errors, write_file
 from glm_models.checkpoint import CheckpointError, describe_base, read_json
@@ -53,32 +52,11 @@ def file_hash(path: str) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def find_base(folder: str, base: str | None) -> str:
-    """The folder of the complete model behind `folder`: itself, or the base of an adapter.
-
-    Args:
-        base: the base of an adapter; None for the one that the adapter's config names.
-
-    Raises:
-        UserError: the base is not here.
-    """
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder")
-    if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
-        return folder
-    base = base or read_config(folder).get("base_model_name_or_path")
-    if not isinstance(base, str) or not os.path.isdir(base):
-        raise UserError(
-            f"{folder} is a LoRA adapter and its base model {base} is not here; name it with --ori_model_dir"
-        )
-    return base
-
-
 def describe_model(mode: str, folder: str, base: str, tokenizer) -> dict:
     """What answers depend on of a model: hashes of what lies in its folder, by name.
 
     Args:
-        base: of `find_base`.
+        base: see adapter.find_base.
     """
     found = {}
     if base != folder:

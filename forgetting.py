@@ -76,7 +76,8 @@ from data_cache import file_hash
 from data_set import DataError, MicroBatch, Sample, collate, encode_sample, read_rows
 from folders import check_space, write_errors, write_file
 from glm_models.chat import generate_ids
-from utils import UserError, clear_errors, load_result, named_device, quiet
+from loading import load_result
+from utils import UserError, clear_errors, named_device, quiet
 
 SHOWN = ("forgetting", "nll_base", "nll_tuned", "kl", "agree", "agree_prefix")
 
@@ -257,11 +258,11 @@ def compare(
     tokenizer, model = load_result(mode, base, None, device)
     samples = encode_suite(tokenizer, suite, lines, rows, max_length)
     before, kept = measure_base(model, tokenizer, samples, max_new_tokens, tempfile.gettempdir())
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = model.dtype  # for both: else the difference of two types would count as forgetting
     del model
     gc.collect()
     get_accelerator().empty_cache()
-    other_tokenizer, model = load_result(mode, tuned, base, device)
+    other_tokenizer, model = load_result(mode, tuned, base, device, dtype)
     if tokenizer.fingerprint() != other_tokenizer.fingerprint():
         raise UserError(f"{base} and {tuned} have different tokenizers: their distributions cannot be compared")
     after = measure_tuned(model, tokenizer, samples, max_new_tokens, kept)
@@ -286,7 +287,7 @@ def compare(
         "tuned": tuned,
         "suite": suite,
         "suite_sha256": file_hash(suite)[0],
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "max_new_tokens": max_new_tokens,
         "overall": overall,
         "categories": categories,

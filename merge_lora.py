@@ -40,13 +40,14 @@ import torch
 from torch import nn
 
 import probe
-from adapter import Adapter, check_base, read_adapter
+from adapter import Adapter, add_adapter, check_base, has_patterns, read_adapter, read_config, unread_keys
 from folders import check_space, claimed_folder
 from glm_models import check_family
 from glm_models.checkpoint import (
     DTYPES,
     CheckpointError,
     WeightFile,
+    printable,
     weight_layout,
     write_json,
     write_safetensors,
@@ -237,13 +238,16 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
     adapter = read_adapter(folder)
     model, layout = probe.skeleton(mode, base), weight_layout(base)
     check_fit(model, base, adapter)
+    config = read_config(folder)
+    if not has_patterns(config):  # regular expressions from a file are not run
+        add_adapter(model, folder, adapter.file)
     types = {name: dtype for weights in layout.values() for name, (dtype, _) in weights.items()}
     for name in adapter.pairs:
         if name not in types:
             raise CheckpointError(f"{folder} adds to {name}, of which {base} has no weights of its own to add to")
         if not types[name].is_floating_point:
             raise CheckpointError(f"{name} of {base} is {DTYPES[types[name]]}; only float weights can be added to")
-    print(check_base(folder, mode, base))
+    print(*map(printable, [check_base(folder, mode, base), *unread_keys(folder, config)]), sep="\n")
     tokenizer = load_tokenizer(mode, base)
     dtypes = {dtype for weights in layout.values() for dtype, shape in weights.values() if len(shape) == 2}
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)

@@ -20,13 +20,15 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from answers import AnswerFile, Made, describe_model, file_hash, find_base
+from adapter import find_base
+from answers import AnswerFile, Made, describe_model, file_hash
 from data_findings import FIRST, lines_text
 from data_set import DataError, read_rows
 from glm_models.chat import generate_answers
 from glm_models.tokenization import Prompt
+from loading import choose_dtype, load_result
 from metrics import describe, describe_outputs, kind_of, missing, references_of, relation_scores, score
-from utils import UserError, clear_errors, load_result, load_tokenizer, named_device, quiet, set_seed
+from utils import UserError, clear_errors, load_tokenizer, named_device, quiet, set_seed
 
 CHUNK = 1000  # rows whose prompts are held at once to count cuts
 
@@ -90,7 +92,7 @@ def describe_run(args, rows: int, base: str, tokenizer) -> Made:
     names += ["top_p", "temperature", "seed"] if args.do_sample else []
     settings = {f"--{name}": getattr(args, name) for name in names}
     settings["SHA-256 of --predict_path"] = file_hash(args.predict_path)
-    settings["kind of --device"] = args.device.type  # the type that the model computes in depends on it
+    settings["type of numbers"] = str(choose_dtype(base, args.device)[0])
     settings |= describe_model(args.mode, args.model_path, base, tokenizer)
     return Made(settings, rows, args.model_path)
 

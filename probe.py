@@ -10,14 +10,17 @@ from glm_models.checkpoint import CheckpointError, WeightFile, weight_layout
 from glm_models.modeling import check_prefix
 
 
-def skeleton(mode: str, folder: str) -> nn.Module:
+def skeleton(mode: str, folder: str, **config) -> nn.Module:
     """The network of a model folder, its weights without storage.
+
+    Args:
+        config: keys of config.json to set differently.
 
     Raises:
         CheckpointError: the folder's weights are not those that its config.json asks for.
     """
     with torch.device("meta"):
-        model = MODE[mode].model(MODE[mode].config.from_pretrained(folder)).eval().requires_grad_(False)
+        model = MODE[mode].model(MODE[mode].config.from_pretrained(folder, **config)).eval().requires_grad_(False)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
     found = {name: shape for names in weight_layout(folder).values() for name, (_, shape) in names.items()}
     check_prefix(folder, model.config, found)

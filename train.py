@@ -39,7 +39,7 @@ from evaluation import Validation, split_rows
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
-from lora import LoraLinear
+from lora import use_own_layers
 from replay import Mixture
 from run_record import RunRecord, check_restart, describe_start
 from states import LAYOUT, Run, States, check_run, ds_section, find_state
@@ -114,8 +114,7 @@ def lora(args, load):
         bias="none",
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module({torch.nn.Linear: LoraLinear})
-    model.name_or_path = os.path.abspath(args.model_name_or_path)  # goes into the adapter: its base
+    use_own_layers(config)
     # in the model's type: DeepSpeed keeps float32 masters, and ZeRO-3 does not cast what differs from it
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 

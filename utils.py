@@ -27,15 +27,14 @@ import torch.utils.cpp_extension
 import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from peft import PeftModel
 from tqdm import tqdm
 
-from adapter import BASE_FILE, check_base, open_adapter, read_config
+from adapter import write_adapter
 from errors import UserError
 from folders import FolderError, new_folder, write_errors, write_file
 from glm_models import MODE, CheckpointError, check_family
-from glm_models.checkpoint import write_json, write_side_files, write_weights
-from glm_models.families import check_ids, how_to_download
+from glm_models.checkpoint import write_side_files, write_weights
+from glm_models.families import check_ids
 from glm_models.modeling import has_lost_prefix
 from throughput import Flops
 from zero3 import load_partitioned
@@ -355,41 +354,6 @@ def named_device(name: str | None) -> torch.device:
     return found
 
 
-def load_result(mode: str, folder: str, base: str | None, device: torch.device):
-    """Tokenizer and model of a result of train.py or merge_lora.py, ready to generate.
-
-    Args:
-        base: the base model of an adapter; None for the one that the adapter's config names.
-    """
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder; {how_to_download(mode)}")
-    # float32 on a CPU: half precision is slow there
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if supports_bf16() else torch.float16
-    config_path = os.path.join(folder, "adapter_config.json")
-    if not os.path.isfile(config_path):
-        return load_tokenizer(mode, folder), load_base(mode, folder, dtype).to(device).eval()
-    config = read_config(folder)
-    if foreign := [key for key in ("megatron_config", "arrow_config") if config.get(key)]:
-        raise UserError(f"{config_path}: {foreign[0]} leads to code or files elsewhere; not loaded")
-    weights = open_adapter(folder)  # broken or empty ones end here
-    base = base or config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not os.path.isdir(base):
-        raise UserError(
-            f"{folder} is a LoRA adapter and its base model {base} is not here; name it with --ori_model_dir"
-        )
-    print(f"{folder} is a LoRA adapter; its base model is {base}")
-    print(check_base(folder, mode, base))
-    # an output layer that was tied to the embedding no longer equals it
-    changes = {"tie_word_embeddings": False} if any(".lm_head." in name for name in weights.names) else {}
-    model = load_base(mode, base, dtype, **changes)
-    try:
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # shapes, modules or keys that do not go together
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} is no adapter for {base}: {reason}") from None
-    return load_tokenizer(mode, base), model.to(device).eval()
-
-
 # Saving
 
 
@@ -417,9 +381,7 @@ def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> 
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in gathered(trained)}
         if is_main():
             with new_folder(folder) as partial:
-                model.save_pretrained(partial, state_dict=tensors, save_embedding_layers=False)
-                os.unlink(os.path.join(partial, "README.md"))  # peft's model card, of empty fields
-                write_json(os.path.join(partial, BASE_FILE), model.base_record)
+                write_adapter(partial, model, tensors, base, model.base_record)
     else:
         save_full_model(model, tokenizer, base, folder, dtype)
     on_rank_0(lambda: None)  # the others wait, on the CPU: devices would give up before a large file is on a slow disk

@@ -77,6 +77,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             )
         super().__init__(config, *args, **kwargs)
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """As in transformers, but without its warning: peft asks by this old name."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, new_prefix: bool = False, **kwargs):
         """As in transformers, but any weight that is missing, left over or of another shape is an error.

@@ -115,6 +115,19 @@ def test_adapters_and_prefixes_are_results_too(tiny, load, tmp_path):
     assert prefix["kl"] > 0.01 and prefix["nll_base"] == adapter["nll_base"]
 
 
+def test_both_models_are_measured_in_the_type_of_the_base(tiny, tmp_path, monkeypatch):
+    asked, load_result = [], forgetting.load_result
+
+    def load(mode, folder, base, device, dtype=None):
+        asked.append(dtype)
+        return load_result(mode, folder, base, device, dtype or torch.bfloat16)
+
+    monkeypatch.setattr(forgetting, "load_result", load)
+    report = compare("glm2", tiny["glm2"], tiny["glm2"], write(tmp_path / "suite.json", ROWS), CPU, max_new_tokens=1)
+    assert asked == [None, torch.bfloat16]
+    assert report["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("mode", MODE)
 def test_greedy_answers_take_the_likeliest_token_each_time(tiny, mode, tmp_path):
     tokenizer, model = MODE[mode].tokenizer.from_pretrained(tiny[mode]), MODE[mode].model.from_pretrained(tiny[mode])

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import merge_lora
 from adapter import BASE_FILE, check_base, read_adapter, record_base
+from errors import UserError
 from folders import FolderError, new_folder
 from glm_models import MODE, CheckpointError
 from glm_models.checkpoint import describe_base, read_weights, weight_layout, write_json
-from utils import UserError, load_result
+from loading import load_result
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/benchmark"))

@@ -15,6 +15,7 @@ from conftest import TEXT
 import answers
 import predict
 import report
+from adapter import find_base
 from folders import FolderError
 from glm_models.tiny import make_tiny_checkpoint
 from utils import UserError
@@ -167,8 +168,8 @@ def test_config_tokenizer_manifest_and_adapter_are_part_of_a_model(models, tmp_p
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "nowhere"}')
     (adapter / "adapter_model.safetensors").write_bytes(b"1")
     with pytest.raises(UserError, match="its base model nowhere is not here; name it with --ori_model_dir"):
-        answers.find_base(str(adapter), None)
-    assert answers.find_base(str(adapter), str(folder)) == str(folder)
+        find_base(str(adapter), None)
+    assert find_base(str(adapter), str(folder)) == str(folder)
     one = answers.describe_model("glm3", str(adapter), str(folder), tokenizer)
     (adapter / "adapter_model.safetensors").write_bytes(b"2")
     (changed,) = answers.compare(one, answers.describe_model("glm3", str(adapter), str(folder), tokenizer))

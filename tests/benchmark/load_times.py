@@ -1,6 +1,6 @@
 """Main memory that loading a checkpoint takes, at the most, in each of two ranks under ZeRO-2 and ZeRO-3.
 
-    python tests/benchmark/loading.py [--json FILE]
+    python tests/benchmark/load_times.py [--json FILE]
 
 Makes a random ChatGLM3 of 2.5 GB in shards of 0.5 GB, and loads it as train.py does. Pages of the files count once they
 are read; under ZeRO-2 on a CPU that is when training first uses a weight. The limits: under ZeRO-2 1.15 times the model
