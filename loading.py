@@ -8,11 +8,14 @@
 An adapter is loaded with its base, which its config names.
 """
 
+import os
+
 import torch
 
 from adapter import CONFIG, add_adapter, check_base, find_base, open_adapter, read_config, unread_keys
 from errors import UserError
 from glm_models.checkpoint import printable, weight_layout
+from glm_models.families import how_to_download
 from probe import skeleton
 from utils import load_base, load_tokenizer, named_device, supports_bf16
 
@@ -83,6 +86,8 @@ def load_result(
         UserError: no such folder, device or base.
         CheckpointError, FolderError: files are broken, or base and adapter do not belong together.
     """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; {how_to_download(mode)}")
     whole = find_base(folder, base)
     device = device if isinstance(device, torch.device) else named_device(device)
     if whole != folder:

@@ -15,7 +15,8 @@ from arguments import Folder
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.checkpoint import write_side_files
 from glm_models.glm2 import rotary_angles
-from utils import UserError, load_base, load_result, load_tokenizer
+from loading import load_result
+from utils import UserError, load_base, load_tokenizer
 
 modes = pytest.mark.parametrize("mode", list(MODE))
 newer = pytest.mark.parametrize("mode", ["glm2", "glm3"])
