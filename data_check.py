@@ -6,11 +6,12 @@ too is in data_findings.py.
 
 import json
 import os
+import re
 from collections.abc import Callable
 
 import numpy as np
 
-from data_cache import whole_file
+from data_cache import sweep, whole_file
 from data_findings import BROKEN, CHANGED, WARNINGS, Findings, lines_text
 from data_set import (
     ANSWER_CUT,
@@ -133,6 +134,7 @@ def check_data(
     report = os.path.join(output_dir, FILE)
     try:
         os.makedirs(output_dir, exist_ok=True)
+        sweep(output_dir, re.escape(FILE))
         with whole_file(report, "x", encoding="utf-8") as file:
 
             def record(kind, line, details):

@@ -63,15 +63,22 @@ class Samples(Sequence):
         return len(self.records)
 
     def __getitem__(self, i: int) -> Sample:
-        record = self.records[i]
+        record = self._record(i)
         end, cut = int(record["end"]), int(record["cut"])
         ids = self.ids[end - int(self.lengths[i]) : end].tolist()
         return Sample(ids, int(record["answer_start"]), bool(cut & PROMPT_CUT), bool(cut & ANSWER_CUT))
 
     def prompt(self, i: int) -> np.ndarray:
         """Ids of what comes before the answer, int32."""
-        start = int(self.records[i]["end"]) - int(self.lengths[i])
-        return self.ids[start : start + int(self.records[i]["answer_start"])]
+        record = self._record(i)
+        start = int(record["end"]) - int(self.lengths[i])
+        return self.ids[start : start + int(record["answer_start"])]
+
+    def _record(self, i: int):
+        if isinstance(self.records, np.memmap) and data_cache.is_cut(self.records):
+            file = self.records.filename
+            raise DataError(f"the data cache {file} was cut while it was in use; start again, and it is made anew")
+        return self.records[i]
 
 
 def encode_samples(

@@ -337,6 +337,13 @@ def count_unused(rows: Iterable[dict], counts: collections.Counter, read: frozen
             counts.update(row.keys() - read)
 
 
+def unused_keys(rows: Iterable[dict], read: frozenset[str] = KEYS) -> str:
+    """`unused_text` of some rows."""
+    counts: collections.Counter[str] = collections.Counter()
+    count_unused(rows, counts, read)
+    return unused_text(few_unused(counts))
+
+
 def few_unused(counts: collections.Counter) -> dict[str, int]:
     """The SHOWN_KEYS most frequent ones, their names cut, and how many others there are under ""."""
     few = {}

@@ -20,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 from data_set import DataError, read_rows
+from formats import KEYS, unused_keys
 from glm_models.chat import generate_answers
-from metrics import describe, kind_of, missing, references_of, relation_scores, score
+from metrics import AS_WRITTEN, describe, kind_of, missing, references_of, relation_scores, score, with_references
 from utils import UserError, clear_errors, load_result, named_device, quiet, set_seed
 
 
@@ -46,6 +47,8 @@ def answer(model, tokenizer, queries: list[str], args) -> list[tuple[str, bool]]
 def predict_file(model, tokenizer, args) -> None:
     """Answer all rows of --predict_path into --output_path, JSON lines; go on where an earlier run stopped."""
     rows = list(read_rows(args.predict_path, several_outputs=True, empty_outputs=True))
+    if unused := unused_keys((row for _, row in rows), KEYS | {AS_WRITTEN, "prediction", "ended"}):
+        print(f"{args.predict_path}: {unused}")
     done = read_done(args.output_path, rows)
     if done:
         print(f"{args.output_path} holds {len(done)} of {len(rows)} answers; going on from there")
@@ -54,12 +57,12 @@ def predict_file(model, tokenizer, args) -> None:
             part = [row for _, row in rows[start : start + args.batch_size]]
             answers = answer(model, tokenizer, [row["instruction"] + row["input"] for row in part], args)
             for row, (text, ended) in zip(part, answers, strict=True):
-                done.append({**row, "prediction": text, "ended": ended})
+                done.append({**with_references(row, tokenizer), "prediction": text, "ended": ended})
                 file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(part))
 
-    references = [references_of(row) for _, row in rows]
+    references = [references_of(with_references(row, tokenizer)) for _, row in rows]
     unended = sum(not row["ended"] for row in done)
     print(f"answers: {args.output_path}" + (f" ({unended} cut at --max_length {args.max_length})" if unended else ""))
     show_scores(args.metrics, [row["prediction"] for row in done], references, [row["ended"] for row in done])

@@ -18,6 +18,9 @@ OURS |= {
     "train_arguments",
     "predict_arguments",
     "errors",
+    "file_kinds",
+    "formats",
+    "row_files",
     "lora",
     "evaluation",
     "replay",
@@ -30,7 +33,7 @@ OURS |= {
 }
 MAY_IMPORT = {
     "errors": set(),
-    "arguments": {"errors"},
+    "arguments": {"errors", "file_kinds"},
     "train_arguments": {"arguments", "glm_models", "metrics"},
     "predict_arguments": {"arguments", "glm_models", "metrics"},
     "charts": set(),
@@ -40,6 +43,7 @@ MAY_IMPORT = {
         "data_set",
         "errors",
         "folders",
+        "formats",
         "glm_models",
         "predict_arguments",
         "report",
@@ -49,9 +53,12 @@ MAY_IMPORT = {
     "glm_models": set(),
     "adapter": {"folders", "glm_models"},
     "data_cache": set(),
-    "data_findings": set(),
-    "data_set": {"data_cache", "data_findings"},
-    "data_check": {"data_cache", "data_findings", "data_set"},
+    "file_kinds": set(),
+    "formats": set(),
+    "row_files": {"file_kinds", "formats"},
+    "data_findings": {"formats"},
+    "data_set": {"data_cache", "data_findings", "file_kinds", "formats", "row_files"},
+    "data_check": {"data_cache", "data_findings", "data_set", "formats"},
     "evaluation": {"data_set", "folders", "glm_models", "metrics", "utils"},
     "replay": {"data_set"},
     "folders": set(),
@@ -84,8 +91,8 @@ MAY_IMPORT = {
         "utils",
     },
     "merge_lora": {"arguments", "adapter", "folders", "glm_models", "probe", "utils"},
-    "predict": {"arguments", "predict_arguments", "glm_models", "data_set", "metrics", "utils"},
-    "forgetting": {"arguments", "data_cache", "data_set", "folders", "glm_models", "utils"},
+    "predict": {"arguments", "predict_arguments", "glm_models", "data_set", "formats", "metrics", "utils"},
+    "forgetting": {"arguments", "data_cache", "data_set", "folders", "formats", "glm_models", "utils"},
 }
 
 
