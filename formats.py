@@ -277,14 +277,13 @@ def recognise(row: dict) -> Flaw | None:
     if known.fields is None:
         return Flaw("format", f"a row of {known.name}: {known.why}; {WANTED}")
     pairs = zip(("instruction", "input", "output"), known.fields, strict=True)
-    filters = ", ".join(f"{ours}: .[{_jq_name(names[key])}]" if key in names else f'{ours}: ""' for ours, key in pairs)
-    turns, only = "", ""
-    if "history" in names:
-        turns, only = f" of one turn ({TURNS_WHY})", f"select((.[{_jq_name(names['history'])}] // []) == []) | "
-    return Flaw(
-        "format",
-        f"a row of {known.name}; {WANTED}. Convert rows{turns}: jq -c '{EACH} | {only}{{{filters}}}' FILE > NEW",
-    )
+    texts = ", ".join(f"{ours}: .[{_jq_name(names[key])}]" if key in names else f'{ours}: ""' for ours, key in pairs)
+    gone = ", ".join(f".[{_jq_name(names[key])}]" for key in known.fields if key in names and names[key] not in KEYS)
+    # other keys stay, so that what they hold is said of the new file
+    command = f"jq -c '{EACH} | del({gone}) + {{{texts}}}' FILE > NEW"
+    has_turns = "history" in names and _says_something(row[names["history"]], _HISTORY)
+    turns = f"; {TURNS_WHY}, and it has a history" if has_turns else ""
+    return Flaw("format", f"a row of {known.name}{turns}; {WANTED}; convert it: {command}")
 
 
 def _conversation(key: str, turns: list) -> Flaw:
@@ -297,12 +296,12 @@ def _conversation(key: str, turns: list) -> Flaw:
     else:
         name, who, text, pair = "ChatGLM3 conversations", "role", "content", ("user", "assistant")
     at = f".[{_jq_name(key)}]"
-    convert = f'{{instruction: {at}[0].{text}, input: "", output: {at}[1].{text}}}'
+    pairs = f"select([{at}[].{who}] == {json.dumps(pair)} and {at}[1].loss != false)"
+    texts = f'{{instruction: {at}[0].{text}, input: "", output: {at}[1].{text}}}'
     return Flaw(
         "format",
-        f"a row of {name} ({shown_key(key)} with {who} and {text}): {TURNS_WHY}. Convert those of one question and one "
-        f"answer, and leave the others out: jq -c '{EACH} | select([{at}[].{who}] == {json.dumps(pair)}) | {convert}' "
-        "FILE > NEW",
+        f"a row of {name} ({shown_key(key)} with {who} and {text}): {TURNS_WHY}. Keep those of one question and one "
+        f"answer, and leave the others out: jq -c '{EACH} | {pairs} | del({at}) + {texts}' FILE > NEW",
     )
 
 

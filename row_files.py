@@ -124,6 +124,8 @@ def _hint(line: str, error: json.JSONDecodeError) -> str:
         )
     if text.startswith(("#", "//", "/*")):
         return " (JSON has no comments; remove the line)"
+    if error.msg.startswith("Invalid control character"):
+        return " (a raw tab or the like in a string; it must be written as \\t)"
     if error.msg == "Extra data" and "\r" in text:
         return " (lines end in a carriage return alone; convert them: tr '\\r' '\\n' < FILE > NEW)"
     if error.msg == "Extra data":
