@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from errors import UserError
+from file_kinds import path_problem
 from other_names import LAUNCHER, OTHER_NAMES
 
 LARGEST = 2**31 - 1
@@ -122,7 +123,7 @@ class File:
             raise ValueError("is a folder; a file is needed")
         if any(os.path.isfile(part.strip()) for part in text.split(",")):
             raise ValueError("one file is needed, not a list; join the files into one first")
-        raise ValueError("no such file")
+        raise ValueError(path_problem(text))
 
 
 class Folder:

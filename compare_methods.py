@@ -29,6 +29,7 @@ if __name__ == "__main__":
 import report
 from data_set import DataError, read_rows
 from folders import write_errors, write_file
+from formats import unused_keys
 from glm_models.checkpoint import read_json
 from utils import UserError, clear_errors
 
@@ -48,6 +49,8 @@ def split_rows(args) -> dict[str, str]:
     """
     rows = [row for _, row in read_rows(args.train_path, empty_outputs=True)]
     test = {asked(row) for _, row in read_rows(args.test_path, several_outputs=True, empty_outputs=True)}
+    if unused := unused_keys(rows):
+        print(f"{args.train_path}: {unused}")
     if both := sum(asked(row) in test for row in rows):
         raise UserError(f"{both} rows of --train_path ask what --test_path asks: scores would not be of unseen rows")
     order = sorted({asked(row) for row in rows}, key=lambda text: hashlib.sha256(text.encode()).digest())

@@ -7,10 +7,13 @@ size and checksum are right. So they can be shared by runs, and deleted whenever
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
+import socket
+import stat
 import tempfile
 import time
 import uuid
@@ -20,11 +23,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-FORMAT = 2  # part of the key: raise it when the layout here changes
+FORMAT = 3  # part of the key: raise it when the layout here changes
 HEADER = 4096
 RECORD = np.dtype([("end", "<i8"), ("line", "<i8"), ("answer_start", "<i4"), ("cut", "<i4")])  # see CachedSamples
 BLOCK = 1 << 20  # bytes read at once
-DAY = 24 * 60 * 60  # seconds
+HOUR = 60 * 60  # seconds
 
 
 class CachedSamples(NamedTuple):
@@ -71,6 +74,8 @@ def open_cache(path: str) -> CachedSamples:
 
 
 def _read_header(path):
+    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would be to wait for its writer
+        raise ValueError(f"{path} is no regular file")
     with open(path, "rb") as file:
         header = json.loads(file.read(HEADER))
     size = HEADER + 4 * header["tokens"] + RECORD.itemsize * header["samples"]
@@ -79,18 +84,25 @@ def _read_header(path):
     return header
 
 
-def is_whole(path: str) -> bool:
-    """Whether there is such a file, and each byte of it as it was written."""
+def is_whole(path: str, counts: Iterable[str]) -> bool:
+    """Whether there is such a file, each byte of it as it was written, with these counts."""
     try:
         header = _read_header(path)
+        if header["counts"].keys() != {*counts}:
+            return False
         checksum = 0
         with open(path, "rb") as file:
             file.seek(HEADER)
             while block := file.read(BLOCK):
                 checksum = zlib.crc32(block, checksum)
         return header.pop("crc32") == _seal(checksum, header)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
+
+
+def is_cut(mapped: np.memmap) -> bool:
+    """Whether a file has become shorter since it was mapped: to read what is gone would end the process by a signal."""
+    return mapped.base.size() < mapped.offset + mapped.nbytes
 
 
 def _seal(checksum: int, header: dict) -> int:
@@ -112,7 +124,7 @@ def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], coun
     """
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
-    _sweep(folder)
+    sweep(folder, r"\w+\.samples")
     with whole_file(path, "xb", opener=_private) as file, tempfile.TemporaryFile(dir=folder) as tail:
         checksum = tokens = samples = 0
         file.seek(HEADER)
@@ -129,24 +141,41 @@ def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], coun
             checksum = zlib.crc32(block, checksum)
         header = {"tokens": tokens, "samples": samples, "counts": counts}
         header["crc32"] = _seal(checksum, header)
+        content = json.dumps(header).encode().ljust(HEADER)
+        if len(content) > HEADER:
+            raise ValueError(f"a header of {len(content)} bytes does not fit into {HEADER}")
         file.seek(0)
-        file.write(json.dumps(header).encode().ljust(HEADER))
+        file.write(content)
 
 
 @contextlib.contextmanager
 def whole_file(path: str, mode: str, **how):
-    """A new file to write, that takes its name once it is whole and on the disk. mode and how are `open`'s."""
-    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    """A new file to write, that takes its name once it is whole and on the disk. mode and how are `open`'s.
+
+    While it is written it is locked, and so `sweep` knows it from those that killed writers left behind.
+    """
+    file = _open_locked(path, mode, how)
     try:
-        with open(partial, mode, **how) as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+            os.replace(file.name, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(partial)
+            os.unlink(file.name)
         raise
+
+
+def _open_locked(path: str, mode: str, how: dict):
+    """A new file beside `path`, locked."""
+    while True:
+        file = open(f"{path}.{_host()}-{uuid.uuid4().hex}.partial", mode, **how)  # noqa: SIM115 closed by whole_file
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(file.name):
+            return file
+        file.close()  # a sweep took it between the two
 
 
 def _private(path, flags):
@@ -154,9 +183,33 @@ def _private(path, flags):
     return os.open(path, flags, 0o600)
 
 
-def _sweep(folder):
-    """Remove what killed writers left behind."""
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def sweep(folder: str, names: str) -> None:
+    """Remove what killed writers of `whole_file` left behind.
+
+    A partial file is dead when nobody holds its lock. Some network file systems have locks within one machine only, so
+    that those of other machines, which keep being written, are spared for an HOUR more.
+
+    Args:
+        names: pattern of the names that the files were to have.
+    """
     for entry in os.scandir(folder):
-        with contextlib.suppress(OSError):
-            if re.search(r"\.samples\.\w+\.partial$", entry.name) and entry.stat().st_mtime < time.time() - DAY:
-                os.unlink(entry)
+        found = re.fullmatch(rf"(?:{names})\.(?:(\w+)-)?\w+\.partial", entry.name)
+        if found:
+            with contextlib.suppress(OSError):
+                mine = found[1] == _host()
+                if entry.is_file(follow_symlinks=False) and (mine or entry.stat().st_mtime < time.time() - HOUR):
+                    _remove_unlocked(entry.path)
+
+
+def _remove_unlocked(path: str) -> None:
+    """Remove a file unless a process holds its lock. Raises OSError where one does."""
+    file = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    finally:
+        os.close(file)

@@ -6,12 +6,13 @@ too is in data_findings.py.
 
 import json
 import os
+import re
 from collections.abc import Callable
 
 import numpy as np
 
-from data_cache import whole_file
-from data_findings import BROKEN, WARNINGS, Findings, lines_text
+from data_cache import sweep, whole_file
+from data_findings import BROKEN, CHANGED, WARNINGS, Findings, lines_text
 from data_set import (
     ANSWER_CUT,
     IGNORE_INDEX,
@@ -23,6 +24,7 @@ from data_set import (
     encode_samples,
     scan_rows,
 )
+from formats import few_unused, unused_text
 
 FILE = "data_check.jsonl"
 LENGTHS = {  # kinds of findings that only --check_data counts, and what is said of them
@@ -132,12 +134,13 @@ def check_data(
     report = os.path.join(output_dir, FILE)
     try:
         os.makedirs(output_dir, exist_ok=True)
+        sweep(output_dir, re.escape(FILE))
         with whole_file(report, "x", encoding="utf-8") as file:
 
             def record(kind, line, details):
                 file.write(json.dumps({"line": line, "kind": kind, **details}, ensure_ascii=False) + "\n")
 
-            findings, lengths = Findings(tokenizer, record), Lengths()
+            findings, lengths = Findings(tokenizer, record, changed=True), Lengths()
             first, ends = _read(path, tokenizer, max_len, max_src_len, empty_outputs, findings, lengths)
             findings.finish()
             if test_path:
@@ -154,9 +157,15 @@ def check_data(
         if there:
             say(f"{title}:")
         for kind in there:
-            say(f"  {kinds[kind]}: {lines_text(*tally[kind])}")
-    if not tally:
+            first_problem = f"; the first: {findings.problems[kind]}" if kind in findings.problems else ""
+            say(f"  {kinds[kind]}: {lines_text(*tally[kind])}{first_problem}")
+    if not tally.keys() - {CHANGED}:
         say("nothing wrong or odd was found")
+    if CHANGED in tally:
+        rows = lines_text(*tally[CHANGED])
+        say(f"the tokenizer writes some characters otherwise, in {rows}: {findings.changed.text()}")
+    if unused := unused_text(few_unused(findings.unused)):
+        say(unused)
     if first:
         prompts, answers = (np.concatenate(some) for some in (lengths.prompts, lengths.answers))
         total = int(prompts.sum() + answers.sum())

@@ -4,12 +4,9 @@ A tokenizer is known here by these only: `encode_prompts`, `encode_answers`, `co
 `eos_token_id`, and by what data_findings.py asks of it. Where the ids lie on disk is the matter of data_cache.py.
 """
 
-import codecs
 import itertools
-import json
 import os
 import random
-import re
 import sys
 import tempfile
 from collections import deque
@@ -24,204 +21,18 @@ from tqdm import tqdm
 
 import data_cache
 from data_findings import BROKEN, FIRST, WARNINGS, Findings, lines_text
+from file_kinds import path_problem
+from formats import ROW_FORMAT, Flaw, few_unused, unused_text
+from row_files import DataError, RowError, read_rows, scan_rows
+
+__all__ = ["DataError", "RowError", "read_rows", "scan_rows"]  # of row_files.py; callers find them here
 
 IGNORE_INDEX = -100
 CHUNK_ROWS, CHUNK_CHARACTERS = 500, 4_000_000  # most that is encoded at once
 AHEAD = 2  # chunks under way: while one is with SentencePiece, Python is at the other
 PROMPT_CUT, ANSWER_CUT = 1, 2  # bits of a record's `cut`
-
-
-class DataError(ValueError):
-    """A row or file that cannot be used; the message names file and line and what is wrong."""
-
-
-class Flaw(NamedTuple):
-    """Why a row cannot be used."""
-
-    kind: str  # of data_findings.BROKEN
-    problem: str
-    ends: bool = False  # what stands after it in the file cannot be read
-
-
-class RowError(DataError):
-    """One row that cannot be used."""
-
-    def __init__(self, message: str, line: int = 0, flaw: Flaw | None = None):
-        super().__init__(message)  # alone, so that it can be sent to other processes
-        self.line, self.flaw = line, flaw
-
-
-# Rows
-
-
-def read_rows(
-    path: str, several_outputs: bool = False, empty_outputs: bool = False, no_outputs: bool = False
-) -> Iterator[tuple[int, dict]]:
-    """`scan_rows` of a file that must hold no broken row.
-
-    Raises:
-        DataError: as `scan_rows`; or for the first row that is not as it must be.
-    """
-    for line, row in scan_rows(path, several_outputs, empty_outputs, no_outputs):
-        if isinstance(row, RowError):
-            raise row
-        yield line, row
-
-
-def scan_rows(
-    path: str, several_outputs: bool = False, empty_outputs: bool = False, no_outputs: bool = False
-) -> Iterator[tuple[int, dict | RowError]]:
-    """Read an instruction file to its end: JSON lines, or one JSON array of objects.
-
-    Args:
-        several_outputs: a row's output may also be a list of strings (references to compare a prediction with).
-        empty_outputs: an output may be empty (nothing to extract).
-        no_outputs: a row may have no output (it is to be answered, and nothing to compare with is known).
-
-    Yields:
-        Line number (of the row's start, from 1) and the row, a dict with strings under instruction, input and output;
-        or what is wrong with it.
-
-    Raises:
-        DataError: the file cannot be read, or is empty.
-    """
-    empty = True
-    try:
-        with open(path, "rb", buffering=data_cache.BLOCK) as file:
-            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-                file.seek(0)
-            start = file.tell()
-            first = next((line for line in file if line.strip()), b"").lstrip()[:1]
-            file.seek(start)
-            for line, row, flaw in _array_rows(file.read()) if first == b"[" else _line_rows(file):
-                empty = False
-                flaw = flaw or find_flaw(row, several_outputs, empty_outputs, no_outputs)
-                yield line, RowError(f"{path} line {line}: {flaw.problem}", line, flaw) if flaw else row
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    if empty:
-        raise DataError(f"{path} holds no rows")
-
-
-def _object(pairs):
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
-    return row
-
-
-def _no_constant(name):
-    raise ValueError(f"{name} is no value of JSON")
-
-
-# JSON as its standard has it: Python's own ways with a key that stands twice and with NaN are lenient
-DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
-LENIENT = json.JSONDecoder(strict=False, parse_int=float)  # finds the end of a value that DECODER refuses
-SPACE = re.compile(r"[ \t\n\r]*")
-
-
-def _json_flaw(error, in_lines: bool, ends: bool = False) -> Flaw:
-    if isinstance(error, json.JSONDecodeError):
-        where = f"column {error.colno}" if in_lines else f"line {error.lineno} column {error.colno}"
-        problem = f"{error.msg}, {where}"
-    else:
-        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
-    rest = "; the rest of the array cannot be read" if ends else ""
-    return Flaw("json", f"not valid JSON: {problem}{rest}", ends)
-
-
-def _line_rows(file):
-    """Yield line number, row and flaw; each line stands alone. Only a line feed ends one."""
-    for line, text in enumerate(file, 1):
-        if not text.strip():
-            continue
-        try:
-            yield line, DECODER.decode(text.decode("utf-8")), None
-        except UnicodeDecodeError as error:
-            yield line, None, Flaw("json", f"not UTF-8 text: {error.reason} at byte {error.start + 1}")
-        except (ValueError, RecursionError) as error:
-            yield line, None, _json_flaw(error, in_lines=True)
-
-
-def _array_rows(content: bytes):
-    """As `_line_rows`, of one JSON array."""
-    try:
-        text, is_utf8 = content.decode("utf-8"), True
-    except UnicodeDecodeError:
-        text, is_utf8 = content.decode("utf-8", "surrogateescape"), False
-    del content
-    position = SPACE.match(text, text.index("[") + 1).end()
-    line, counted = 1, 0  # line at `counted`
-    more = text[position : position + 1] != "]"
-    while more:
-        line, counted = line + text.count("\n", counted, position), position
-        row = flaw = None
-        try:
-            row, end = DECODER.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            try:
-                _, end = LENIENT.raw_decode(text, position)
-                flaw = _json_flaw(error, in_lines=False)
-            except (ValueError, RecursionError) as error:
-                yield line, None, _json_flaw(error, in_lines=False, ends=True)
-                return
-        if not is_utf8 and has_half_pair(text[position:end]):
-            flaw = Flaw("json", "not UTF-8 text")
-        yield line, row, flaw
-        position = SPACE.match(text, end).end()
-        mark = text[position : position + 1]
-        if mark not in (",", "]"):
-            line += text.count("\n", counted, position)
-            problem = "expected a comma or ] after a row of the array; the rest of it cannot be read"
-            yield line, None, Flaw("json", problem, ends=True)
-            return
-        more = mark == ","
-        position = SPACE.match(text, position + 1).end()
-    if position < len(text):
-        line += text.count("\n", counted, position)
-        yield line, None, Flaw("json", "there is more after the end of the array", ends=True)
-
-
-def find_flaw(row, several_outputs: bool = False, empty_outputs: bool = False, no_outputs: bool = False) -> Flaw | None:
-    """What a value from a file lacks to be a row as `scan_rows` gives them."""
-    if not isinstance(row, dict):
-        return Flaw("type", f"a row must be an object with instruction, input and output, not {_kind(row)}")
-    if no_outputs and "output" not in row:
-        row = {**row, "output": ""}
-    for key in ("instruction", "input", "output"):
-        if key not in row:
-            return Flaw("type", f"the key {key!r} is missing; a row has instruction, input and output")
-    for key in ("instruction", "input"):
-        if not isinstance(row[key], str):
-            return Flaw("type", f"{key} must be a string, not {_kind(row[key])}")
-    outputs = row["output"] if several_outputs and isinstance(row["output"], list) else [row["output"]]
-    if not outputs or not all(isinstance(output, str) for output in outputs):
-        wanted = "a string or a list of strings" if several_outputs else "a string"
-        return Flaw("type", f"output must be {wanted}, not {_kind(row['output'])}")
-    query = row["instruction"] + row["input"]
-    if not query.strip():
-        return Flaw("empty", "instruction and input are both empty")
-    if not (empty_outputs or no_outputs) and not all(output.strip() for output in outputs):
-        return Flaw("empty", "output is empty; --allow_empty_output trains such rows to answer nothing")
-    if has_half_pair(query + "".join(outputs)):
-        return Flaw("json", "a text holds half a surrogate pair, which is no character")
-    return None
-
-
-def has_half_pair(text: str) -> bool:
-    """Whether a text holds half a surrogate pair, which is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _kind(value) -> str:
-    return {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "true or false"}.get(
-        type(value), "a number"
-    )
+COUNTS = ("prompts_cut", "answers_cut", "skipped", "content", "findings", "unused")  # of a cache file, see prepare
+MOST = 0.5  # share of rows above which their being cut is a warning of its own
 
 
 # Samples
@@ -252,15 +63,22 @@ class Samples(Sequence):
         return len(self.records)
 
     def __getitem__(self, i: int) -> Sample:
-        record = self.records[i]
+        record = self._record(i)
         end, cut = int(record["end"]), int(record["cut"])
         ids = self.ids[end - int(self.lengths[i]) : end].tolist()
         return Sample(ids, int(record["answer_start"]), bool(cut & PROMPT_CUT), bool(cut & ANSWER_CUT))
 
     def prompt(self, i: int) -> np.ndarray:
         """Ids of what comes before the answer, int32."""
-        start = int(self.records[i]["end"]) - int(self.lengths[i])
-        return self.ids[start : start + int(self.records[i]["answer_start"])]
+        record = self._record(i)
+        start = int(record["end"]) - int(self.lengths[i])
+        return self.ids[start : start + int(record["answer_start"])]
+
+    def _record(self, i: int):
+        if isinstance(self.records, np.memmap) and data_cache.is_cut(self.records):
+            file = self.records.filename
+            raise DataError(f"the data cache {file} was cut while it was in use; start again, and it is made anew")
+        return self.records[i]
 
 
 def encode_samples(
@@ -348,14 +166,17 @@ def prepare(
         DataError: a row is broken or its prompt leaves no room for an answer, the first such in the file; no sample is
             left; the file changed meanwhile; or the cache cannot be written.
     """
+    if problem := path_problem(path):  # to open a pipe would be to wait for its writer
+        raise DataError(f"{path}: {problem}")
     try:
         before = os.stat(path)
         content, line_breaks = data_cache.file_hash(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     key = (content, tokenizer.fingerprint(), max_len, max_src_len, is_skip, empty_outputs, skip_bad, several_outputs)
+    key += (ROW_FORMAT, *COUNTS)
     file = data_cache.cache_file(cache_dir or tempfile.gettempdir(), *key, *([] if cache_dir else [os.urandom(16)]))
-    if data_cache.is_whole(file):
+    if data_cache.is_whole(file, COUNTS):
         return file
 
     counts, findings = {"prompts_cut": 0, "answers_cut": 0, "skipped": 0, "content": content}, Findings(tokenizer)
@@ -363,7 +184,7 @@ def prepare(
     def leave_out(error: RowError):
         if not skip_bad or error.flaw.ends:
             raise error
-        findings.note(error.flaw.kind, error.line)
+        findings.note(error.flaw.kind, error.line, problem=error.flaw.problem)
 
     hidden = not (progress and sys.stderr.isatty())
     with tqdm(total=line_breaks + 1, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
@@ -373,7 +194,12 @@ def prepare(
             data_cache.write_cache(file, chunks, counts)
         except OSError as error:
             where = f"cannot write the data cache in {os.path.dirname(file)}: {error.strerror}"
+            if os.path.isdir(file):
+                where = f"cannot write the data cache: {file} is a folder; remove it"
             raise DataError(f"{where}; --data_cache names another folder") from None
+        except MemoryError as error:
+            error.add_note(f"while {path} was encoded (an array is read as a whole; JSON lines need little memory)")
+            raise
     after = os.stat(path)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         os.unlink(file)  # it may hold other rows than its name says
@@ -448,10 +274,11 @@ def _kept_chunks(path, encoded, is_skip, findings, counts, bar):
         yield ids, records
         bar.update((lines[-1] if lines else bar.n) - bar.n)
     if not usable:
-        raise DataError(f"{path}: every row is broken; --check_data says what is wrong with each")
+        first = next((f"line {findings.tally[kind][1][0]}: {why}" for kind, why in findings.problems.items()), "")
+        raise DataError(f"{path}: every row is broken; --check_data says what is wrong with each. {first}")
     if not kept:
         raise DataError(f"{path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
-    counts["findings"] = findings.finish()
+    counts |= {"findings": findings.finish(), "unused": few_unused(findings.unused)}
 
 
 def _ahead(encode, chunks):
@@ -549,7 +376,7 @@ class InstructionData(Dataset):
         self.lines = records["line"]  # [samples], where each comes from
         self.files = [(path, self.lines)]  # the same, for messages: rows of several files count on
         self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]
-        self.skipped, self.findings = counts["skipped"], counts["findings"]
+        self.skipped, self.findings, self.unused = counts["skipped"], counts["findings"], counts["unused"]
         self.content = counts["content"]  # SHA-256 of the file
 
     def __len__(self) -> int:
@@ -572,7 +399,19 @@ class InstructionData(Dataset):
         for kind in (kind for kind in WARNINGS if kind in self.findings):
             count, lines = self.findings[kind]
             text += f"; warning: {WARNINGS[kind]}: {lines_text(count, lines)}"
-        return text
+        unused = unused_text(self.unused)
+        return f"{text}; {unused}" if unused else text
+
+    def warnings(self) -> list[str]:
+        """Lines on what makes the whole training doubtful: most of its samples are cut."""
+        lines = []
+        for count, what, flag in (
+            (self.prompts_cut, "prompts lose their end to", "--max_src_len"),
+            (self.answers_cut, "answers lose their end, and so the end token, to", "--max_len"),
+        ):
+            if not self.skipped and count > MOST * len(self):
+                lines.append(f"warning: {self.files[0][0]}: {count} of {len(self)} {what} {flag}; is it too small?")
+        return lines
 
     def length(self, row: int) -> int:
         """Tokens of one sample."""

@@ -16,7 +16,7 @@ import torch
 from data_set import DataError, InstructionData, MicroBatch, RowError, encode_sample, scan_rows
 from folders import write_errors, write_file
 from glm_models.chat import generate_answers
-from metrics import FROM_LOSS, HEADLINE, kind_of, missing, references_of, score
+from metrics import AS_WRITTEN, FROM_LOSS, HEADLINE, kind_of, missing, references_of, score, with_references
 from utils import JsonLines, UserError, control_group, device, is_main, on_rank_0, say
 
 LOWER_IS_BETTER = {"loss", "perplexity", "repeating", "empty"}
@@ -163,7 +163,8 @@ class Validation:
         for line, row in scan_rows(path, several_outputs=True, empty_outputs=True):
             if line in lines and not isinstance(row, RowError):
                 found[line, self._ids(row)] = row  # a line may hold several rows of an array
-        self.asked = [found[int(self.data.lines[i]), tuple(self.data.samples[i].input_ids)] for i in self.generated]
+        asked = [found[int(self.data.lines[i]), tuple(self.data.samples[i].input_ids)] for i in self.generated]
+        self.asked = [with_references(row, self.tokenizer) for row in asked]
         self.references = [references_of(row) for row in self.asked]
         kind = kind_of(self.references) if self.args.eval_generate == "auto" else self.args.eval_generate
         one = self.references[0]
@@ -270,7 +271,7 @@ class Validation:
         """Scores of the answers, which are written beside the references."""
         lines = []
         for row, (text, ended) in zip(self.asked, answers, strict=True):
-            keys = {key: row[key] for key in ("instruction", "input", "output")}
+            keys = {key: row[key] for key in ("instruction", "input", "output", AS_WRITTEN) if key in row}
             lines.append(json.dumps({"step": step, **keys, "prediction": text, "ended": ended}, ensure_ascii=False))
         path = os.path.join(self.args.output_dir, "validation-predictions.jsonl")
         with write_errors(path):

@@ -75,6 +75,7 @@ from tqdm import tqdm
 from data_cache import file_hash
 from data_set import DataError, MicroBatch, Sample, collate, encode_sample, read_rows
 from folders import check_space, write_errors, write_file
+from formats import KEYS, unused_keys
 from glm_models.chat import generate_ids
 from loading import load_result
 from utils import UserError, clear_errors, named_device, quiet
@@ -92,6 +93,8 @@ def read_suite(path: str) -> tuple[list[int], list[dict]]:
         DataError: see `read_rows`; or a category is missing.
     """
     lines, rows = zip(*read_rows(path), strict=True)
+    if unused := unused_keys(rows, KEYS | {"category"}):
+        print(f"{path}: {unused}")
     for line, row in zip(lines, rows, strict=True):
         if not isinstance(row.get("category"), str) or not row["category"].strip():
             raise DataError(f"{path} line {line}: a row of a suite needs a category, as a string")

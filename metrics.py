@@ -22,6 +22,7 @@ import numpy as np
 # each kind of answers with the score to choose a model by, a mean over rows (rouge_l: see `missing`)
 HEADLINE = {"triples": "f1", "questions": "question_points", "classes": "accuracy", "text": "rouge_l"}
 FROM_LOSS = ("loss", "perplexity")  # figures of a validation for which nothing is generated
+AS_WRITTEN = "output_as_written"  # key of an answered row, see with_references
 # ROUGE and BLEU alone need these; module -> what to install
 PACKAGES = {"jieba": "jieba==0.42.1", "rouge_chinese": "rouge-chinese==1.0.3", "nltk": "nltk==3.10.4"}
 
@@ -116,8 +117,26 @@ def describe(kind: str, scores: dict[str, float]) -> list[str]:
 
 
 def references_of(row: dict) -> list[str]:
-    """The right answers to a row: its `output`, or each of them if that is a list."""
-    return row["output"] if isinstance(row["output"], list) else [row["output"]]
+    """The right answers to a row, as the model that answers can write them: AS_WRITTEN if there, else `output`."""
+    output = row[AS_WRITTEN] if AS_WRITTEN in row else row["output"]
+    return output if isinstance(output, list) else [output]
+
+
+def with_references(row: dict, tokenizer) -> dict:
+    """A row whose right answers can be compared with those of a model: AS_WRITTEN is added where it is another text.
+
+    A vocabulary may normalise what it encodes (ChatGLM-6B's makes ， into ,), so that no answer can ever be such a
+    reference. What the vocabulary makes of the reference itself is the right answer then. For vocabularies that keep
+    all text (ChatGLM2-6B, ChatGLM3-6B) nothing changes, and ， for , is an error there. (To normalise within the
+    scores would forgive these and more, as ² for 2.)
+
+    Args:
+        tokenizer: the model's; `as_written` is asked.
+    """
+    row = {key: value for key, value in row.items() if key != AS_WRITTEN}
+    answers = references_of(row)
+    written = tokenizer.as_written(answers)
+    return row if written == answers else row | {AS_WRITTEN: written}
 
 
 def exact_match(prediction: str, answers: list[str]) -> bool:

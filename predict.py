@@ -24,10 +24,21 @@ from adapter import find_base
 from answers import AnswerFile, Made, describe_model, file_hash
 from data_findings import FIRST, lines_text
 from data_set import DataError, read_rows
+from formats import KEYS, unused_keys
 from glm_models.chat import generate_answers
 from glm_models.tokenization import Prompt
 from loading import choose_dtype, load_result
-from metrics import describe, describe_outputs, kind_of, missing, references_of, relation_scores, score
+from metrics import (
+    AS_WRITTEN,
+    describe,
+    describe_outputs,
+    kind_of,
+    missing,
+    references_of,
+    relation_scores,
+    score,
+    with_references,
+)
 from utils import UserError, clear_errors, load_tokenizer, named_device, quiet, set_seed
 
 CHUNK = 1000  # rows whose prompts are held at once to count cuts
@@ -53,10 +64,13 @@ def predict_file(args) -> None:
 
     All that can be refused is refused before the model is loaded, which takes minutes.
     """
-    numbered = list(read_rows(args.predict_path, several_outputs=True, no_outputs=True))
-    lines, rows = [line for line, _ in numbered], [row for _, row in numbered]
+    numbered = list(read_rows(args.predict_path, several_outputs=True, empty_outputs=True, missing_outputs=True))
+    if unused := unused_keys((row for _, row in numbered), KEYS | {AS_WRITTEN, "prediction", "ended"}):
+        print(f"{args.predict_path}: {unused}")
     base = find_base(args.model_path, args.ori_model_dir)
     tokenizer = load_tokenizer(args.mode, base)
+    lines = [line for line, _ in numbered]
+    rows = [with_references(row, tokenizer) if "output" in row else row for _, row in numbered]
     with AnswerFile(args.output_path, rows, describe_run(args, len(rows), base, tokenizer), args.overwrite) as file:
         warn_of_cuts(tokenizer, rows, lines, args.max_src_len)
         if file.done:

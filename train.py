@@ -203,15 +203,18 @@ class Sources(NamedTuple):
 def load_sources(args, tokenizer) -> Sources:
     """All files that flags name."""
     task = held_out = load_data(args, tokenizer, args.train_path)
-    say(f"data: {task.summary()}")
+    say("\n".join((f"data: {task.summary()}", *task.warnings())))
     contents = {"--train_path": task.content}
     rows, held_out_rows = range(len(task)), []
     if args.eval_ratio is not None:
         rows, held_out_rows = split_rows(task, args.eval_ratio)
+        say(f"{len(rows)} of them to train on, {len(held_out_rows)} to validate on (--eval_ratio {args.eval_ratio:g})")
     elif args.eval_path:
         held_out = load_data(args, tokenizer, args.eval_path, several_outputs=True)
         held_out_rows, contents["--eval_path"] = list(range(len(held_out))), held_out.content
-        say(f"validation data: {held_out.summary()}")
+        say("\n".join((f"validation data: {held_out.summary()}", *held_out.warnings())))
+        if held_out.content == task.content:
+            say("warning: --eval_path has the very rows of --train_path: its scores say nothing of unseen rows")
 
     def pack(data, rows):
         return pack_rows(data, args.max_len, args.seed, rows) if args.packing else [[i] for i in rows]
@@ -224,7 +227,9 @@ def load_sources(args, tokenizer) -> Sources:
     general_packs = pack(general, range(len(general)))
     longest = args.per_device_train_batch_size
     mixture = Mixture(task, packs, general, general_packs, args.replay_ratio, longest, args.seed)
-    say(f"replay: {mixture.summary()}")
+    say("\n".join((f"replay: {mixture.summary()}", *general.warnings())))
+    if general.content == task.content:
+        say("warning: --replay_path has the very rows of --train_path")
     return Sources(mixture, mixture.epoch_packs, held_out, held_out_rows, contents)
 
 

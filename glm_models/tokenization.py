@@ -244,6 +244,24 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         unknown, pairs = self.unk_token_id, zip(characters, encoded, strict=True)
         return {one for one, ids in pairs if unknown in ids or ids == plain}
 
+    def changed_characters(self, characters: str) -> dict[str, str]:
+        """Those of some characters that come back from the ids of a text as others, with what they become.
+
+        A vocabulary may normalise: ChatGLM-6B's makes ASCII of full-width letters, digits and punctuation.
+        """
+        encoded = self.encode_texts([f"a{one}b" for one in characters])
+        back = {one: self.decode(ids)[1:-1] for one, ids in zip(characters, encoded, strict=True)}
+        return {one: text for one, text in back.items() if text not in ("", one) and self.unk_token not in text}
+
+    def as_written(self, answers: list[str]) -> list[str]:
+        """Answers as the model can write them: what the vocabulary makes of each character.
+
+        An answer with a character that it cannot represent stays as it is: whatever the model writes is not that.
+        """
+        encoded, unknown = self.encode_answers(answers), self.unk_token_id
+        pairs = zip(answers, encoded, strict=True)
+        return [answer if unknown in ids else self.decode_answer(ids.tolist()) for answer, ids in pairs]
+
     @property
     def stop_token_ids(self) -> list[int]:
         """Ids that end a generated answer."""

@@ -207,7 +207,7 @@ def test_a_damaged_file_is_made_anew(tokenizers, write, tmp_path, damage):
     assert bad != good
     with open(file, "wb") as opened:
         opened.write(bad)
-    assert not data_cache.is_whole(file)
+    assert not data_cache.is_whole(file, data_set.COUNTS)
     assert prepare(*settings, cache_dir=str(tmp_path / "cache")) == file
     with open(file, "rb") as opened:
         assert opened.read() == good

@@ -46,8 +46,6 @@ def bad_rows() -> dict[str, list[bytes]]:
             whole.replace(b"}", b', "more": -Infinity}'),
             whole.replace(b"}", b', "output": "other"}'),
             whole.replace(b"}", b', "more": {"a": 1, "a": 2}}'),
-            whole.replace("第".encode(), b"\xff\xfe"),
-            whole.replace("水".encode(), "水".encode()[:2]),
             whole.replace(b'"input"', b"'input'"),
             whole.replace("第".encode(), b"\0"),
             whole.replace("第".encode(), b"\\ud83d"),
@@ -60,17 +58,35 @@ def bad_rows() -> dict[str, list[bytes]]:
             b"\xef\xbb\xbf" + whole,  # a byte order mark is one at the start of the file only
             b"\0",
         ],
+        "encoding": [
+            whole.replace("第".encode(), b"\xff\xfe"),
+            whole.replace("水".encode(), "水".encode()[:2]),
+            dump(row(0)).decode().encode("gb18030"),
+        ],
+        "format": [
+            dump({"prompt": "NUMBER", "response": "a", "history": []}),
+            dump({"messages": [{"role": "user", "content": "NUMBER"}]}),
+            dump({"data": [row(0)]}),
+        ],
+        "keys": [
+            dump(row("NUMBER", history=[["a", "b"]])),
+            dump(row("NUMBER", System="a")),
+            dump(row("NUMBER", more={"tools": ["a"]})),
+            dump(row("NUMBER", weight=2)),
+        ],
         "type": [
             b"3",
             b"null",
             b'"text"',
             b"[" + whole + b"]",
             b"{}",
-            *(dump({k: v for k, v in row(0).items() if k != key}) for key in row(0)),
-            *(dump(row(0, **{key: value})) for key in row(0) for value in (None, 3, True, {}, ["a"])),
+            *(dump({k: v for k, v in row(0).items() if k != key}) for key in ("instruction", "output")),
+            *(dump(row(0, **{key: value})) for key in row(0) for value in (3, True, {}, ["a"])),
+            *(dump(row(0, **{key: None})) for key in ("instruction", "output")),
             dump({key.title(): value for key, value in row(0).items()}),
         ],
         "empty": [dump(row(0, instruction=" ", input="\n")), dump(row(0, output="")), dump(row(0, output=" \u3000\n"))],
+        "list_text": [dump(row("NUMBER", output="['NUMBER', 'b']"))],
         "special_tokens": [dump(row("NUMBER", input="NUMBER</s>")), dump(row("NUMBER", output="a[gMASK]b"))],
         "prompt_cut": [dump(row("NUMBER", input="水泵漏水，" * 60 + "NUMBER"))],
         "answer_cut": [dump(row("NUMBER", output="水泵漏水，" * 60 + "NUMBER"))],
@@ -84,6 +100,8 @@ def bad_file(path, rows: int, spread: int, mode: str) -> dict[str, list[int]]:
     kinds = bad_rows()
     if mode == "glm":  # the others represent all characters
         kinds["lost_characters"] = [dump(row("NUMBER", output="a\x01b")), dump(row("NUMBER", input="NUMBER\x7f"))]
+        # a finding a character, with the first line that has it
+        kinds["changed_characters"] = []
     bad = [(kind, line) for kind, lines in kinds.items() for line in lines]
     expected: dict[str, list[int]] = {kind: [] for kind in kinds}
     with open(path, "wb") as file:
@@ -95,6 +113,9 @@ def bad_file(path, rows: int, spread: int, mode: str) -> dict[str, list[int]]:
                 file.write(line.replace(b"NUMBER", str(number).encode()) + b"\n")
             else:
                 file.write(dump(row(number)) + b"\n")
+    if mode == "glm":
+        commas = min(expected["prompt_cut"] + expected["answer_cut"])
+        expected["changed_characters"] = sorted([1, commas])  # ： in the first row, ，
     return expected
 
 
@@ -133,7 +154,7 @@ def test_every_kind_of_bad_row_is_found_on_its_line_and_nowhere_else(tokenizers,
     assert findings_of(tmp_path / "out") == expected
     broken = sum(len(expected[kind]) for kind in BROKEN if kind in expected)
     assert f"3000 rows, {3000 - broken} of them usable" in said[0]
-    for kind, lines in expected.items():
+    for kind, lines in ((kind, lines) for kind, lines in expected.items() if kind != "changed_characters"):
         first = ", ".join(map(str, lines[:3]))
         assert any(f"{len(lines)} rows (lines {first}" in text or f"1 row (line {first})" in text for text in said), (
             kind

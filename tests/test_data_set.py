@@ -70,6 +70,7 @@ def test_lines_and_arrays_are_read_with_their_line_numbers(write):
         (line().encode() + b'{"instruction": "\xff"}\n', "line 2: not UTF-8 text"),
         ("[" + line().strip() + "]]", "line 1: there is more after the end"),
         ("[" * 100_000, "not valid JSON"),
+        (line(instruction="gone"), "line 1: the key 'instruction' is missing"),
     ],
 )
 def test_a_broken_file_is_one_clear_error(write, text, message):
