@@ -479,6 +479,7 @@ def test_flags_of_a_comparison_are_checked_before_it_starts(comparison, flags, l
 # The READMEs' words for the defaults that have no value of their own
 CHINESE = {
     "required": "必填",
+    "all": "全部",
     "none": "无",
     "empty": "空",
     "each epoch": "每个 epoch",
