@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from . import MODE
+
 # Types that weights on disk may have, by their name in safetensors.
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
@@ -217,7 +219,7 @@ def describe_base(mode: str, folder: str) -> dict:
     Raises:
         CheckpointError: of another family, or broken.
     """
-    from . import MODE, check_family  # here, not above: they import this module
+    from .families import check_family  # here, not above: it imports this module
 
     check_family(folder, mode, need=("config",))
     config = MODE[mode].config.from_pretrained(folder)
@@ -322,8 +324,6 @@ def write_side_files(folder: str, base: str, mode: str, dtype: torch.dtype, stop
     and `auto_map` where they look for them. `_name_or_path` names the official model of the family: other programs know
     the vocabulary by it, and a base that transformers wrote names a folder of another machine there.
     """
-    from . import MODE
-
     content = read_json(os.path.join(base, "config.json"))
     content = {key: value for key, value in content.items() if MODE[mode].config.hands_on(key)}
     official = f"THUDM/{MODE[mode].config.title.lower()}"
