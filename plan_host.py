@@ -42,6 +42,7 @@ def host_needs(run: Zero12Simulator) -> Host:
     phases = {
         # ZeRO-3 maps the files and keeps parts; else each rank makes the whole model before it goes to the GPU
         "loading": size + gpus * READ if run.stage == 3 else gpus * size + READ,
+        "setting up": gpus * (run.cpu + run.cpu_once),
         "training": gpus * run.cpu,
         "saving": gpus * run.cpu + min(result, WRITTEN),
     }

@@ -74,9 +74,11 @@ class Zero12Simulator:
         # torch's AdamW without "fused" works on lists, and so needs a copy in between
         self.step_copy = 4 if optimizer.get("torch_adam") and not optimizer.get("fused") else 0
         self.offload = self._device("offload_optimizer")
+        self.pin = (self.zero.get("offload_optimizer") or {}).get("pin_memory", True)
         self.bucket_size = int(self.zero.get("reduce_bucket_size", 5e8))
         self.memory = memory
         self.cpu = 0  # bytes of this rank in main memory
+        self.cpu_once = 0  # and beside them, while DeepSpeed sets up
         self.phase, self.peak_phase, self.seen_peak = "start", "", 0
         self.fresh = 0
 
@@ -151,24 +153,34 @@ class Zero12Simulator:
             self.take("weights", numel * self.item)  # DeepSpeed moves what trains into one flat buffer a group
             self.partitions.append(numel // ranks)
             masters = 2 if self.stage == 0 and self.item == 4 else 3  # float32 copy, and two moments
+            if self.offload:
+                self.offload_group(numel // ranks)
+                continue
             for _ in range(masters):
-                if self.offload:
-                    self.spare(4 * numel / ranks, pinned=self.zero["offload_optimizer"].get("pin_memory"))
-                else:
-                    self.take("optimizer", 4 * numel / ranks)
-            if self.offload:  # float32 gradients, and a buffer for the way back
-                self.spare((4 + self.item) * numel / ranks, pinned=self.zero["offload_optimizer"].get("pin_memory"))
+                self.take("optimizer", 4 * numel / ranks)
         self.slices, self.touched = self._worst_rank(ranks)
         if self.offload:
-            self.take("buffers", self.item * max(p.numel() for p in self.trained))
-            if self.accumulates:
-                self.spare(self.item * sum(p.numel() for p in self.trained))
+            largest = self.item * max(p.numel() for p in self.trained)
+            self.take("buffers", largest)
+            self.spare(largest, self.pin)
+            if self.accumulates and not self.sums_apart:
+                for parameter in self.trained:
+                    self.spare(self.item * parameter.numel(), self.pin)
         # what earlier micro-batches of the step left
         self.sums = None
         if self.accumulates and (self.sums_apart or not self.offload):
             self.sums = self.take("gradients", self._sum_size())
         self.buckets, self.part = [], None
         self.in_bucket: list = []
+
+    def offload_group(self, numel: int) -> None:
+        """Main memory for this rank's part of a parameter group."""
+        for pinned in (self.pin, False, False):  # float32 copy, and two moments
+            self.spare(4 * numel, pinned)
+        self.spare(4 * numel, self.pin)  # gradients
+        self.spare(self.item * numel, self.pin)  # for the way back to the GPU
+        if self.pin:  # made in common memory first
+            self.cpu_once = max(self.cpu_once, 4 * numel)
 
     def _worst_rank(self, ranks: int) -> tuple[list[int], int]:
         """Of the rank that holds most: elements of its piece of each parameter, and of all parameters it touches.

@@ -14,8 +14,7 @@ class Zero3Simulator(Zero12Simulator):
     def start(self) -> None:
         gpus, item = self.gpus, self.item
         offload_param = self._device("offload_param")
-        pin_param = (self.zero.get("offload_param") or {}).get("pin_memory")
-        pin = (self.zero.get("offload_optimizer") or {}).get("pin_memory")
+        pin_param = (self.zero.get("offload_param") or {}).get("pin_memory", True)
         threshold = self.zero.get("stage3_param_persistence_threshold", 1e5)
         self.offload_param = offload_param
 
@@ -29,6 +28,9 @@ class Zero3Simulator(Zero12Simulator):
                 self.spare(size, pin_param)
             else:
                 self.take("weights", size)
+        if offload_param and pin_param:  # loaded one by one before they go into flat buffers; torch keeps pinned memory
+            for parameter in self.trained:
+                self.spare(part[parameter] * item, pin_param)
         self.always = {p for p in self.parameters if p.numel() <= threshold or gpus == 1}
         if gpus > 1:
             for parameter in self.always:
@@ -48,16 +50,17 @@ class Zero3Simulator(Zero12Simulator):
             if pieces:
                 self.sub_groups.append(pieces)
         for pieces in self.sub_groups:
-            for _ in range(3):
+            for _ in range(3):  # float32 copy, and two moments
                 if self.offload:
-                    self.spare(4 * sum(pieces), pin)
+                    self.spare(4 * sum(pieces))
                 else:
                     self.take("optimizer", 4 * sum(pieces))
-            if self.offload:
-                self.spare(4 * sum(pieces), pin)
+            if self.offload:  # gradients
+                self.spare(4 * sum(pieces), self.pin)
         sums = self.sum_item * sum(map(sum, self.sub_groups))
         if self.offload:
-            self.spare(sums, pin)
+            self.spare(sums, self.pin)
+            self.cpu_once = sums if self.pin else 0  # made in common memory first
         else:
             self.take("gradients", sums)
         self.take("buffers", self.bucket_size * item)

@@ -97,7 +97,8 @@ def small_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(plan_host, "free_memory", lambda: 64 * GIB)
     monkeypatch.setattr(plan_host, "free_space", lambda folder: 20 * GIB)
     MODE["glm2"].config(num_layers=2).save_pretrained(tmp_path)
-    return f"--mode glm2 --model_name_or_path {tmp_path} --train_path {__file__} --plan --max_len 512".split()
+    flags = f"--mode glm2 --model_name_or_path {tmp_path} --train_path {__file__} --plan"
+    return f"{flags} --max_len 512 --max_src_len 256".split()
 
 
 def printed(argv, capsys) -> str:

@@ -24,6 +24,7 @@ from memory_trace import (
     host_bytes,
     meta_kernels,
     peak_bytes,
+    pinned_size,
     trace_step,
 )
 from plan_zero import Zero12Simulator
@@ -304,16 +305,22 @@ def test_ranks_and_stages_share_what_they_should():
 
 def test_offload_moves_the_optimizer_to_main_memory():
     flags = "--mode glm2 --train_type all"
-    device = {"device": "cpu"}
+    device = {"device": "cpu", "pin_memory": False}
     run = play(flags, 3, 4, zero_optimization={"offload_optimizer": device, "offload_param": device})
     numel = sum(p.numel() for p in run.parameters)
     assert "optimizer" not in run.memory.by_tag
     assert run.cpu == pytest.approx((16 + 4 + 2) * numel / 4, rel=0.01)  # and its gradients, their sums, the weights
-    device["pin_memory"] = True  # such memory comes in powers of two
-    assert run.cpu < play(flags, 3, 4, zero_optimization={"offload_optimizer": device}).cpu <= 2 * run.cpu
+    assert run.cpu_once == 0
+    # by default it is pinned, as far as DeepSpeed pins it: in powers of two, from a copy in common memory
+    pinned = play(flags, 3, 4, zero_optimization={"offload_optimizer": {"device": "cpu"}})
+    groups = [4 * sum(pieces) for pieces in pinned.sub_groups]
+    expected = 3 * sum(groups) + sum(map(pinned_size, groups)) + pinned_size(sum(groups))
+    assert pinned.cpu == pytest.approx(expected, abs=1024)  # a few numbers of the model's
+    assert pinned.cpu_once == sum(groups)
     two = play(flags, 2, 2, zero_optimization={"offload_optimizer": {"device": "cpu"}})
     assert "optimizer" not in two.memory.by_tag
     assert two.memory.by_tag["weights"] == 2 * numel
+    assert two.cpu > (12 + 4 + 2) * numel / 2 and two.cpu_once > 0
 
 
 def test_a_step_has_float32_gradients_beside_sums_in_bf16():
