@@ -32,6 +32,8 @@ def main():
         print("job", name, flush=True)
         done[name] = train.train(train.parse_args(argv))
         gc.collect()  # else models would pile up: engines have cycles
+        if len(done) == 1:  # all is imported now, and stays: DeepSpeed looks for garbage at each start, for a second
+            gc.freeze()
     if utils.is_main():
         results.write_text(json.dumps(done))
 

@@ -3,6 +3,7 @@
 Forked from one process that has imported everything, since start-up would else take most of the time.
 """
 
+import gc
 import json
 import os
 import signal
@@ -76,6 +77,7 @@ class Launched:
         if pid := os.fork():
             return pid
         try:
+            gc.freeze()  # what was imported stays: DeepSpeed looks for garbage at its start, for a second
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
