@@ -21,12 +21,19 @@ import sys
 import threading
 import time
 
+import exits
+
+if __name__ == "__main__":
+    exits.start_script()
+
 import report
 from data_set import DataError, read_rows
+from errors import UserError
+from exits import clear_errors
 from folders import write_errors, write_file
 from glm_models import MODE
 from glm_models.checkpoint import read_json
-from utils import UserError, clear_errors, true_or_false
+from utils import true_or_false
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SMALL = 1024  # models of less width are small: other learning rates, shorter rows, larger batches
@@ -341,7 +348,7 @@ def read_training(training: str, log: str) -> dict:
         text = file.read()
     sizes = re.search(r"^model: ([\d,]+) of ([\d,]+) parameters train", text, re.MULTILINE)
     done = re.search(r"^done: .* in (\d+):(\d+):(\d+), (\d+) tokens/s", text, re.MULTILINE)
-    memory = re.findall(r"^epoch .* memory ([\d.]+) GiB", text, re.MULTILINE)
+    memory = re.findall(r"^epoch .* ([\d.]+) GiB", text, re.MULTILINE)
     results = [name for name in os.listdir(training) if re.fullmatch(r"epoch-\d+-step-\d+", name)]
     if not (sizes and done and memory and results):
         raise ValueError(f"{log} and {training} do not show a finished training")

@@ -20,6 +20,11 @@ import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import exits
+
+if __name__ == "__main__":
+    exits.start_script()
+
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -27,10 +32,12 @@ from tqdm import tqdm
 
 from data_cache import file_hash
 from data_set import DataError, MicroBatch, Sample, collate, encode_sample, read_rows
+from errors import UserError
+from exits import clear_errors
 from folders import check_space, write_errors, write_file
 from glm_models import MODE
 from glm_models.chat import generate_ids
-from utils import UserError, clear_errors, load_result, named_device, quiet, true_or_false
+from utils import load_result, named_device, quiet, true_or_false
 
 SUITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "forgetting.json")
 SHOWN = ("forgetting", "nll_base", "nll_tuned", "kl", "agree", "agree_prefix")

@@ -10,11 +10,18 @@ base and adapter, and its logits on a few prompts against those of the unmerged 
 import argparse
 import os
 
+import exits
+
+if __name__ == "__main__":
+    exits.start_script()
+
 import torch
 from torch import nn
 
 import probe
 from adapter import Adapter, check_base, read_adapter
+from errors import UserError
+from exits import clear_errors
 from folders import check_space, new_folder
 from glm_models import MODE, check_family
 from glm_models.checkpoint import (
@@ -26,7 +33,7 @@ from glm_models.checkpoint import (
     write_safetensors,
     write_side_files,
 )
-from utils import UserError, clear_errors, load_tokenizer, quiet
+from utils import load_tokenizer, quiet
 
 CHUNK = 2**21  # numbers of a weight at a time: 8 MiB in float32
 

@@ -28,10 +28,14 @@ import data_check
 import planner
 from adapter import record_base
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
+from errors import UserError
 from evaluation import FROM_LOSS, Validation, split_rows
+from exits import clear_errors
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
+from launch import check_shared, describe_devices, end_distributed, start_distributed
+from log import RunLog, next_steps
 from lora import LoraLinear
 from metrics import HEADLINE, missing
 from replay import Mixture
@@ -39,9 +43,6 @@ from states import Run, States, check_run, ds_section, find_state, list_states
 from stops import Peers, Watch, told_clearly
 from throughput import matmul_peak, needed_flops
 from utils import (
-    RunLog,
-    UserError,
-    clear_errors,
     compute_dtype,
     device,
     is_main,
@@ -55,7 +56,6 @@ from utils import (
     save_model,
     say,
     set_seed,
-    start_distributed,
     trim_deepspeed,
     true_or_false,
 )
@@ -210,7 +210,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         default="sdpa",
         help="torch's own kernels, plain operations, or the flash-attn package's kernels",
     )
-    group.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher")
 
     group = parser.add_argument_group("planning")
     group.add_argument("--plan", **flag, help="start nothing: print what the training would need of each GPU")
@@ -528,22 +528,25 @@ def train(args) -> list[tuple[int, float]]:
     """The whole run. Returns (step, loss) of every line it showed."""
     check_args(args)
     trim_deepspeed()
-    _, world_size = start_distributed(args.verbose)
+    _, world_size = start_distributed(args.verbose, args.local_rank)
     peers = Peers()
     set_seed(args.seed)
     locks = []  # held until this function returns
     on_rank_0(lambda: locks.append(lock_folder(args.output_dir)))
+    check_shared(args.output_dir)
     state = on_rank_0(lambda: open_output(args))
 
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
+    config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
+    # the ds file first without the number of steps, which only the data tells: reading that may take long
+    dtype = compute_dtype(load_ds_config(args.ds_file, ds_values(args, world_size, 1, config.hidden_size)))
+    say(describe_devices(dtype))
     sources = load_sources(args, tokenizer)
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
     epoch_steps = count_steps(len(sources.packs(1)), *split)
     total_steps = args.num_train_epochs * epoch_steps
 
-    config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
-    dtype = compute_dtype(ds_config)
     base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
     run = describe_run(args, sources.contents, tokenizer, base, ds_config, world_size)
     for change in check_run(state, run, args.resume_changed) if state else ():
@@ -565,7 +568,10 @@ def train(args) -> list[tuple[int, float]]:
     ds_config |= ds_section(state, world_size)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     engine.lr_scheduler.step(1)  # else the first two steps would have lr 0: DeepSpeed's schedulers count from -1
-    log = RunLog(engine, args.output_dir, total_steps, args.show_loss_step, needed_flops(model), matmul_peak(dtype))
+    log = RunLog(
+        engine, args.output_dir, args.num_train_epochs, total_steps, args.show_loss_step, needed_flops(model),
+        matmul_peak(dtype),
+    )  # fmt: skip
     watch = Watch(engine, sources.data.files, math.log(config.vocab_size), args.skip_nonfinite)
     parts = {"log": log, "watch": watch}
 
@@ -585,6 +591,7 @@ def train(args) -> list[tuple[int, float]]:
 
     keep_freed_memory()
     engine.train()
+    result = f"epoch-{args.num_train_epochs}-step-{total_steps}"
     log.begin()
     with watch:
         if validation:
@@ -609,7 +616,12 @@ def train(args) -> list[tuple[int, float]]:
             if done < total_steps and (states.due() or watch.interrupted):
                 watch.end_if_interrupted(states.save())
     peers.close()
+    if validation:
+        validation.close()
     log.close()
+    best = validation.describe_best() if validation else None
+    for line in next_steps(args, os.path.join(args.output_dir, result), best):
+        say(line)
     return log.history
 
 
@@ -671,6 +683,7 @@ def main(argv=None) -> None:
                 check(args)
         else:
             train(args)
+            end_distributed()
 
 
 if __name__ == "__main__":

@@ -109,12 +109,13 @@ def measure(args: argparse.Namespace, config: dict) -> list[int]:
 
 
 def main() -> None:
+    import launch
     import utils
 
     stage, results = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     utils.quiet(verbose=False)
-    utils.start_distributed(verbose=False)
+    launch.start_distributed(verbose=False)
     measured = {}
     for name, flags in SETTINGS.items():
         args = arguments(flags)

@@ -31,12 +31,13 @@ PREFIX = {"pre_seq_len": 3, "prefix_projection": True}
 
 def main():
     import train
+    import launch
     import utils
 
     torch.set_num_threads(1)
     cases, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
     utils.quiet(verbose=False)
-    _, world_size = utils.start_distributed(verbose=False)
+    _, world_size = launch.start_distributed(verbose=False)
     found = {}
     for name, (mode, folder, changes) in json.loads(cases.read_text()).items():
         args = train.parse_args(f"--mode {mode} --model_name_or_path {folder} --train_path {__file__}".split())

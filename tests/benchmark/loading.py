@@ -25,11 +25,12 @@ def load(folder: str, ds_file: str) -> None:
     import torch
 
     import train
+    import launch
     import utils
 
     torch.set_num_threads(1)
     utils.quiet(verbose=False)
-    rank, world_size = utils.start_distributed(verbose=False)
+    rank, world_size = launch.start_distributed(verbose=False)
     args = train.parse_args(f"--mode glm3 --model_name_or_path {folder} --train_path {__file__}".split())
     config = utils.load_ds_config(ds_file, train.ds_values(args, world_size, 10, 1024))
     forget_peak()
