@@ -20,18 +20,21 @@ import sys
 import threading
 import time
 
+import exits
 from arguments import answer_early
 from compare_arguments import METHODS, is_small, parse_args, predict_lengths, training_flags
 
 if __name__ == "__main__":
+    exits.start_script()
     answer_early(parse_args)
 
 import report
 from data_set import DataError, read_rows
+from errors import UserError
+from exits import clear_errors
 from folders import write_errors, write_file
 from formats import unused_keys
 from glm_models.checkpoint import read_json
-from utils import UserError, clear_errors
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 INTERRUPTED = 75  # exit code of a training that saved its state and can go on
@@ -249,7 +252,7 @@ def read_training(training: str, log: str) -> dict:
         text = file.read()
     sizes = re.search(r"^model: ([\d,]+) of ([\d,]+) parameters train", text, re.MULTILINE)
     done = re.search(r"^done: .* in (\d+):(\d+):(\d+), (\d+) tokens/s", text, re.MULTILINE)
-    memory = re.findall(r"^epoch .* memory ([\d.]+) GiB", text, re.MULTILINE)
+    memory = re.findall(r"^epoch .* ([\d.]+) GiB", text, re.MULTILINE)
     results = [name for name in os.listdir(training) if re.fullmatch(r"epoch-\d+-step-\d+", name)]
     if not (sizes and done and memory and results):
         raise ValueError(f"{log} and {training} do not show a finished training")

@@ -14,10 +14,12 @@ from collections.abc import Callable
 import torch
 
 from data_set import DataError, InstructionData, MicroBatch, RowError, encode_sample, scan_rows
+from errors import UserError
 from folders import write_errors, write_file
 from glm_models.chat import generate_answers
+from log import JsonLines
 from metrics import AS_WRITTEN, FROM_LOSS, HEADLINE, kind_of, missing, references_of, score, with_references
-from utils import JsonLines, UserError, control_group, device, is_main, on_rank_0, say
+from utils import control_group, device, is_main, on_rank_0, say
 
 LOWER_IS_BETTER = {"loss", "perplexity", "repeating", "empty"}
 NO_DIRECTION = {"mean_length", "reference_length"}
@@ -118,7 +120,7 @@ class Validation:
         path: their file.
         args: of train.py: its group "validation", and output_dir.
         every, total_steps: optimiser steps between two validations, and of the run, whose last one is validated too.
-        log: the run's (utils.RunLog).
+        log: the run's (log.RunLog).
         save_best: writes the model to output_dir/best.
 
     Raises:
@@ -232,9 +234,18 @@ class Validation:
         self.stale += 1
         if patience is None or self.stale < patience or step == self.total_steps:
             return False
-        best = f"best at step {self.best_step}: {self.args.best_metric} {self.best:.4f}"
-        say(f"stopping early after step {step}: {self.stale} validations without improvement (patience); {best}")
+        patient = f"{self.stale} validations without improvement (patience)"
+        say(f"stopping early after step {step}: {patient}; {self.describe_best()}")
         return True
+
+    def describe_best(self) -> str | None:
+        """The best figure so far and its step, in words; None if no validation had one."""
+        return f"best at step {self.best_step}: {self.args.best_metric} {self.best:.4f}" if self.best_step else None
+
+    def close(self) -> None:
+        """No validation comes any more."""
+        if self.file is not None:
+            self.file.close()
 
     def _write_best(self, epoch: int) -> None:
         content = {"step": self.best_step, "epoch": epoch, "metric": self.args.best_metric, "value": self.best}

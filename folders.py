@@ -5,7 +5,6 @@ under `PARTIAL` or `REPLACED`, is put right by `sweep` at the next start.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -31,10 +30,17 @@ class FolderError(ValueError):
 def start_folder(folder: str) -> str:
     """An empty folder beside, to be filled and then given to `finish_folder`. Returns its path."""
     partial = folder.rstrip("/") + PARTIAL
-    if os.path.isdir(partial):
-        shutil.rmtree(partial)
+    _clear(partial)
     os.makedirs(partial)
     return partial
+
+
+def _clear(path: str) -> None:
+    """Remove a folder; of a link only the link, since what it points to may be wanted there."""
+    if os.path.islink(path):
+        os.unlink(path)
+    elif os.path.isdir(path):
+        shutil.rmtree(path)
 
 
 def list_files(folder: str) -> list[str]:
@@ -78,8 +84,8 @@ def finish_folder(partial: str, folder: str, files: dict[str, dict], replace: bo
         os.rename(folder, folder + REPLACED)
     os.rename(partial, folder)
     _flush(os.path.dirname(folder) or ".")
-    if replace and os.path.isdir(folder + REPLACED):
-        shutil.rmtree(folder + REPLACED)
+    if replace:
+        _clear(folder + REPLACED)
 
 
 def write_file(path: str, text: str) -> None:
@@ -188,11 +194,20 @@ def write_errors(folder: str):
         reason = _reason(error)
         if reason is None:
             raise
-        shutil.rmtree(folder.rstrip("/") + PARTIAL, ignore_errors=True)
+        _drop(folder)
         raise FolderError(f"cannot write {folder}: {reason}; what was there before is as it was") from error
     except BaseException:
-        shutil.rmtree(folder.rstrip("/") + PARTIAL, ignore_errors=True)
+        _drop(folder)
         raise
+
+
+def _drop(folder: str) -> None:
+    """Remove what was written of a file or a folder, as far as that goes."""
+    partial = folder.rstrip("/") + PARTIAL
+    if os.path.isfile(partial):
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str | None:
@@ -204,22 +219,20 @@ def _reason(error: Exception) -> str | None:
         return cause.strerror
     if number := re.search(r"os error (\d+)", str(error)):  # safetensors is written in Rust
         return os.strerror(int(number[1]))
+    if words := re.search(r"failed with strerror: ([\w ]+)", str(error)):  # torch's, where it opens a file
+        return words[1].strip()
     for kind in ("PytorchStreamWriter failed", "unexpected pos", "I/O error"):
         if kind in str(error):
-            return f"{os.strerror(errno.ENOSPC)}, most likely ({error})"
+            return f"no space left, a quota or a limit on the size of files, most likely ({error})"
     return None
 
 
 def remove_folder(folder: str) -> None:
-    """Remove a folder such that nobody ever sees a part of it under its name; of a link, only the link."""
-    if os.path.islink(folder.rstrip("/")):
-        os.unlink(folder.rstrip("/"))
-        return
+    """Remove a folder such that nobody ever sees a part of it under its name. Of a link only the link goes."""
     partial = folder.rstrip("/") + PARTIAL
-    if os.path.isdir(partial):
-        shutil.rmtree(partial)
-    os.rename(folder, partial)
-    shutil.rmtree(partial)
+    _clear(partial)
+    os.rename(folder.rstrip("/"), partial)
+    _clear(partial)
 
 
 # Before and after
@@ -230,16 +243,14 @@ def sweep(parent: str) -> list[str]:
     found = []
     for name in sorted(os.listdir(parent)) if os.path.isdir(parent) else ():
         path = os.path.join(parent, name)
-        if not name.endswith((PARTIAL, REPLACED)) or not os.path.isdir(path):
+        if not name.endswith((PARTIAL, REPLACED)) or not (os.path.isdir(path) or os.path.islink(path)):
             continue
-        if os.path.islink(path):
-            os.unlink(path)
-        elif _is_locked(path):
+        if not os.path.islink(path) and _is_locked(path):
             continue
-        elif name.endswith(REPLACED) and not os.path.isdir(whole := path.removesuffix(REPLACED)):
+        if name.endswith(REPLACED) and not os.path.lexists(whole := path.removesuffix(REPLACED)):
             os.rename(path, whole)
         else:
-            shutil.rmtree(path)
+            _clear(path)
         found.append(path)
     return found
 

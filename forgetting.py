@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import exits
 from arguments import SWITCH, File, Folder, Integer, NewPath, Parser, Text, answer_early
 from glm_models import MODE
 
@@ -65,6 +66,7 @@ def contradictions(args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
+    exits.start_script()
     answer_early(parse_args)
 
 import numpy as np
@@ -74,11 +76,13 @@ from tqdm import tqdm
 
 from data_cache import file_hash
 from data_set import DataError, MicroBatch, Sample, collate, encode_sample, read_rows
+from errors import UserError
+from exits import clear_errors
 from folders import check_space, write_errors, write_file
 from formats import KEYS, unused_keys
 from glm_models.chat import generate_ids
 from loading import load_result
-from utils import UserError, clear_errors, named_device, quiet
+from utils import named_device, quiet
 
 SHOWN = ("forgetting", "nll_base", "nll_tuned", "kl", "agree", "agree_prefix")
 

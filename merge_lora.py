@@ -10,6 +10,7 @@ base and adapter, and its logits on a few prompts against those of the unmerged 
 import argparse
 import os
 
+import exits
 from arguments import SWITCH, Folder, NewPath, Parser, answer_early
 from glm_models import MODE
 
@@ -34,6 +35,7 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
+    exits.start_script()
     answer_early(parse_args)
 
 import torch
@@ -41,6 +43,8 @@ from torch import nn
 
 import probe
 from adapter import Adapter, add_adapter, check_base, has_patterns, read_adapter, read_config, unread_keys
+from errors import UserError
+from exits import clear_errors
 from folders import check_space, claimed_folder
 from glm_models import check_family
 from glm_models.checkpoint import (
@@ -53,7 +57,7 @@ from glm_models.checkpoint import (
     write_safetensors,
     write_side_files,
 )
-from utils import UserError, clear_errors, load_tokenizer, quiet
+from utils import load_tokenizer, quiet
 
 CHUNK = 2**21  # numbers of a weight at a time: 8 MiB in float32
 

@@ -7,14 +7,16 @@
 The folder may be a full model, a P-Tuning result, or a LoRA adapter: which, it finds out by itself.
 """
 
-import json
+import contextlib
 import os
 import sys
 
+import exits
 from arguments import answer_early
 from predict_arguments import longest_prompt, parse_args
 
 if __name__ == "__main__":
+    exits.start_script()
     answer_early(parse_args)
 
 import torch
@@ -24,6 +26,8 @@ from adapter import find_base
 from answers import AnswerFile, Made, describe_model, file_hash
 from data_findings import FIRST, lines_text
 from data_set import DataError, read_rows
+from errors import UserError
+from exits import clear_errors, visible
 from formats import KEYS, unused_keys
 from glm_models.chat import generate_answers
 from glm_models.tokenization import Prompt
@@ -39,7 +43,7 @@ from metrics import (
     score,
     with_references,
 )
-from utils import UserError, clear_errors, load_tokenizer, named_device, quiet, set_seed
+from utils import load_tokenizer, named_device, quiet, set_seed
 
 CHUNK = 1000  # rows whose prompts are held at once to count cuts
 
@@ -164,36 +168,58 @@ def show_scores(kind: str, predictions: list[str], references: list[list[str]], 
 
 
 def chat(model, tokenizer, args) -> None:
-    """Talk in the terminal, answers shown as they come."""
-    print("An empty line ends the chat, /new begins another.")
+    """Talk in the terminal, answers shown as they come. Ctrl-C stops an answer; where a question is asked, the chat."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - input() then edits a line by characters, not by bytes
+    print("An empty line ends the chat, /new begins another, Ctrl-C stops an answer.")
     history = None
-    while True:
-        try:
-            query = input("> ")
-        except EOFError:
-            return
-        if not query.strip():
-            return
-        if query.strip() == "/new":
+    while query := ask():
+        if query == "/new":
             history = None
             continue
-        shown = ""
-        sampling = {"do_sample": args.do_sample, "top_p": args.top_p, "temperature": args.temperature}
-        try:
-            for response, new_history in model.stream_chat(  # noqa: B007
-                tokenizer, query, history, max_length=args.max_length, **sampling
-            ):
-                text = response if isinstance(response, str) else json.dumps(response, ensure_ascii=False)
-                if not text.startswith(shown):  # the clean-up changed what was already on the screen
-                    print()
-                    shown = ""
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-        except ValueError as error:  # the conversation is longer than max_length
-            print(f"error: {error}; /new begins another conversation")
+        used = len(tokenizer.encode_prompt(query, history))
+        if used >= args.max_length:
+            print(f"the conversation has {used} tokens, --max_length is {args.max_length}; /new begins another")
             continue
+        history = show_answer(model, tokenizer, query, history, args)
+
+
+def ask() -> str:
+    """What is typed at the prompt; "" at its end, and for Ctrl-C."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # else half a character ends the chat
+    while True:
+        try:
+            query = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return ""
+        try:
+            query.encode()
+            return query
+        except UnicodeEncodeError:
+            print(f"not {sys.stdin.encoding} text, perhaps half a character that was erased; please type it again")
+
+
+def show_answer(model, tokenizer, query: str, history, args):
+    """Print an answer as it comes. Returns the history with it, or with the part of it that came before Ctrl-C."""
+    shown = ""
+    sampling = {"do_sample": args.do_sample, "top_p": args.top_p, "temperature": args.temperature}
+    try:
+        replies = model.stream_chat(tokenizer, query, history, max_length=args.max_length, **sampling)
+        for response, history in replies:
+            text = response
+            if not isinstance(response, str):  # ChatGLM3 calls a tool: its name, and what it is given
+                text = f"{history[-1]['metadata'].strip()}\n{history[-1]['content']}"
+            if not text.startswith(shown):  # the clean-up changed what was already on the screen
+                print()
+                shown = ""
+            print(visible(text[len(shown) :]), end="", flush=True)
+            shown = text
         print()
-        history = new_history
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    return history
 
 
 def check_args(args) -> None:

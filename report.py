@@ -60,10 +60,11 @@ import numpy as np
 
 from answers import read_record
 from charts import COLOURS, interval_chart, legend, line_chart, scatter_chart
+from errors import UserError
+from exits import clear_errors
 from folders import write_errors, write_file
 from metrics import HEADLINE, bootstrap, kind_of, references_of, relation_scores, row_scores, score
 from run_record import read_starts
-from utils import UserError, clear_errors
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 BESIDE = {"triples": ("precision", "recall"), "questions": ("accuracy_points", "diversity_points")}

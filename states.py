@@ -26,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from errors import UserError
 from folders import (
     PARTIAL,
     FolderError,
@@ -39,7 +40,7 @@ from folders import (
     write_errors,
     write_file,
 )
-from utils import UserError, control_group, on_rank_0, say
+from utils import control_group, on_rank_0, say
 
 FORMAT = 1  # of run.json and the rank files
 LATEST = "latest"
@@ -260,6 +261,8 @@ class States:
         past = [state for state in others if step_of(state) <= here]
         # later ones are damaged, or of a course that was left when the run went back to an earlier state
         for old in [*past[self.keep :], *(state for state in others if step_of(state) > here)]:
+            if os.path.islink(old):
+                say(f"{old} is a link: only that is removed, what it points to stays")
             remove_folder(old)
 
     def load(self, state: str) -> None:

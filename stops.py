@@ -1,15 +1,12 @@
 """Why a training ends before its end, told clearly and by all ranks at once: a signal, numbers that went wrong, memory
-that ran out, a rank that died.
-
-Exit codes, as in the README: 0 done; 1 a bug, or another process died; 2 something the user can put right; 3 the loss
-or the gradients went wrong; 4 out of memory; 75 stopped by a signal, go on later; 128 + n ended at once by signal n.
+that ran out, a rank that died. Exit codes: see exits.py.
 """
 
 import contextlib
 import math
 import os
+import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -19,13 +16,16 @@ from typing import NamedTuple
 import torch
 
 from data_set import Batch
-from utils import ENDING, LATER, StopTraining, control_group, is_main, say
+from exits import ENDING, LATER, StopTraining
+from launch import machine
+from utils import control_group, is_main, say
 
 DIVERGED, OUT_OF_MEMORY = 3, 4
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST = 5.0  # seconds: the launcher sends on what a terminal or Slurm has sent to all processes already
 FAR = 5.0  # a loss so many times that of guessing, or of the first step, will not come back
 LINES_SHOWN = 20
+NO_MEMORY = re.compile("can't allocate memory|[Cc]annot allocate memory|can't start new thread")
 
 
 # Signals
@@ -55,7 +55,9 @@ class Signals:
                 text = (
                     f"{signal.Signals(number).name}: a state is saved after this step; a second signal ends at once\n"
                 )
-                os.write(sys.stderr.fileno(), text.encode())
+                text = "\n" * sys.stderr.isatty() + text  # the bar stands in that line
+                with contextlib.suppress(OSError):  # nobody reads it
+                    os.write(sys.stderr.fileno(), text.encode())
         elif now - self.since > SAME_REQUEST:
             os._exit(128 + number)
 
@@ -67,10 +69,11 @@ class Peers:
     """
 
     def __init__(self):
-        mine = (socket.gethostname(), os.getpid())
+        mine = (machine(), os.getpid())
         everyone = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, mine, control_group())
-        self.others = {rank: pid for rank, (host, pid) in enumerate(everyone) if host == mine[0] and pid != mine[1]}
+        me = torch.distributed.get_rank()
+        self.others = {rank: pid for rank, (host, pid) in enumerate(everyone) if host == mine[0] and rank != me}
         self.over = False
         if self.others:
             threading.Thread(target=self._watch, daemon=True).start()
@@ -82,7 +85,9 @@ class Peers:
                     time.sleep(2)  # what the wait for it may have raised in this process is the better message
                     if self.over or ENDING.is_set():
                         return
-                    print(f"error: process {pid}, rank {rank}, is gone; this one ends too", file=sys.stderr, flush=True)
+                    with contextlib.suppress(OSError):
+                        text = f"error: process {pid}, rank {rank}, is gone; this one ends too"
+                        print(text, file=sys.stderr, flush=True)
                     os._exit(1)
             time.sleep(1)
 
@@ -265,8 +270,8 @@ def told_clearly(advice: Callable[[], str]):
     try:
         yield
     except Exception as error:
-        text, where = str(error), " ".join(getattr(error, "__notes__", ["while the model was made ready"]))
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        text, where = str(error), " ".join(getattr(error, "__notes__", ["before the first step"]))
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(text):
             first = (text.splitlines() or [type(error).__name__])[0]
             raise StopTraining(OUT_OF_MEMORY, f"out of memory {where} ({first})\n{advice()}", everyone=False) from error
         if "loss scale already at minimum" in text:

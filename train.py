@@ -36,9 +36,12 @@ from adapter import record_base
 from data_set import DataError, InstructionData, count_steps, epoch_loader, pack_rows, plan_epoch, prepare
 from ds_config import compute_dtype, ds_notes, load_ds_config, zero_layout
 from evaluation import Validation, split_rows
+from exits import clear_errors
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
+from launch import check_shared, describe_devices, end_distributed, start_distributed
+from log import RunLog, next_steps
 from lora import use_own_layers
 from replay import Mixture
 from run_record import RunRecord, check_restart, describe_start
@@ -46,9 +49,7 @@ from states import LAYOUT, Run, States, check_run, ds_section, find_state
 from stops import Peers, Watch, told_clearly
 from throughput import matmul_peak, needed_flops
 from utils import (
-    RunLog,
     UserError,
-    clear_errors,
     device,
     is_main,
     keep_freed_memory,
@@ -60,7 +61,6 @@ from utils import (
     save_model,
     say,
     set_seed,
-    start_distributed,
     trim_deepspeed,
 )
 
@@ -333,20 +333,24 @@ def begin_output(args, state: str | None, record: RunRecord) -> None:
 def train(args) -> list[tuple[int, float]]:
     """The whole run. Returns (step, loss) of every line it showed."""
     trim_deepspeed()
-    _, world_size = start_distributed(args.verbose)
+    _, world_size = start_distributed(args.verbose, args.local_rank)
     peers = Peers()
     set_seed(args.seed)
     locks = []  # held until this function returns
     on_rank_0(lambda: locks.append(lock_folder(args.output_dir)))
+    check_shared(args.output_dir)
     state = on_rank_0(lambda: open_output(args))
 
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
+    config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
+    # the ds file first without the number of steps, which only the data tells: reading that may take long
+    dtype = compute_dtype(load_ds_config(args.ds_file, ds_values(args, world_size, 1, config.hidden_size)))
+    say(describe_devices(dtype))
     sources = load_sources(args, tokenizer)
     split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
     epoch_steps = count_steps(len(sources.packs(1)), *split)
     total_steps = args.num_train_epochs * epoch_steps
 
-    config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
     for line in ds_notes(ds_config):
         say(line)
@@ -374,7 +378,10 @@ def train(args) -> list[tuple[int, float]]:
     ds_config |= ds_section(state, world_size)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     engine.lr_scheduler.step(1)  # else the first two steps would have lr 0: DeepSpeed's schedulers count from -1
-    log = RunLog(engine, args.output_dir, total_steps, args.show_loss_step, needed_flops(model), matmul_peak(dtype))
+    log = RunLog(
+        engine, args.output_dir, args.num_train_epochs, total_steps, args.show_loss_step, needed_flops(model),
+        matmul_peak(dtype),
+    )  # fmt: skip
     watch = Watch(engine, sources.data.files, math.log(config.vocab_size), args.skip_nonfinite)
     parts = {"log": log, "watch": watch}
 
@@ -396,6 +403,7 @@ def train(args) -> list[tuple[int, float]]:
     on_rank_0(lambda: begin_output(args, state, record))
     keep_freed_memory()
     engine.train()
+    result = f"epoch-{args.num_train_epochs}-step-{total_steps}"
     log.begin()
     with record.until_the_end(), watch:
         if validation:
@@ -421,7 +429,12 @@ def train(args) -> list[tuple[int, float]]:
             if done < total_steps and (states.due() or watch.interrupted):
                 watch.end_if_interrupted(states.save())
     peers.close()
+    if validation:
+        validation.close()
     log.close()
+    best = validation.describe_best() if validation else None
+    for line in next_steps(args, os.path.join(args.output_dir, result), best):
+        say(line)
     return log.history
 
 
@@ -510,6 +523,7 @@ def main(argv=None) -> None:
                 check(args)
         else:
             train(args)
+            end_distributed()
 
 
 if __name__ == "__main__":

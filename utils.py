@@ -1,29 +1,18 @@
-"""What the scripts share: start-up, loading, logging, saving."""
+"""What the scripts share: processes, loading, saving."""
 
 import contextlib
 import ctypes
 import datetime
-import fcntl
 import functools
-import io
 import itertools
-import json
 import logging
-import math
 import os
 import random
-import re
-import resource
-import socket
 import sys
-import threading
-import time
-import traceback
 import warnings
 
 import deepspeed
 import torch
-import torch.utils.cpp_extension
 import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -31,12 +20,12 @@ from tqdm import tqdm
 
 from adapter import write_adapter
 from errors import UserError
-from folders import FolderError, new_folder, write_errors, write_file
-from glm_models import MODE, CheckpointError, check_family
+from exits import drop_output, visible
+from folders import new_folder
+from glm_models import MODE, check_family
 from glm_models.checkpoint import write_side_files, write_weights
 from glm_models.families import check_ids
 from glm_models.modeling import has_lost_prefix
-from throughput import Flops
 from zero3 import load_partitioned
 
 # Start-up
@@ -54,22 +43,6 @@ def quiet(verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def start_distributed(verbose: bool) -> tuple[int, int]:
-    """Join the launcher's other processes, or be a group of one without a launcher. Returns rank and world size."""
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.utils.cpp_extension.FileBaton = CompileLock
-    if get_accelerator().device_name() != "cpu":
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    with contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO()):  # "built successfully"
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
 def keep_freed_memory() -> None:
     """On a CPU, let malloc keep what a step frees for the next one, as a GPU's allocator does.
 
@@ -81,45 +54,6 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)  # never
-
-
-class CompileLock:
-    """In the place of torch's FileBaton, which keeps processes from compiling the same operation at once.
-
-    Torch's is a file that is there or not: a process that is killed while it loads DeepSpeed's operations leaves it,
-    and every later one waits for ever. This one is a lock on that file, which ends with the process that has it.
-    """
-
-    def __init__(self, path: str, *_, **__):
-        self.path, self.handle = path, None
-
-    def _acquire(self, wait: bool) -> bool:
-        while True:
-            handle = os.open(self.path, os.O_CREAT | os.O_RDWR)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                os.close(handle)
-                return False
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), os.stat(self.path)):
-                    self.handle = handle
-                    return True
-            os.close(handle)  # the one before has just removed it
-
-    def try_acquire(self) -> bool:
-        """Whether this process has it now."""
-        return self._acquire(wait=False)
-
-    def wait(self) -> None:
-        """Return when nobody has it."""
-        self._acquire(wait=True)
-        self.release()
-
-    def release(self) -> None:
-        """Give it back, and remove the file, for programs that use torch's."""
-        os.remove(self.path)
-        os.close(self.handle)
 
 
 @functools.cache
@@ -216,58 +150,16 @@ def is_main() -> bool:
 
 
 def say(message: str) -> None:
-    """Print on rank 0, above the progress bar if there is one."""
-    if is_main():
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
-
-
-ENDING = threading.Event()  # this process is about to end with an error that it tells itself
-LATER = 75  # exit code of a run that can go on; "temporary failure" in sysexits.h
-
-
-class StopTraining(Exception):
-    """The run ends here.
-
-    exit_code: of the process; stops.py has the list.
-    everyone: all ranks end so, together, and rank 0 says why.
-    """
-
-    def __init__(self, exit_code: int, message: str, everyone: bool = True):
-        super().__init__(message)
-        self.exit_code, self.everyone = exit_code, everyone
-
-
-@contextlib.contextmanager
-def clear_errors(*kinds: type[Exception]):
-    """End with one line and exit code 2 on errors that the user can put right, and as a StopTraining says; others keep
-    their traceback.
-
-    Most such errors meet every rank at once; then rank 0 speaks for all. One that meets a single other rank is told by
-    that rank after a moment, in which the launcher would have ended it if rank 0 had failed too.
-    """
-    try:
-        yield
+    """Print on rank 0, above the progress bar if there is one. Where that fails, nothing is printed any more."""
+    if not is_main():
         return
-    except StopTraining as stop:
-        code, message, everyone = stop.exit_code, f"{'error: ' * (stop.exit_code < LATER)}{stop}", stop.everyone
-    except (UserError, CheckpointError, FolderError, *kinds) as error:
-        code, message, everyone = 2, f"error: {error}", False
-    except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            raise
-        code, message, everyone = 1, traceback.format_exc().rstrip(), False
-        if re.search("closed by peer|connection reset|broken pipe", str(error), re.IGNORECASE):
-            message = "error: the connection to another process of this training is lost; see what that one says"
-    ENDING.set()
-    if is_main() or not everyone:
-        if not is_main():
-            time.sleep(3)
-            message = f"[rank {os.environ['RANK']}] {message}"
-        print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()  # else a report in a pipe would be lost
-    # not sys.exit: a process group whose other ranks wait in a collective would not let the interpreter end
-    os._exit(code)
+    try:
+        tqdm.write(visible(message), file=sys.stdout)
+        sys.stdout.flush()
+    except OSError as error:  # a pipe whose reader is gone, a full disk: no reason to end a training
+        drop_output()
+        with contextlib.suppress(OSError):
+            print(f"warning: nothing more is printed: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def set_seed(seed: int) -> None:
@@ -405,168 +297,3 @@ def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype
     with new_folder(folder) as partial:
         write_weights(partial, itertools.chain(tensors, buffers.items()), total)
         write_side_files(partial, base, model.mode, dtype, tokenizer.stop_token_ids, **prefix)
-
-
-# Logging
-
-
-class JsonLines:
-    """A file with a JSON object a line that grows as a run goes on, "step" among its keys. For rank 0 alone.
-
-    Lines of an earlier run, or of steps after the one where this run goes on, go first.
-
-    Args:
-        first: the step where the run goes on; 0 for a new one.
-    """
-
-    def __init__(self, path: str, first: int):
-        self.path = path
-        with write_errors(path):
-            kept = [line for line in self._read() if json.loads(line)["step"] <= first] if first else []
-            write_file(path, "".join(kept))
-
-    def _read(self) -> list[str]:
-        """The lines that are whole: the last one may have been cut by a kill."""
-        if not os.path.exists(self.path):
-            return []
-        with open(self.path, encoding="utf-8", errors="replace") as file:
-            return [line for line in file if line.endswith("}\n")]
-
-    def add(self, **values) -> None:
-        """Append a line; what is no finite number is null.
-
-        Raises:
-            FolderError: it cannot be written.
-        """
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with write_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values, ensure_ascii=False) + "\n")
-
-
-class RunLog:
-    """Progress of a training run: a bar and lines on rank 0; log.jsonl and TensorBoard files under output_dir.
-
-    Args:
-        engine: DeepSpeed's; it counts the steps.
-        total_steps: optimiser steps of the run.
-        every: optimiser steps between two lines.
-        flops: what the method needs.
-        peak: operations a second that a device can do; utilisation is a share of it.
-    """
-
-    def __init__(self, engine, output_dir: str, total_steps: int, every: int, flops: Flops, peak: float):
-        self.engine, self.every, self.total_steps, self.flops, self.peak = engine, every, total_steps, flops, peak
-        self.output_dir = output_dir
-        self.lr = engine.get_lr()[0]  # of the step under way
-        self.losses: list[float] = []  # of the steps since the last line
-        self.work = torch.zeros(3, dtype=torch.float64)  # tokens, samples, operations since the last line, this rank
-        self.whole = torch.zeros(4, dtype=torch.float64)  # the same of the run, all ranks together; seconds
-        self.history: list[tuple[int, float]] = []  # (step, loss), every line printed
-        self.writer = self.bar = None
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """What a training state keeps."""
-        whole = self.whole.clone()
-        whole[3] += time.perf_counter() - self.start
-        return {"losses": torch.tensor(self.losses, dtype=torch.float64), "work": self.work, "whole": whole}
-
-    def set_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Undo `state`, after the engine has gone to its place."""
-        self.losses, self.work, self.whole = tensors["losses"].tolist(), tensors["work"], tensors["whole"]
-        self.lr = self.engine.get_lr()[0]
-
-    def begin(self) -> None:
-        """Start the clock."""
-        self.start = self.last = time.perf_counter()
-        self.first = self.engine.global_steps  # 0, or where the run goes on
-        if is_main():
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = os.path.join(self.output_dir, "tensorboard")
-            self.writer = SummaryWriter(folder, purge_step=self.first + 1 if self.first else None)
-            self.file = JsonLines(os.path.join(self.output_dir, "log.jsonl"), self.first)
-            self.bar = tqdm(
-                total=self.total_steps, initial=self.first, unit="step", disable=not sys.stderr.isatty(), leave=False
-            )
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Time within is not the training's."""
-        before = time.perf_counter()
-        yield
-        away = time.perf_counter() - before
-        self.start, self.last = self.start + away, self.last + away
-
-    def write(self, group: str, values: dict[str, float], step: int) -> None:
-        """Add values to the TensorBoard files."""
-        for name, value in values.items():
-            self.writer.add_scalar(f"{group}/{name}", value, step)
-        self.writer.flush()
-
-    def add(self, step, epoch: int) -> None:
-        """Take note of an optimiser step (stops.Step)."""
-        if not math.isnan(step.loss):
-            self.losses.append(step.loss)
-        for batch in step.batches:
-            if batch.samples:
-                flops = self.flops.of(batch["segments"], len(batch["answer_positions"]))
-                self.work += torch.tensor((batch.tokens, batch.samples, flops), dtype=torch.float64)
-        if self.bar is not None:
-            self.bar.update(1)
-        done = self.engine.global_steps
-        if done % self.every == 0 or done == self.total_steps:
-            self._line(epoch)
-        self.lr = self.engine.get_lr()[0]
-
-    def _line(self, epoch: int) -> None:
-        """Gather the figures since the last line from all ranks, then print and write them."""
-        steps, ranks = self.engine.global_steps, torch.distributed.get_world_size()
-        torch.distributed.all_reduce(self.work, group=control_group())
-        self.whole[:3] += self.work
-        now = time.perf_counter()
-        speed, samples, flops = (self.work / (now - self.last)).tolist()
-        used = flops / ranks / self.peak
-        loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
-        norm = self.engine.get_global_grad_norm()
-        norm = float(norm) if norm is not None else math.nan
-        memory = memory_used()
-        self.history.append((steps, loss))
-        self.losses = []
-        self.work.zero_()
-        self.last = now
-        if self.writer is None:
-            return
-        left = (now - self.start) / (steps - self.first) * (self.total_steps - steps)
-        say(
-            f"epoch {epoch} step {steps}/{self.total_steps} loss {loss:.4f} lr {self.lr:.3g} grad_norm {norm:.3g} "
-            f"{speed:.0f} tokens/s {samples:.3g} samples/s {used:.0%} of peak, memory {memory / 2**30:.2f} GiB "
-            f"left {time.strftime('%H:%M:%S', time.gmtime(left))}"
-        )
-        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{self.lr:.3g}", tokens_s=f"{speed:.0f}")
-        values = {"loss": loss, "lr": self.lr, "grad_norm": norm, "memory_gib": memory / 2**30}
-        values |= {"tokens_per_second": speed, "samples_per_second": samples, "utilisation": used}
-        self.write("train", values, steps)
-        done = dict(zip(("tokens", "samples", "operations"), self.whole.tolist(), strict=False))
-        seconds = self.whole[3].item() + now - self.start
-        self.file.add(step=steps, epoch=epoch, **values, **done, seconds=seconds)
-
-    def close(self) -> None:
-        if self.writer is None:
-            return
-        self.bar.close()
-        self.writer.close()
-        tokens, samples, flops, before = self.whole.tolist()
-        seconds = before + time.perf_counter() - self.start
-        ranks = torch.distributed.get_world_size()
-        say(
-            f"done: {samples:.0f} samples, {tokens:.0f} tokens in {time.strftime('%H:%M:%S', time.gmtime(seconds))}, "
-            f"{tokens / seconds:.0f} tokens/s, {flops / seconds / ranks / 1e12:.3g} TFLOP/s a device, "
-            f"{flops / seconds / ranks / self.peak:.0%} of its {self.peak / 1e12:.3g} in a matrix product"
-        )
-
-
-def memory_used() -> float:
-    """Most bytes of device memory allocated so far by this process; of main memory on a CPU."""
-    if get_accelerator().device_name() == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return get_accelerator().max_memory_allocated()

@@ -18,6 +18,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+import launch
 import utils
 
 TAKES = "reduce_independent_p_g_buckets_and_remove_grads"
@@ -76,7 +77,7 @@ def main() -> None:
     torch.set_num_threads(1)
     utils.quiet(verbose=False)
     get_accelerator().is_fp16_supported = lambda: True  # slow, but any CPU can
-    rank, _ = utils.start_distributed(verbose=False)
+    rank, _ = launch.start_distributed(verbose=False)
     utils.trim_deepspeed()
     results = {}
     for name, case in CASES.items():

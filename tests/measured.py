@@ -124,12 +124,13 @@ def measure(args: argparse.Namespace, config: dict) -> list[int]:
 
 
 def main() -> None:
+    import launch
     import utils
 
     stage, results, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or SETTINGS
     torch.set_num_threads(1)
     utils.quiet(verbose=False)
-    rank, ranks = utils.start_distributed(verbose=False)
+    rank, ranks = launch.start_distributed(verbose=False)
     utils.trim_deepspeed()
     measured = {}
     for name in names:

@@ -89,6 +89,8 @@ class Launched:
             prepare()
             train.main(argv)
             os._exit(0)
+        except SystemExit as end:
+            os._exit(end.code)
         except BaseException:
             import traceback
 

@@ -16,9 +16,9 @@ from utils import UserError
 ROOT = Path(__file__).resolve().parent.parent
 LOG = """\
 model: 1,000 of 20,000 parameters train (5.00%), in torch.float32
-epoch 1 step 1/2 loss 2.5000 lr 0.001 grad_norm 1 100 tokens/s 3 samples/s 50% of peak, memory 0.50 GiB left 00:00:01
-epoch 1 step 2/2 loss 1.5000 lr 0.001 grad_norm 1 100 tokens/s 3 samples/s 50% of peak, memory 0.75 GiB left 00:00:00
-done: 8 samples, 80 tokens in 00:01:05, 123 tokens/s, 0.01 TFLOP/s a device, 50% of its 0.02 in a matrix product
+epoch 1/1 step 1/2 loss 2.5000 lr 0.001 grad_norm 1 100 tokens/s 0.50 GiB left 0:00:01
+epoch 1/1 step 2/2 loss 1.5000 lr 0.001 grad_norm 1 100 tokens/s 0.75 GiB left 0:00:00
+done: 8 samples, 80 tokens in 0:01:05, 123 tokens/s, 0.01 TFLOP/s a device, 50% of its 0.02 in a matrix product
 """
 
 

@@ -22,7 +22,7 @@ from data_set import DataError, InstructionData
 from evaluation import deal_batches, split_rows, spread
 from glm_models import MODE, ops
 from glm_models.chat import generate_answers
-from utils import JsonLines
+from log import JsonLines
 
 MAX_LEN, MAX_SRC_LEN = 160, 96  # of runs.command
 

@@ -30,6 +30,7 @@ PREFIX = {"pre_seq_len": 3, "prefix_projection": True}
 
 
 def main():
+    import launch
     import train
     import utils
     from ds_config import load_ds_config
@@ -37,7 +38,7 @@ def main():
     torch.set_num_threads(1)
     cases, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
     utils.quiet(verbose=False)
-    _, world_size = utils.start_distributed(verbose=False)
+    _, world_size = launch.start_distributed(verbose=False)
     found = {}
     for name, (mode, folder, changes) in json.loads(cases.read_text()).items():
         args = train.parse_args(f"--mode {mode} --model_name_or_path {folder} --train_path {__file__}".split())

@@ -24,13 +24,14 @@ sys.path.insert(0, str(ROOT))
 def load(folder: str, ds_file: str) -> None:
     import torch
 
+    import launch
     import train
     import utils
     from ds_config import load_ds_config
 
     torch.set_num_threads(1)
     utils.quiet(verbose=False)
-    rank, world_size = utils.start_distributed(verbose=False)
+    rank, world_size = launch.start_distributed(verbose=False)
     args = train.parse_args(f"--mode glm3 --model_name_or_path {folder} --train_path {__file__}".split())
     config = load_ds_config(ds_file, train.ds_values(args, world_size, 10, 1024))
     forget_peak()

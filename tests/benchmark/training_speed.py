@@ -83,9 +83,10 @@ def run_ours(argv: list[str]) -> dict:
     import throughput
     import train
     import utils
+    from log import RunLog
 
     clock = Clock()
-    groups, add = train.parameter_groups, utils.RunLog.add
+    groups, add = train.parameter_groups, RunLog.add
     flops, peaks = [], []
 
     def loaded(*args):
@@ -100,7 +101,7 @@ def run_ours(argv: list[str]) -> dict:
             peaks.append(throughput.matmul_peak.__wrapped__(torch.float32, seconds=0.2))
         return add(log, step, epoch)
 
-    train.parameter_groups, utils.RunLog.add = loaded, timed
+    train.parameter_groups, RunLog.add = loaded, timed
     utils.quiet(verbose=False)
     train.save = lambda *_: None
     train.train(train.parse_args(argv))
