@@ -14,7 +14,6 @@ import io
 import json
 import os
 import platform
-import re
 from collections import Counter, defaultdict
 from html import escape
 from typing import NamedTuple
@@ -129,23 +128,19 @@ def mean_score(path: str) -> float:
     return float(np.mean(scores[headline(kind, scores)]))
 
 
-def read_curves(training: str, log: str = "") -> dict:
-    """curve: the training's lines (step, loss); validation: its validations (step, loss, scores).
+def read_curves(training: str) -> dict:
+    """curve: the training's lines (step, loss); validation: its validations (step, loss, scores); empty without files.
 
     Args:
         training: the training's output_dir, with log.jsonl and validation.jsonl.
-        log: what it printed, for a training folder without log.jsonl.
     """
-    found = {}
+    found = {"curve": [], "validation": []}
     for key, name in (("curve", "log.jsonl"), ("validation", "validation.jsonl")):
         path = os.path.join(training, name)
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
                 found[key] = [json.loads(line) for line in file if line.endswith("\n")]
-    if "curve" not in found:
-        lines = re.findall(r"^epoch \d+ step (\d+)/\d+ loss (\S+) lr", log, re.MULTILINE)
-        found["curve"] = [{"step": int(step), "loss": float(loss)} for step, loss in lines]
-    return {"validation": [], **found}
+    return found
 
 
 def read_commands(training: str) -> dict[str, str]:

@@ -327,6 +327,7 @@ def begin_output(args, state: str | None, record: RunRecord) -> None:
         results.remove(results.list_removable(args.output_dir))
     if not state:
         results.remove_events(args.output_dir)
+    results.remove_summary(args.output_dir)
     record.write()
 
 
@@ -431,7 +432,7 @@ def train(args) -> list[tuple[int, float]]:
     peers.close()
     if validation:
         validation.close()
-    log.close()
+    log.close(result=result, trained=trained, parameters=every)
     best = validation.describe_best() if validation else None
     for line in next_steps(args, os.path.join(args.output_dir, result), best):
         say(line)
