@@ -358,7 +358,7 @@ class Fuzz(RowKinds):
         else:
             (folder / name).write_bytes(chance.choice(self.FOREIGN))
         mode = chance.choice(list(MODE))
-        with pytest.raises(CheckpointError, match="is a LoRA adapter|config.json"):  # in the place of a base
+        with pytest.raises(CheckpointError, match=r"is a LoRA adapter|config\.json"):  # in the place of a base
             load_base(mode, str(folder), torch.float32)
         self.check_adapter(folder)
         assert not is_needed
@@ -375,6 +375,7 @@ KINDS = (
     "checkpoint",
     "adapter_config",
     "adapter_weights",
+    "adapter_files",
 )
 
 
