@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from data_set import DataError, InstructionData, RowError, read_rows, scan_rows
+from metrics import references_of, score, with_references
 
 GOOD = {"instruction": "抽取故障：", "input": "水泵漏水。", "output": "水泵_部件故障_漏水"}
 needs_jq = pytest.mark.skipif(not shutil.which("jq"), reason="the program jq is not here")
@@ -221,6 +222,23 @@ def test_python_lists_written_as_text_are_warned_of(write, tokenizers):
 def test_rows_in_python_s_quotes_can_be_converted(write):
     path = write(str(GOOD).encode(), str(GOOD | {"more": None}).encode())
     assert list(read_rows(str(convert(path, refusal(path))))) == [(1, GOOD), (2, GOOD | {"more": None})]
+
+
+@pytest.mark.parametrize("mode", ["glm", "glm2", "glm3"])
+def test_answers_that_are_the_references_have_full_scores(tokenizers, mode):
+    """Full-width characters too, which ChatGLM-6B's vocabulary writes as others."""
+    rows = [
+        {"output": "空调（后）_部件故障_异响，大"},
+        {"output": ["你好：可以吗！", "１２％"]},
+        {"output": "plain_a_b"},
+    ]
+    wanted = [references_of(with_references(row, tokenizers[mode])) for row in rows]
+    answers = [tokenizers[mode].as_written(references_of(row))[0] for row in rows]
+    encoded = [tokenizers[mode].encode_answer(references_of(row)[0]) for row in rows]
+    assert [tokenizers[mode].decode_answer(list(ids)) for ids in encoded] == answers
+    assert score("text", answers, wanted)["exact_match"] == 1
+    by_file = score("text", answers, [references_of(row) for row in rows])["exact_match"]
+    assert by_file == (pytest.approx(1 / 3) if mode == "glm" else 1)
 
 
 # Files
