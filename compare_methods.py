@@ -266,6 +266,7 @@ def read_training(training: str, log: str) -> dict:
         "tokens_per_second": speed,
         "memory_gib": max(map(float, memory)),
         "output_bytes": sum(entry.stat().st_size for entry in os.scandir(os.path.join(training, result))),
+        "seen": 0,  # `split_rows` refuses test rows that training would see
         **report.read_curves(training, text),
     }
 
