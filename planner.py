@@ -286,8 +286,8 @@ def plan(args: argparse.Namespace, build: Build) -> None:
     best = cheapest(args, plans, args.max_memory * GIB)
     if best is None:
         raise UserError(
-            f"nothing fits into {args.max_memory:.4g} GiB of each GPU: fewer rows, checkpointing, ZeRO-3, offload and a "
-            "quarter of --max_len were tried; use more GPUs (--plan_gpus), or a method that trains less"
+            f"nothing fits into {args.max_memory:.4g} GiB of each GPU: fewer rows, checkpointing, ZeRO-3, offload and "
+            "a quarter of --max_len were tried; use more GPUs (--plan_gpus), or a method that trains less"
         )
     changes, after = best
     what = flags(changes) or "no change"
