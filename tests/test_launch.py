@@ -17,8 +17,10 @@ import pytest
 import torch
 
 import exits
+import folders
 import launch
 import log
+import states
 import stops
 from data_set import DataError
 from exits import StopTraining, clear_errors
@@ -349,6 +351,38 @@ def test_a_reader_that_is_gone_is_one_line(ranks, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end, clear_errors():
         raise BrokenPipeError
     assert end.value.code == 1 and "another program, which is gone" in capsys.readouterr().err
+
+
+# States that were moved to another disk, with a link in their place
+
+
+def test_of_a_state_that_is_a_link_only_the_link_goes(tmp_path, monkeypatch, capsys):
+    parent, elsewhere = tmp_path / "states", tmp_path / "elsewhere"
+    (elsewhere / "step-00000001").mkdir(parents=True)
+    (elsewhere / "step-00000001" / "kept").write_text("x")
+    parent.mkdir()
+    (parent / "step-00000001").symlink_to(elsewhere / "step-00000001")
+    saver = SimpleNamespace(parent=str(parent), keep=1)
+    for step in (2, 3):
+        partial = folders.start_folder(str(parent / f"step-0000000{step}"))
+        (Path(partial) / "run.json").write_text("{}")
+        files = folders.seal_files(partial, folders.list_files(partial))
+        states.States._publish(saver, partial, str(parent / f"step-0000000{step}"), files)
+    assert sorted(path.name for path in parent.iterdir()) == ["latest", "step-00000003"]
+    assert (elsewhere / "step-00000001" / "kept").read_text() == "x"
+    assert capsys.readouterr().out.count("is a link: only that is removed") == 1
+
+
+def test_a_state_is_written_in_the_place_of_a_link(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("x")
+    for end in ("", folders.PARTIAL, folders.REPLACED):
+        (tmp_path / f"step-00000001{end}").symlink_to(elsewhere)
+    with folders.new_folder(str(tmp_path / "step-00000001")) as partial:
+        (Path(partial) / "new").write_text("y")
+    assert (tmp_path / "step-00000001" / "new").read_text() == "y" and not (tmp_path / "step-00000001").is_symlink()
+    assert [path.name for path in elsewhere.iterdir()] == ["kept"]
 
 
 # Logs
