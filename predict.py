@@ -171,6 +171,8 @@ def chat(model, tokenizer, args) -> None:
     """Talk in the terminal, answers shown as they come. Ctrl-C stops an answer; where a question is asked, the chat."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - input() then edits a line by characters, not by bytes
+    if hasattr(sys.stdin, "reconfigure"):  # before the first read: later it is refused
+        sys.stdin.reconfigure(errors="surrogateescape")  # else half a character ends the chat
     print("An empty line ends the chat, /new begins another, Ctrl-C stops an answer.")
     history = None
     while query := ask():
@@ -186,8 +188,6 @@ def chat(model, tokenizer, args) -> None:
 
 def ask() -> str:
     """What is typed at the prompt; "" at its end, and for Ctrl-C."""
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # else half a character ends the chat
     while True:
         try:
             query = input("> ").strip()
