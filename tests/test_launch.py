@@ -441,3 +441,14 @@ def test_the_last_lines_are_commands_that_are_accepted(tmp_path, monkeypatch, be
     assert os.path.samefile(predict_arguments.parse_args(predict[2:]).model_path, result)
     merged = merge_lora.parse_args(merge[2:])
     assert os.path.samefile(merged.model_dir, result) and merged.ori_model_dir == str(base)
+
+
+def test_of_settings_that_changed_only_the_parts_that_did_are_said(tmp_path):
+    adam = {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95]}}
+    saved = states.Run({"optimizer of --ds_file": adam, "--seed": 1}, 1, 2)
+    run = states.Run({"optimizer of --ds_file": adam | {"params": {"lr": 2e-4, "betas": [0.9, 0.95]}}}, 1, 2)
+    (tmp_path / "run.json").write_text(states.json.dumps({"format": states.FORMAT, **saved._asdict()}))
+    assert states.check_run(str(tmp_path), run, True) == [
+        "optimizer of --ds_file, params, lr: 0.0001 before, 0.0002 now",
+        "--seed: 1 before, None now",
+    ]
