@@ -40,7 +40,7 @@ from exits import clear_errors
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
-from launch import check_shared, describe_devices, end_distributed, start_distributed
+from launch import check_shared, describe_devices, leaving_distributed, start_distributed
 from log import RunLog, next_steps
 from lora import use_own_layers
 from replay import Mixture
@@ -523,8 +523,8 @@ def main(argv=None) -> None:
             if is_main():
                 check(args)
         else:
-            train(args)
-            end_distributed()
+            with leaving_distributed():
+                train(args)
 
 
 if __name__ == "__main__":
