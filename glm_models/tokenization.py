@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-from .checkpoint import CheckpointError, check_download, read_json
+from .checkpoint import CheckpointError, check_download, read_json, shown
 from .families import check_family
 
 # Part of `fingerprint`: raise it when a change of the code here gives other ids for the same text.
@@ -43,6 +43,20 @@ class Prompt(NamedTuple):
     @property
     def ids(self) -> np.ndarray:
         return np.concatenate((self.begin, self.text, self.end))
+
+
+def check_pairs(history) -> None:
+    """Make sure that earlier turns are pairs of texts, as ChatGLM-6B and ChatGLM2-6B have them.
+
+    Raises:
+        ValueError: they are not: another form would go into the prompt as Python spells it.
+    """
+    wanted = "the history of this family is a list of pairs (question, answer)"
+    if not isinstance(history, (list, tuple)):
+        raise ValueError(f"{wanted}, not {shown(history)}")
+    for number, turn in enumerate(history):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"{wanted} of texts; history[{number}] is {shown(turn)}")
 
 
 def load_vocabulary(path: str) -> sentencepiece.SentencePieceProcessor:
@@ -196,7 +210,8 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
             threads: of SentencePiece.
 
         Raises:
-            ValueError: a template alone is longer than max_src_len; or as `encode_texts`.
+            ValueError: a template alone is longer than max_src_len; the history has another form; or as
+                `encode_texts`.
         """
         raise NotImplementedError
 
