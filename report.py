@@ -57,63 +57,22 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from answers import read_record
 from charts import COLOURS, interval_chart, legend, line_chart, scatter_chart
 from errors import UserError
-from exits import clear_errors
+from exits import clear_errors, visible
 from folders import write_errors, write_file
 from metrics import HEADLINE, bootstrap, kind_of, references_of, relation_scores, row_scores, score
-from row_files import DataError, RowError, scan_rows
-from run_record import read_starts
+from report_inputs import count_seen, point, read_answers, read_commands, read_curves
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 BESIDE = {"triples": ("precision", "recall"), "questions": ("accuracy_points", "diversity_points")}
 BESIDE |= {"classes": ("macro_f1",), "text": ("rouge_1", "rouge_2", "bleu_4", "exact_match")}
 NAMES = {"f1": "F1", "question_points": "points", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
+EMPTY = "(empty)"  # in the place of an answer without text
 SHOWN_ROWS = 8  # rows of the test file whose answers are shown
 
 
-# ---- reading
-
-
-def read_answers(path: str) -> tuple[list[dict], list[str], list[list[str]], list[bool]]:
-    """predict.py's file: rows, predictions, references of each row, whether each prediction ended.
-
-    Raises:
-        UserError: not such a file; rows are missing, or answered more than once; there is nothing to compare with.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        check_count(path, rows)
-        if not any("output" in row for row in rows) and rows:
-            raise UserError(f"{path} has no references (output) to hold the answers against")
-        references = [references_of(row) for row in rows]
-        if not rows:
-            raise ValueError("it is empty")
-        return rows, [row["prediction"] for row in rows], references, [row["ended"] for row in rows]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not a file of answers that predict.py wrote: {error!r}") from None
-
-
-def check_count(path: str, rows: list[dict]) -> None:
-    """Make sure that each row has one answer.
-
-    Raises:
-        UserError: it has more or none, as far as can be told: the record beside the file has the number of rows.
-    """
-    made = read_record(path)
-    if made and len(rows) < made.rows:
-        raise UserError(f"{path} holds {len(rows)} of {made.rows} answers; predict.py's same command goes on with them")
-    if made and len(rows) > made.rows:
-        raise UserError(f"{path} holds {len(rows)} answers to {made.rows} rows: other programs wrote to it as well")
-    asked = Counter(json.dumps([row["instruction"], row["input"], row.get("output")]) for row in rows)
-    if not made and rows and min(asked.values()) > 1:
-        raise UserError(f"{path} answers each row {min(asked.values())} times: two runs wrote to it; answer it anew")
+# ---- scores
 
 
 def headline(kind: str, rows: dict) -> str:
@@ -127,47 +86,6 @@ def mean_score(path: str) -> float:
     kind = kind_of(references)
     scores = row_scores(kind, predictions, references)
     return float(np.mean(scores[headline(kind, scores)]))
-
-
-def read_curves(training: str) -> dict:
-    """curve: the training's lines (step, loss); validation: its validations (step, loss, scores); empty without files.
-
-    Args:
-        training: the training's output_dir, with log.jsonl and validation.jsonl.
-    """
-    found = {"curve": [], "validation": []}
-    for key, name in (("curve", "log.jsonl"), ("validation", "validation.jsonl")):
-        path = os.path.join(training, name)
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                found[key] = [json.loads(line) for line in file if line.endswith("\n")]
-    return found
-
-
-def read_commands(training: str) -> dict[str, str]:
-    """The command line of a training's last start, as its run.json has it."""
-    starts = read_starts(training)
-    return {"train": str(starts[-1]["command"])} if starts and starts[-1].get("command") else {}
-
-
-def count_seen(training: str, answers: str) -> int | None:
-    """How many answered rows ask what a row of the training file asks; None where no training file can be read.
-
-    Args:
-        training: the training's output_dir, whose run.json names the file.
-        answers: predict.py's file.
-    """
-    starts = read_starts(training)
-    try:
-        path = os.path.join(starts[-1]["folder"], starts[-1]["flags"]["train_path"])
-        rows = [row for _, row in scan_rows(path, empty_outputs=True) if not isinstance(row, RowError)]
-    except (DataError, IndexError, KeyError, TypeError):
-        return None
-    asked = {row["instruction"] + row["input"] for row in rows}
-    return sum(row["instruction"] + row["input"] in asked for row in read_answers(answers)[0])
-
-
-# ---- figures
 
 
 class Method(NamedTuple):
@@ -220,6 +138,16 @@ class Family(NamedTuple):
         """The headline score, for readers."""
         return NAMES.get(self.measure, self.measure)
 
+    @property
+    def seeded(self) -> bool:
+        """Whether it is known which seeds these runs had."""
+        return any(run.get("seed") is not None for method in self.methods for run in method.runs)
+
+
+def what_is_asked(row: dict) -> tuple:
+    """What two models must have in common to be compared on a row."""
+    return row["instruction"], row["input"], row["output"]
+
 
 def evaluate(folder: str, runs: list[dict]) -> list[Family]:
     """Score the runs that are done.
@@ -239,10 +167,10 @@ def evaluate(folder: str, runs: list[dict]) -> list[Family]:
             each = []
             for run in chosen:
                 path = os.path.normpath(os.path.join(folder, run["predictions"]))  # the folder may not be there yet
-                rows, predictions, references, ended = read_answers(path)
+                rows, predictions, references, ended = read_answers(path, mode)
                 if test is None:
                     test, kind = rows, kind_of(references)
-                if [(r["input"], r["output"]) for r in rows] != [(r["input"], r["output"]) for r in test]:
+                if [*map(what_is_asked, rows)] != [*map(what_is_asked, test)]:
                     raise UserError(f"{path} answers other rows than the runs before it")
                 scores = row_scores(kind, predictions, references)
                 measure = headline(kind, scores)
@@ -272,17 +200,17 @@ def plural(count: int, what: str) -> str:
 
 def quality_table(family: Family) -> Table:
     beside = [name for name in BESIDE[family.kind] if name in family.methods[0].scores]
-    columns = ["method", family.label, "± over seeds", "95 % over rows", *beside, "seeds", "end by themselves"]
+    spread = ["± over seeds"] if family.seeded else []
+    columns = ["method", family.label, *spread, "95 % over rows", *beside, *["seeds"][: len(spread)]]
     rows = []
     for method in family.methods:
         low, high = bootstrap(list(method.rows), seed=0)
-        spread = "" if np.isnan(method.spread) else number(method.spread)
-        rows.append(
-            [method.name, number(method.mean), spread, f"{low:.4f} to {high:.4f}"]
-            + [number(method.scores[name]) for name in beside]
-            + [str(len(method.seeds)), f"{method.scores['ended']:.0%}"]
-        )
-    return Table("Quality", columns, rows)
+        cells = [method.name, number(method.mean)]
+        cells += ["" if np.isnan(method.spread) else number(method.spread)] if spread else []
+        cells += [f"{low:.4f} to {high:.4f}", *(number(method.scores[name]) for name in beside)]
+        cells += [str(len(method.seeds))] if spread else []
+        rows.append([*cells, f"{method.scores['ended']:.0%}"])
+    return Table("Quality", [*columns, "end by themselves"], rows)
 
 
 def cost_table(family: Family) -> Table | None:
@@ -393,12 +321,15 @@ def charts(family: Family, colours: dict[str, str]) -> list[str]:
             for method in family.methods
         }
 
+    def loss(at):
+        return point(at["loss"])
+
     drawn = [
-        interval_chart(f"{family.label} on the test rows", family.label, rows, colours),
-        line_chart("Training loss", "optimiser step", "loss", curves("curve", lambda at: at["loss"]), colours),
-        line_chart("Validation loss", "optimiser step", "loss", curves("validation", lambda at: at["loss"]), colours),
+        interval_chart(f"{family.label} on the rows answered", family.label, rows, colours),
+        line_chart("Training loss", "optimiser step", "loss", curves("curve", loss), colours),
+        line_chart("Validation loss", "optimiser step", "loss", curves("validation", loss), colours),
     ]
-    scored = curves("validation", lambda at: (at.get("scores") or at).get(measure, float("nan")))
+    scored = curves("validation", lambda at: point((at.get("scores") or at).get(measure)))
     drawn.append(line_chart(f"Validation {family.label}", "optimiser step", family.label, scored, colours))
     if base:
         points = {
@@ -451,9 +382,14 @@ def html_table(table: Table, best: str = "") -> str:
     return f'<h3>{escape(table.title)}</h3><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def shown_answer(text: str) -> str:
-    """An answer for readers: a blank place would look like a mistake of the page."""
-    return text if text.strip() else "(empty)"
+def shown_text(text: str) -> str:
+    """A text for readers: one without a visible character is told from nothing at all."""
+    return text if text.strip() else EMPTY
+
+
+def shown_input(row: dict) -> str:
+    """What a row asks: its input, or its instruction where that is all."""
+    return row["input"] if row["input"].strip() else shown_text(row["instruction"])
 
 
 def html_sample(row: dict, answers: list[tuple[str, str, float]], top: float) -> str:
@@ -463,12 +399,13 @@ def html_sample(row: dict, answers: list[tuple[str, str, float]], top: float) ->
     def marked(text: str, value: float) -> str:
         """Line by line: of a half right answer those that are right stand out."""
         lines = []
-        for line in shown_answer(text).split("\n"):
+        for line in shown_text(text).split("\n"):
             kind = "right" if value >= top or line.strip() in expected else "wrong"
             lines.append(f'<span class="{kind}">{escape(line)}</span>')
         return "\n".join(lines) + f"   ({value:.2f})"
 
-    lines = [("input", escape(row["input"])), ("reference", escape("\nor ".join(references)))]
+    lines = [("input", escape(shown_input(row)))]
+    lines.append(("reference", escape("\nor ".join(map(shown_text, references)))))
     lines += [(escape(names), marked(text, value)) for names, text, value in answers]
     cells = "".join(f"<tr><th>{a}</th><td>{b}</td></tr>" for a, b in lines)
     return f'<div class="sample"><table>{cells}</table></div>'
@@ -491,15 +428,20 @@ def describe_seen(families: list[Family]) -> str:
 
 
 def notes(families: list[Family]) -> list[str]:
-    """How the figures were made, for readers of tables."""
+    """How the figures were made, for readers of tables. Nothing that the files do not tell."""
     some = families[0]
+    runs = [run for family in families for method in family.methods for run in method.runs]
+    seeds = any(family.seeded for family in families)
     lines = [
-        f"Scores: {some.label}, the mean over {len(some.rows)} test rows. {describe_seen(families)} ± is the "
-        "standard deviation over seeds, the interval a bootstrap over the test rows (scores averaged over seeds). A "
-        "difference is beyond chance where the paired bootstrap's interval leaves out 0; many pairs are compared, so "
-        "take single ones with care."
+        f"Scores: {some.label}, the mean over {plural(len(some.rows), 'row')} that all models answered. "
+        + describe_seen(families)
+        + (" ± is the standard deviation over seeds." if seeds else "")
+        + " The interval is a bootstrap over the rows"
+        + (" (scores averaged over seeds). " if seeds else ". ")
+        + "A difference is beyond chance where the paired bootstrap's interval leaves out 0; many pairs are compared, "
+        "so take single ones with care."
     ]
-    if any(run.get("trained") for family in families for method in family.methods for run in method.runs):
+    if any(run.get("trained") for run in runs):
         lines.append(
             "Costs are means over seeds. Memory is a GPU's where one was used, else the process's main memory."
         )
@@ -535,7 +477,7 @@ def html_report(families, runs, settings, versions, sweep, title) -> str:
         parts += [html_table(table, best.name if table.title == "Quality" else "") for table in tables(family)]
         shown = samples(family)
         top = max(value for _, answers in shown for *_, value in answers)
-        parts.append("<h3>Answers beside references (of the first seed)</h3>")
+        parts.append("<h3>Answers beside references" + " (of the first seed)" * (len(seeds) > 1) + "</h3>")
         parts += [html_sample(row, answers, top) for row, answers in shown]
     if sweep:
         parts += ["<h2>Sweep of learning rates</h2>", html_table(sweep_table(sweep))]
@@ -561,8 +503,13 @@ def sweep_table(sweep: list[dict]) -> Table:
     return Table("By the rows held out from training", ["mode", "method", "learning rate", "score", ""], rows)
 
 
+# What means something in Markdown, or in a cell of its tables, and what shows it as it is.
+MARKDOWN = (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("[", "&#91;"), ("`", "&#96;"), ("\\", "&#92;"))
+MARKDOWN += (("\r\n", "<br>"), ("\n", "<br>"))
+
+
 def markdown_cell(text: str) -> str:
-    for character, shown in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\r", ""), ("\n", "<br>")):
+    for character, shown in MARKDOWN:
         text = text.replace(character, shown)
     return text
 
@@ -583,10 +530,9 @@ def markdown_report(families, runs, settings, versions, sweep, title) -> str:
             lines += markdown_table(table)
         rows = []
         for row, answers in samples(family):
-            references = " / ".join(references_of(row))
-            rows += [
-                [row["input"], references, name, shown_answer(text), f"{value:.2f}"] for name, text, value in answers
-            ]
+            references = " / ".join(map(shown_text, references_of(row)))
+            asked = shown_input(row)
+            rows += [[asked, references, name, shown_text(text), f"{value:.2f}"] for name, text, value in answers]
         lines += markdown_table(Table("Answers", ["input", "reference", "methods", "answer", family.label], rows))
     if sweep:
         lines += ["## Sweep of learning rates", "", *markdown_table(sweep_table(sweep))]
@@ -633,7 +579,8 @@ def write_report(folder: str, runs: list[dict], settings: dict[str, str], sweep:
     files = {"report.html": html_report(*contents), "report.md": markdown_report(*contents)}
     files["results.csv"] = csv_report(families)
     kept = {"settings": settings, "versions": versions, "sweep": sweep or [], "runs": runs}
-    files["runs.json"] = json.dumps(kept, ensure_ascii=False, indent=1) + "\n"
+    files = {name: visible(text) for name, text in files.items()}  # answers may hold what terminals obey
+    files["runs.json"] = json.dumps(kept, indent=1) + "\n"
     with write_errors(folder):
         os.makedirs(folder, exist_ok=True)
         for name, text in files.items():
@@ -648,10 +595,10 @@ def summary(family: Family, rows: int = 4) -> list[str]:
     """The scores, and a few answers beside references, for a terminal."""
     lines = []
     for row, answers in samples(family)[:rows]:
-        lines += [f"input:     {row['input']}"]
-        references = " / ".join(references_of(row))
+        lines += [f"input:     {shown_input(row)}"]
+        references = " / ".join(map(shown_text, references_of(row)))
         for name, text, value in [("reference", references, None), *answers]:
-            said = shown_answer(text).replace("\n", "; ")
+            said = shown_text(text).replace("\n", "; ")
             lines.append(f"  {name}: {said}" + ("" if value is None else f"   ({family.label} {value:.2f})"))
     for method in family.methods:
         low, high = bootstrap(list(method.rows), seed=0)
@@ -662,6 +609,9 @@ def summary(family: Family, rows: int = 4) -> list[str]:
 def main(argv=None) -> None:
     with clear_errors():
         args = parse_args(argv)
+        names = Counter(name for name, *_ in args.run)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise UserError(f"--run {twice[0]}=... is given {names[twice[0]]} times: give each model a name of its own")
         runs = []
         for name, answers, training in args.run:
             run = {"mode": args.mode, "method": name, "seed": None, "status": "done"}
@@ -672,7 +622,7 @@ def main(argv=None) -> None:
             runs.append(run)
         given = " ".join(f"{name}={answers}" + f",{training}" * bool(training) for name, answers, training in args.run)
         path, (family,) = write_report(args.output_dir, runs, {"runs": given}, title=args.title)
-        print(*summary(family), describe_seen([family]), f"report: {path}", sep="\n")
+        print(*map(visible, summary(family)), describe_seen([family]), f"report: {path}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers import BatchEncoding
 
 from .checkpoint import CheckpointError, shown
 from .glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer
-from .tokenization import Prompt, history_messages
+from .tokenization import Prompt
 
 
 class ChatGLM3Config(ChatGLM2Config):
@@ -69,6 +69,30 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         head = self.encode_text(f"{metadata}\n") if metadata else self.line_break
         return [self.get_command(f"<|{role}|>"), *head, *(self.encode_text(message) if message else ())]
 
+    def check_messages(self, history) -> None:
+        """Make sure that earlier turns are messages of the official form, and nothing in them is left out.
+
+        Raises:
+            ValueError: they are not.
+        """
+        wanted = 'the history of ChatGLM3-6B is a list of messages {"role": ..., "content": ...}'
+        if not isinstance(history, (list, tuple)):
+            raise ValueError(f"{wanted}, not {shown(history)}")
+        for number, turn in enumerate(history):
+            where = f"history[{number}]"
+            if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+                raise ValueError(f"{wanted}; {where} is {shown(turn)}")
+            if turn["role"] not in self.roles:
+                raise ValueError(f"role {shown(turn['role'])} of {where} is not one of {', '.join(self.roles)}")
+            if not isinstance(turn["content"], str) or not isinstance(turn.get("metadata") or "", str):
+                raise ValueError(f"content and metadata of {where} must be texts: {shown(turn)}")
+            known = {"role", "content", "metadata"} | ({"tools"} if turn["role"] == "system" else set())
+            if unknown := sorted(map(str, turn.keys() - known)):
+                raise ValueError(
+                    f"{where}, of role {turn['role']}, has {', '.join(map(shown, unknown))}, which ChatGLM3-6B's chat "
+                    "does not read"
+                )
+
     @functools.cached_property
     def line_break(self) -> list[int]:
         """Ids of empty metadata."""
@@ -76,7 +100,8 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
 
     def encode_prompts(self, queries, history=None, max_src_len=None, threads=1, role="user") -> list[Prompt]:
         ids = []
-        for turn in history_messages(history):
+        self.check_messages(history or [])
+        for turn in history or []:
             content = turn["content"]
             if turn["role"] == "system" and "tools" in turn:
                 content += "\n" + json.dumps(turn["tools"], indent=4, ensure_ascii=False)

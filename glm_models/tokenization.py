@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-from .checkpoint import CheckpointError, check_download, read_json
+from .checkpoint import CheckpointError, check_download, read_json, shown
 from .families import check_family
 
 # Part of `fingerprint`: raise it when a change of the code here gives other ids for the same text.
@@ -30,37 +30,6 @@ SEAM = 8  # characters of a query at each end of it that decide how its pieces l
 
 
 NO_IDS = np.zeros(0, np.int32)
-
-
-def history_pairs(history) -> list[tuple[str, str]]:
-    """The history of ChatGLM-6B and ChatGLM2-6B: earlier questions with their answers.
-
-    Raises:
-        ValueError: it has another form, as ChatGLM3-6B's, whose keys would be taken for the texts.
-    """
-    for i, pair in enumerate(_turns(history)):
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise ValueError(f"history[{i}] must be a pair (question, answer) of strings for this family")
-    return list(history or ())
-
-
-def history_messages(history) -> list[dict]:
-    """The history of ChatGLM3-6B: messages with role and content, and perhaps metadata and tools.
-
-    Raises:
-        ValueError: it has another form, as the older families' pairs.
-    """
-    for i, turn in enumerate(_turns(history)):
-        fits = isinstance(turn, dict) and {"role", "content"} <= turn.keys()
-        if not (fits and all(isinstance(turn.get(key, ""), str) for key in ("role", "content", "metadata"))):
-            raise ValueError(f"history[{i}] must be a dict with role and content, both strings, for this family")
-    return list(history or ())
-
-
-def _turns(history) -> list | tuple:
-    if history is not None and not isinstance(history, list | tuple):
-        raise ValueError("history must be a list of turns")
-    return history or ()
 
 
 class Prompt(NamedTuple):
@@ -74,6 +43,20 @@ class Prompt(NamedTuple):
     @property
     def ids(self) -> np.ndarray:
         return np.concatenate((self.begin, self.text, self.end))
+
+
+def check_pairs(history) -> None:
+    """Make sure that earlier turns are pairs of texts, as ChatGLM-6B and ChatGLM2-6B have them.
+
+    Raises:
+        ValueError: they are not: another form would go into the prompt as Python spells it.
+    """
+    wanted = "the history of this family is a list of pairs (question, answer)"
+    if not isinstance(history, (list, tuple)):
+        raise ValueError(f"{wanted}, not {shown(history)}")
+    for number, turn in enumerate(history):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"{wanted} of texts; history[{number}] is {shown(turn)}")
 
 
 def load_vocabulary(path: str) -> sentencepiece.SentencePieceProcessor:
@@ -227,7 +210,8 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
             threads: of SentencePiece.
 
         Raises:
-            ValueError: a template alone is longer than max_src_len; or as `encode_texts`.
+            ValueError: a template alone is longer than max_src_len; the history has another form; or as
+                `encode_texts`.
         """
         raise NotImplementedError
 

@@ -166,8 +166,96 @@ def test_answers_of_other_rows_or_no_answers_are_refused(runs, tmp_path):
     with pytest.raises(UserError, match=r"lora-1.jsonl answers other rows"):
         write_report(str(tmp_path), runs, {})
     (tmp_path / runs[1]["predictions"]).write_text('{"output": "x"}\n')
-    with pytest.raises(UserError, match=r"lora-1.jsonl is not a file of answers"):
+    with pytest.raises(UserError, match=r"lora-1.jsonl, line 1: instruction is not a text"):
         write_report(str(tmp_path), runs, {})
+
+
+ROW = {"instruction": "抽取", "input": "甲", "output": "甲_组成_乙", "prediction": "", "ended": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"prediction": None}, "prediction is not a text"), ({"ended": "x"}, "ended is not true or false")]
+    + [({"input": value}, "input is not a text") for value in (3, None)]
+    + [({"output": value}, "output is neither") for value in ([], 5, ["a", None], {})]
+    + [({"output_as_written": [1]}, "output_as_written is neither")],
+)
+def test_rows_of_wrong_types_are_named(tmp_path, change, said):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(ROW)}\n{json.dumps(ROW | change)}\n")
+    with pytest.raises(UserError, match=f"a.jsonl, line 2: {said}"):
+        report.read_answers(str(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [(b"[1]", "it is not a JSON object"), (b"[" * 100_000, "it is nested too deeply"), (b"\xff", "it is not JSON")]
+    + [(b"", "it is not JSON"), (json.dumps({k: v for k, v in ROW.items() if k != "output"}).encode(), "no reference")],
+    ids=["list", "deep", "bytes", "empty", "mixed"],
+)
+def test_lines_that_are_no_answers_are_named(tmp_path, line, said):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps(ROW).encode() + b"\n" + line + b"\n")
+    with pytest.raises(UserError, match=f"a.jsonl, line 2: {said}"):
+        report.read_answers(str(path))
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "validation.jsonl"])
+def test_lines_of_a_training_that_are_none_are_named(tmp_path, name):
+    for line in ('{"step": 1}', '{"step": "1", "loss": 1}', '{"step": 1, "loss": "x"}', "[]", "{"):
+        (tmp_path / name).write_text(f'{{"step": 1, "loss": null}}\n{line}\n')
+        with pytest.raises(UserError, match=f"{name}, line 2: "):
+            report.read_curves(str(tmp_path))
+    (tmp_path / name).write_text('{"step": 1, "loss": 1, "scores": []}\n')
+    with pytest.raises(UserError, match="scores is not an object"):
+        report.read_curves(str(tmp_path))
+
+
+def test_a_report_claims_nothing_it_cannot_know(tmp_path, capsys):
+    write_answers(tmp_path / "a.jsonl", {0})
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n')
+    flags = ["--mode", "glm3", "--output_dir", str(tmp_path / "out"), "--run"]
+    report.main([*flags, f"lora={tmp_path}/a.jsonl,{tmp_path}"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "seed" not in page and "did not see" not in page and "not checked here" in page
+    with pytest.raises(SystemExit):
+        report.main([*flags, f"a={tmp_path}/a.jsonl", "--run", f"a={tmp_path}/a.jsonl"])
+    assert "--run a=... is given 2 times" in capsys.readouterr().err
+    record = {"format": 1, "settings": {"--mode": "glm2"}, "rows": 4, "model": "m"}
+    (tmp_path / "a.jsonl.run.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        report.main([*flags, f"lora={tmp_path}/a.jsonl"])
+    assert "answers of --mode glm2, not of --mode glm3" in capsys.readouterr().err
+
+
+def test_rows_of_another_instruction_are_other_rows(runs, tmp_path):
+    path = tmp_path / runs[1]["predictions"]
+    path.write_text(path.read_text().replace("抽取", "翻译"))
+    with pytest.raises(UserError, match="answers other rows"):
+        evaluate(tmp_path, runs)
+
+
+def test_control_characters_and_empty_texts_can_be_seen(tmp_path, capsys):
+    rows = [
+        {"instruction": "只有指令\x1b[2J", "input": " ", "output": "", "prediction": "\n", "ended": True},
+        {"instruction": "", "input": "问\x00\x9b", "output": "答", "prediction": "\x1b[31m\ud800", "ended": True},
+        {"instruction": "", "input": "[x](javascript:a) `b` \\|", "output": "答", "prediction": "", "ended": True},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = "名\x1b]0;\x07"
+    report.main(
+        ["--mode", "glm3", "--output_dir", str(tmp_path), "--title", name, "--run", f"{name}={tmp_path}/a.jsonl"]
+    )
+    texts = {file: (tmp_path / file).read_text() for file in ("report.html", "report.md", "results.csv")}
+    texts["terminal"] = capsys.readouterr().out
+    for text in texts.values():
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", text) and r"\x1b" in text
+    Page(texts["report.html"])
+    for where in ("report.html", "report.md", "terminal"):
+        # reference and answer of the first row, answer of the third one
+        assert texts[where].count("(empty)") == 3 and "只有指令" in texts[where]
+    assert "[x]" not in texts["report.md"] and "&#91;x](javascript:a) &#96;b&#96; &#92;&#124;" in texts["report.md"]
+    assert json.loads((tmp_path / "runs.json").read_text())["runs"][0]["method"] == name
 
 
 def test_curves_are_read_from_a_training(tmp_path):

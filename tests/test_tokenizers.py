@@ -79,30 +79,6 @@ def test_history_never_becomes_a_special_token(mode, tokenizers):
     assert specials(literal) == specials("a") != []
 
 
-PAIRS = [("a", "b")], [["a", "b"]], (("a", "b"),)
-MESSAGES = [{"role": "user", "content": "a"}], [{"role": "assistant", "metadata": "", "content": ""}]
-NEITHER = (
-    ["a", "b"],
-    "ab",
-    [("a",)],
-    [("a", None)],
-    [{"role": "user"}],
-    [{"from": "human", "value": "a"}],
-    [3],
-    {"a": 1},
-)
-
-
-@modes
-def test_a_history_of_another_form_is_refused(mode, tokenizers):
-    right, wrong = (MESSAGES, PAIRS) if mode == "glm3" else (PAIRS, MESSAGES)
-    for history in (None, [], *right):
-        assert tokenizers[mode].encode_prompt("你好", history)
-    for history in (*wrong, *NEITHER):
-        with pytest.raises(ValueError, match=r"^history(\[0\])? must be a"):
-            tokenizers[mode].encode_prompt("你好", history)
-
-
 @modes
 def test_framing_tokens_of_a_prompt(mode, tokenizers):
     tok = tokenizers[mode]
@@ -226,6 +202,32 @@ def test_prompts_as_text(mode, history, text, tokenizers):
     ids = tok.encode_text(text)
     assert tok.encode_prompt("怎么办", history) == (ids + frame if mode == "glm" else frame + ids)
     assert tok.encode_prompt("怎么办", history or None) == tok.encode_prompt("怎么办", history)
+
+
+PAIR, MESSAGE = ("你好", "你好！"), {"role": "user", "content": "你好"}
+OTHER_HISTORIES = {
+    "no list": ["你好", {"a": "b"}, 5],
+    "glm": [[MESSAGE], ["你好"], [("你好",)], [("你好", "你好！", "")], [("你好", None)], [PAIR, ["a", 5]]],
+    "glm3": [[PAIR], ["你好"], [{"role": "user"}], [{"content": ""}], [MESSAGE | {"role": "tool"}], [MESSAGE, None]]
+    + [[MESSAGE | {"content": None}], [MESSAGE | {"metadata": 5}], [MESSAGE | {"tools": []}], [MESSAGE | {"name": "a"}]]
+    + [[MESSAGE | {"role": []}], [{"from": "human", "value": "你好"}]],
+}
+OTHER_HISTORIES["glm2"] = OTHER_HISTORIES["glm"]
+
+
+@modes
+def test_a_history_of_another_form_is_refused(mode, tokenizers, load):
+    tok, model = tokenizers[mode], load(mode)
+    for history in OTHER_HISTORIES["no list"] + OTHER_HISTORIES[mode]:
+        with pytest.raises(ValueError, match="history") as error:
+            tok.encode_prompt("怎么办", history)
+        assert len(str(error.value)) < 200
+    for chat in (model.chat, lambda *args: next(model.stream_chat(*args))):
+        with pytest.raises(ValueError, match="history"):
+            chat(tok, "怎么办", OTHER_HISTORIES[mode][0])
+    rights = [(MESSAGE | {"metadata": None},), [MESSAGE]] if mode == "glm3" else [(PAIR,), [list(PAIR)]]
+    first, second = (tok.encode_prompt("怎么办", history) for history in rights)
+    assert first == second
 
 
 def test_glm3_prompt_as_messages(tokenizers):
