@@ -230,7 +230,7 @@ def test_a_report_claims_nothing_it_cannot_know(tmp_path, capsys):
 
 def test_rows_of_another_instruction_are_other_rows(runs, tmp_path):
     path = tmp_path / runs[1]["predictions"]
-    path.write_text(path.read_text().replace("抽取", "翻译"))
+    path.write_text("".join(json.dumps(row | {"instruction": "翻译"}) + "\n" for row in map(json.loads, path.open())))
     with pytest.raises(UserError, match="answers other rows"):
         evaluate(tmp_path, runs)
 
