@@ -139,7 +139,7 @@ def read_curves(training: str, log: str = "") -> dict:
         if os.path.isfile(path):
             found[key] = read_lines(path, _curve_problem, may_be_cut=True)
     if "curve" not in found:
-        lines = re.findall(r"^epoch \d+ step (\d+)/\d+ loss (\S+) lr", log, re.MULTILINE)
+        lines = re.findall(r"^epoch \d+(?:/\d+)? step (\d+)/\d+ loss (\S+) lr", log, re.MULTILINE)
         found["curve"] = [{"step": int(step), "loss": float(loss)} for step, loss in lines]
     return {"validation": [], **found}
 

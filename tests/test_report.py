@@ -259,7 +259,7 @@ def test_control_characters_and_empty_texts_can_be_seen(tmp_path, capsys):
 
 
 def test_curves_are_read_from_a_training(tmp_path):
-    log = "epoch 1 step 5/9 loss 0.5 lr 0.1 grad_norm 1\nnoise\nepoch 2 step 9/9 loss nan lr 0.1\n"
+    log = "epoch 1 step 5/9 loss 0.5 lr 0.1 grad_norm 1\nnoise\nepoch 2/2 step 9/9 loss nan lr 0.1\n"
     found = report.read_curves(str(tmp_path), log)
     assert found["curve"][0] == {"step": 5, "loss": 0.5} and len(found["curve"]) == 2 and found["validation"] == []
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')  # a line under way
