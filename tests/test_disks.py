@@ -11,6 +11,7 @@ import pytest
 
 import data_cache
 import folders
+import launch
 import log
 from folders import MANIFEST, FolderError
 
@@ -88,6 +89,15 @@ def test_curves_that_cannot_be_written_end_nothing(tmp_path, monkeypatch, said, 
         curves.add("train", {"loss": 1.0}, step)
     curves.close()
     assert len(said) == 1 and "No space left" in said[0] and "goes on without them" in said[0]
+
+
+# The start
+
+
+def test_a_start_without_a_folder_for_operations_or_open_files_is_one_line():
+    text = launch._start_problem(FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/nope"))
+    assert "cannot write /proc/nope: No such file or directory" in text and "TORCH_EXTENSIONS_DIR" in text
+    assert "ulimit -n" in launch._start_problem(OSError(errno.EMFILE, "Too many open files"))
 
 
 # Folders
