@@ -81,6 +81,7 @@ def finish_folder(partial: str, folder: str, files: dict[str, dict], replace: bo
         _flush(where)
     folder = folder.rstrip("/")
     if replace and os.path.isdir(folder):
+        _clear(folder + REPLACED)
         os.rename(folder, folder + REPLACED)
     os.rename(partial, folder)
     _flush(os.path.dirname(folder) or ".")

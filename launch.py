@@ -6,6 +6,7 @@ that is safe, and named where it is not. A training that quietly ran alone besid
 """
 
 import contextlib
+import errno
 import fcntl
 import importlib
 import os
@@ -126,10 +127,22 @@ def start_distributed(verbose: bool, local_rank: int = -1) -> tuple[int, int]:
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
     except (torch.distributed.DistError, ValueError, OSError) as error:
-        raise UserError(_connection(str(error))) from None
+        raise UserError(_start_problem(error)) from None
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     _check_nodes(rank, size)
     return rank, size
+
+
+def _start_problem(error: Exception) -> str:
+    """What a user can do about an error of the start."""
+    if isinstance(error, OSError) and error.filename:
+        return (
+            f"cannot write {error.filename}: {error.strerror}; operations are compiled there, TORCH_EXTENSIONS_DIR "
+            "names another folder"
+        )
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return "too many open files for this process's limit: raise it (ulimit -n 1024)"
+    return _connection(str(error))
 
 
 def _connection(reason: str) -> str:

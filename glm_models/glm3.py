@@ -86,11 +86,10 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
                 raise ValueError(f"role {shown(turn['role'])} of {where} is not one of {', '.join(self.roles)}")
             if not isinstance(turn["content"], str) or not isinstance(turn.get("metadata") or "", str):
                 raise ValueError(f"content and metadata of {where} must be texts: {shown(turn)}")
-            known = {"role", "content", "metadata"} | ({"tools"} if turn["role"] == "system" else set())
-            if unknown := sorted(map(str, turn.keys() - known)):
+            # tools of other roles than system do nothing, as in the official chat
+            if unknown := sorted(map(str, turn.keys() - {"role", "content", "metadata", "tools"})):
                 raise ValueError(
-                    f"{where}, of role {turn['role']}, has {', '.join(map(shown, unknown))}, which ChatGLM3-6B's chat "
-                    "does not read"
+                    f"{where} has {', '.join(map(shown, unknown))}, which ChatGLM3-6B's chat does not read"
                 )
 
     @functools.cached_property

@@ -209,7 +209,7 @@ OTHER_HISTORIES = {
     "no list": ["你好", {"a": "b"}, 5],
     "glm": [[MESSAGE], ["你好"], [("你好",)], [("你好", "你好！", "")], [("你好", None)], [PAIR, ["a", 5]]],
     "glm3": [[PAIR], ["你好"], [{"role": "user"}], [{"content": ""}], [MESSAGE | {"role": "tool"}], [MESSAGE, None]]
-    + [[MESSAGE | {"content": None}], [MESSAGE | {"metadata": 5}], [MESSAGE | {"tools": []}], [MESSAGE | {"name": "a"}]]
+    + [[MESSAGE | {"content": None}], [MESSAGE | {"metadata": 5}], [MESSAGE | {"name": "a"}]]
     + [[MESSAGE | {"role": []}], [{"from": "human", "value": "你好"}]],
 }
 OTHER_HISTORIES["glm2"] = OTHER_HISTORIES["glm"]
