@@ -423,12 +423,12 @@ def fuzz(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_broken_files_end_in_one_clear_error_or_a_right_result(fuzz, kind):
-    accepted = 0
+    accepted, share = 0, SHARE // 2 if kind in ("row_keys", "row_files") else SHARE  # these read each file twice
     with bounded_memory():
-        for i in range(SHARE):
+        for i in range(share):
             accepted += one_input(getattr(fuzz, kind), f"{kind} {i}")
     gc.collect()
-    assert 0 < accepted < SHARE  # it does tell them apart
+    assert 0 < accepted < share  # it does tell them apart
 
 
 def main() -> None:
