@@ -181,6 +181,9 @@ def _check_addresses(rank: int, size: int) -> None:
     store = torch.distributed.distributed_c10d._get_default_store()
     store.set(f"address-{rank}", json.dumps([machine()[1] or machine()[0], socket.gethostname(), gloo_address()]))
     everyone = [json.loads(store.get(f"address-{number}")) for number in range(size)]
+    store.set(f"has-read-{rank}", "")
+    if rank == 0:  # it holds the store, and may be about to end
+        store.wait([f"has-read-{number}" for number in range(size)])
     if len({node for node, _, _ in everyone}) == 1:
         return
     for number, (_, host, address) in enumerate(everyone):
