@@ -11,7 +11,6 @@ import concurrent.futures
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -214,7 +213,7 @@ def do_run(args, paths: dict, runner, folder: str, run: dict, on: str = "train")
             runner(command, log)
             run[f"{stage}_seconds"] = time.perf_counter() - start
             if stage == "train":
-                run |= read_training(training, log)
+                run |= read_training(training)
             elif stage == "forget":
                 found = read_json(os.path.join(folder, "forgetting.json"))
                 run["forgetting"] = {name: some["forgetting"] for name, some in found["categories"].items()}
@@ -242,32 +241,20 @@ def contents(paths: list[str]) -> list:
     return found
 
 
-def read_training(training: str, log: str) -> dict:
-    """What a finished training tells of itself: result (name of its folder), sizes, speed, memory.
+def read_training(training: str) -> dict:
+    """What a finished training tells of itself: result (name of its folder), sizes, speed, memory, curves.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: it has not reached its end.
     """
-    with open(log, encoding="utf-8") as file:
-        text = file.read()
-    sizes = re.search(r"^model: ([\d,]+) of ([\d,]+) parameters train", text, re.MULTILINE)
-    done = re.search(r"^done: .* in (\d+):(\d+):(\d+), (\d+) tokens/s", text, re.MULTILINE)
-    memory = re.findall(r"^epoch .* ([\d.]+) GiB", text, re.MULTILINE)
-    results = [name for name in os.listdir(training) if re.fullmatch(r"epoch-\d+-step-\d+", name)]
-    if not (sizes and done and memory and results):
-        raise ValueError(f"{log} and {training} do not show a finished training")
-    result = max(results, key=lambda name: int(name.rsplit("-", 1)[1]))
-    hours, minutes, seconds, speed = map(int, done.groups())
-    return {
-        "result": result,
-        "trained": int(sizes[1].replace(",", "")),
-        "parameters": int(sizes[2].replace(",", "")),
-        "seconds": 3600 * hours + 60 * minutes + seconds,
-        "tokens_per_second": speed,
-        "memory_gib": max(map(float, memory)),
-        "output_bytes": sum(entry.stat().st_size for entry in os.scandir(os.path.join(training, result))),
-        **report.read_curves(training, text),
-    }
+    path = os.path.join(training, "summary.json")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing: the training has not reached its end")
+    keys = ("result", "trained", "parameters", "seconds", "tokens_per_second", "memory_gib")
+    found = {key: read_json(path)[key] for key in keys}
+    size = sum(entry.stat().st_size for entry in os.scandir(os.path.join(training, found["result"])))
+    # no test rows seen: `split_rows` refuses them
+    return {**found, "output_bytes": size, "seen": 0, **report.read_curves(training)}
 
 
 def remove_weights(training: str) -> None:

@@ -148,7 +148,9 @@ def likely_encoding(text: bytes) -> str | None:
     """
     high = len(re.findall(rb"[\x80-\xff]", text))
     dropped = len(text) - len(text.decode("utf-8", "ignore").encode())
-    if dropped < high / 2:  # most of it is UTF-8, which is damaged
+    # what decodes may be chance for characters of two bytes, as those of GB18030 are, hardly for longer ones
+    wide = sum(map(len, re.findall(rb"[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}", text)))
+    if wide >= high / 2 or dropped < high / 4:  # most of it is UTF-8, which is damaged
         return None
     paired = 2 * len(re.findall(rb"[\xa1-\xf7][\xa1-\xfe]", text))
     for encoding, is_likely in (

@@ -2,23 +2,25 @@
 
 `find_flaw` is the one place that looks at a row. FORMATS has what is recognised beside our own format; LOST has keys
 that mean something for training elsewhere and that nothing reads here. FILE and NEW in the commands stand for the
-user's own names; they fit JSON lines and arrays alike.
+user's own names, KEY for one that is too long to be shown; they fit JSON lines and arrays alike.
 """
 
 import collections
+import difflib
 import functools
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-ROW_FORMAT = 1  # part of a cache file's key: raise it when other rows are accepted, or in another way
+ROW_FORMAT = 2  # part of a cache file's key: raise it when other rows are accepted, or in another way
 KEYS = frozenset({"instruction", "input", "output"})
 WANTED = "a row has instruction, input and output"
 EACH = "(arrays[], objects)"  # jq: each row, of JSON lines or of an array
 SHOWN_KEYS, SHOWN_CHARACTERS = 8, 24  # of keys that are not used
 DEEPEST = 100  # most objects and lists inside each other
+NEAR = 0.8  # likeness (difflib's ratio) from which on one name is taken for a misspelling of another
 # keys that hold the text to work on where there is no input
 NAMES_OF_INPUT = {"inputs", "context", "query", "question", "text", "prompt", "content", "passage", "document"}
 
@@ -175,6 +177,7 @@ class _Keys(NamedTuple):
     misspelt: tuple[tuple[str, str], ...]  # as it stands there, as it should be
     lost: tuple[str, ...]  # that are in LOST
     others: tuple[str, ...]  # that are neither read nor in LOST
+    meant: tuple[tuple[str, str], ...]  # of `others`: as it stands there, which of KEYS it may be
 
 
 @functools.lru_cache(maxsize=4096)
@@ -183,7 +186,15 @@ def _sort_keys(keys: tuple[str, ...]) -> _Keys:
     misspelt = tuple((key, name) for key, name in names.items() if name in KEYS)
     lost = tuple(key for key, name in names.items() if name in LOST)
     others = tuple(key for key, name in names.items() if name not in LOST and name not in KEYS)
-    return _Keys(misspelt, lost, others)
+    meant = tuple((key, name) for key in others if (name := _meant(names[key])) and name not in keys)
+    return _Keys(misspelt, lost, others, meant)
+
+
+def _meant(name: str) -> str | None:
+    """Which of KEYS another name may stand for: one that it is like, or the text to work on."""
+    if name in NAMES_OF_INPUT:
+        return "input"
+    return next(iter(difflib.get_close_matches(name, sorted(KEYS), 1, NEAR)), None)
 
 
 def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
@@ -201,6 +212,15 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
     for key in keys.others:
         if isinstance(row[key], dict | list) and (flaw := _flaw_inside(key, row[key])):
             return flaw
+    for key, meant in keys.meant:
+        if _holds_text(row[key]):
+            name = _jq_name(key)
+            rename = f"jq -c '{EACH} | .{meant} = .[{name}] | del(.[{name}])' FILE > NEW"
+            without = f'; if not, write "" as input: jq -c \'{EACH} | .input = ""\' FILE > NEW' * (meant == "input")
+            return Flaw(
+                "type",
+                f"there is no {meant}, but text under the key {shown_key(key)}; if that is it: {rename}{without}",
+            )
     if lacking == ["instruction"] and "input" in row:
         empty = f"jq -c '{EACH} | {{instruction: \"\"}} + .' FILE > NEW"
         return Flaw(
@@ -208,24 +228,28 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
         )
     if lacking:
         return Flaw("type", f"the key {lacking[0]!r} is missing; {WANTED}")
-    for key in keys.others if "input" not in row else ():
-        if plain_name(key) in NAMES_OF_INPUT and isinstance(row[key], str) and row[key].strip():
-            name = _jq_name(key)
-            rename = f"jq -c '{EACH} | .input = .[{name}] | del(.[{name}])' FILE > NEW"
-            return Flaw("type", f"there is no input, but text under the key {shown_key(key)}; if that is it: {rename}")
     return None
 
 
 def _says_something(value, lost: Lost) -> bool:
     """Whether the value of such a key means anything: not if it is empty, or what holds without it."""
+    leaves = _leaves(value)
+    return any(one.strip() if isinstance(one, str) else one is not None and one not in lost.neutral for one in leaves)
+
+
+def _holds_text(value) -> bool:
+    return any(isinstance(one, str) and one.strip() for one in _leaves(value))
+
+
+def _leaves(value) -> Iterator:
+    """All values in a value that are no object or list."""
     waiting = [value]  # not recursive: values may be nested as deep as the interpreter's stack
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict | list):
             waiting += value.values() if isinstance(value, dict) else value
-        elif value.strip() if isinstance(value, str) else value is not None and value not in lost.neutral:
-            return True
-    return False
+        else:
+            yield value
 
 
 def _flaw_inside(outer: str, value) -> Flaw | None:
@@ -259,7 +283,10 @@ def shown_key(key: str) -> str:
 
 
 def _jq_name(key: str) -> str:
-    return json.dumps(key, ensure_ascii=False).replace("'", "\\u0027")
+    """A key for a command, with nothing in it that a terminal or a shell obeys; a very long one is left to the user."""
+    if len(key) > SHOWN_CHARACTERS**2:
+        return '"KEY"'
+    return json.dumps(key, ensure_ascii=not key.isprintable()).replace("'", "\\u0027").replace("\x7f", "\\u007f")
 
 
 # Other formats

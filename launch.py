@@ -7,6 +7,7 @@ that is safe, and named where it is not. A training that quietly ran alone besid
 
 import contextlib
 import fcntl
+import importlib
 import ipaddress
 import json
 import os
@@ -17,7 +18,6 @@ from collections import Counter
 from collections.abc import Mapping
 
 import deepspeed
-import deepspeed.comm.torch
 import psutil
 import torch
 import torch.utils.cpp_extension
@@ -32,6 +32,7 @@ TASKS = {
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
+TORCH_BACKEND = importlib.import_module("deepspeed.comm.torch")  # as an attribute of deepspeed.comm it is torch itself
 VISIBLE_WITHIN = 15.0  # seconds until a file is seen on another node; network file systems look again now and then
 
 
@@ -116,7 +117,7 @@ def start_distributed(verbose: bool, local_rank: int = -1) -> tuple[int, int]:
     torch.utils.cpp_extension.FileBaton = CompileLock
     # Sums through shared memory, which only inference with tensor parallelism asks for. They need 66 MiB of /dev/shm a
     # process, and crash where it has less.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    TORCH_BACKEND.build_shm_op = lambda: None
     if not on_cpu:
         local_rank, count = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
         if local_rank >= count:
@@ -241,8 +242,24 @@ def _check_nodes(rank: int, size: int) -> None:
             )
 
 
+@contextlib.contextmanager
+def leaving_distributed():
+    """Take the process group apart after the block; of a process alone also where the block fails.
+
+    With others a failed process ends by itself: it could hang here, as the others may wait in a collective.
+    """
+    try:
+        yield
+    except BaseException:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
+            with contextlib.suppress(Exception):  # a broken device; the error before it is the one to tell
+                end_distributed()
+        raise
+    end_distributed()
+
+
 def end_distributed() -> None:
-    """Take the process group apart after a training that ended well; on any other way out this could hang."""
+    """Take the process group apart: NCCL warns of one that is left."""
     deepspeed.comm.destroy_process_group()
     control_group.cache_clear()
 

@@ -21,6 +21,8 @@ from folders import write_errors, write_file
 from throughput import Flops
 from utils import control_group, is_main, say
 
+SUMMARY = "summary.json"  # of a training that reached its end
+
 
 class JsonLines:
     """A file with a JSON object a line that grows as a run goes on, "step" among its keys. For rank 0 alone.
@@ -236,8 +238,8 @@ class RunLog:
         seconds = self.whole[3].item() + now - self.start
         self.file.add(step=steps, epoch=epoch, **values, **done, seconds=seconds)
 
-    def close(self) -> None:
-        """The last line of figures."""
+    def close(self, **more) -> None:
+        """The last line of figures; the same and `more` for programs, in SUMMARY."""
         if self.file is None:
             return
         self.bar.close()
@@ -246,6 +248,13 @@ class RunLog:
         tokens, samples, flops, before = self.whole.tolist()
         seconds = before + time.perf_counter() - self.start
         ranks = torch.distributed.get_world_size()
+        more |= {"steps": self.engine.global_steps, "samples": samples, "tokens": tokens, "seconds": seconds}
+        more |= {"tokens_per_second": tokens / seconds, "memory_gib": memory_used() / 2**30}
+        path = os.path.join(self.output_dir, SUMMARY)
+        try:
+            write_file(path, json.dumps(more, ensure_ascii=False, indent=1) + "\n")
+        except OSError as error:
+            say(f"warning: {path} cannot be written ({error.strerror})")
         say(
             f"done: {samples:.0f} samples, {tokens:.0f} tokens in {duration(seconds)}, "
             f"{tokens / seconds:.0f} tokens/s, {flops / seconds / ranks / 1e12:.3g} TFLOP/s a device, "

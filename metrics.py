@@ -226,9 +226,8 @@ def relation_scores(predictions: list[str], references: list[list[str]]) -> dict
 # ---- classes
 
 
-def macro_f1(predictions: list[str], references: list[list[str]]) -> float:
-    """The mean over labels of each label's F1, rare labels counting as much as frequent ones (Sebastiani 2002; as
-    scikit-learn's f1_score with average="macro" and the references' labels).
+def label_scores(predictions: list[str], references: list[list[str]]) -> dict[str, dict[str, float]]:
+    """A row a label of the references, the most expected first: precision, recall, f1, and the counts they come from.
 
     Where several labels are accepted, a prediction among them is the true one, else the first is. A prediction that
     is no label of the references is wrong for its row and makes no label of its own.
@@ -238,8 +237,19 @@ def macro_f1(predictions: list[str], references: list[list[str]]) -> float:
     true = [text if text in answers else answers[0] for text, answers in zip(said, accepted, strict=True)]
     correct = Counter(text for text, label in zip(said, true, strict=True) if text == label)
     predicted, expected = Counter(said), Counter(true)
-    scores = [precision_recall_f1(correct[label], predicted[label], expected[label])[2] for label in expected]
-    return float(np.mean(scores))
+    table = {}
+    for label in sorted(expected, key=lambda label: (-expected[label], label)):
+        numbers = correct[label], predicted[label], expected[label]
+        table[label] = dict(zip(("precision", "recall", "f1"), precision_recall_f1(*numbers), strict=True))
+        table[label] |= dict(zip(("correct", "predicted", "expected"), numbers, strict=True))
+    return table
+
+
+def macro_f1(predictions: list[str], references: list[list[str]]) -> float:
+    """The mean over labels of each label's F1, rare labels counting as much as frequent ones (Sebastiani 2002; as
+    scikit-learn's f1_score with average="macro" and the references' labels). See `label_scores`.
+    """
+    return float(np.mean([row["f1"] for row in label_scores(predictions, references).values()]))
 
 
 # ---- questions

@@ -284,10 +284,10 @@ def plan(args: argparse.Namespace, build: Build) -> None:
     best = cheapest(args, plans, args.max_memory * GIB)
     if best is None:
         raise UserError(
-            f"nothing fits into {args.max_memory} GiB of each GPU: fewer rows, checkpointing, ZeRO-3, offload and a "
-            "quarter of --max_len were tried; use more GPUs (--plan_gpus), or a method that trains less"
+            f"nothing fits into {args.max_memory:.4g} GiB of each GPU: fewer rows, checkpointing, ZeRO-3, offload and "
+            "a quarter of --max_len were tried; use more GPUs (--plan_gpus), or a method that trains less"
         )
     changes, after = best
     what = flags(changes) or "no change"
-    say(f"fits into {args.max_memory} GiB with: {what}  (peak {after.peak / GIB:.2f} GiB); so it takes")
+    say(f"fits into {args.max_memory:.4g} GiB with: {what}  (peak {after.peak / GIB:.2f} GiB); so it takes")
     say(host_text(after.host, changed(args, changes)))

@@ -39,6 +39,7 @@ from metrics import (
     describe,
     describe_outputs,
     kind_of,
+    label_scores,
     missing,
     references_of,
     relation_scores,
@@ -47,6 +48,7 @@ from metrics import (
 )
 from utils import load_tokenizer, named_device, quiet, set_seed
 
+PARTS = {"triples": relation_scores, "classes": label_scores}  # scores of each relation, of each label
 CHUNK = 1000  # rows whose prompts are held at once to count cuts
 
 
@@ -159,11 +161,13 @@ def show_scores(kind: str, predictions: list[str], references: list[list[str]], 
     predictions, ended = [predictions[i] for i in known], [ended[i] for i in known]
     kind = kind_of(references) if kind == "auto" else kind
     *lines, outputs = describe(kind, score(kind, predictions, references, ended))
-    if kind == "triples":
-        for relation, row in relation_scores(predictions, references).items():
-            if row["expected"]:
-                line = "  {}: precision {precision:.4f} recall {recall:.4f} F1 {f1:.4f} ({expected} expected)"
-                lines.append(line.format(relation, **row))
+    line = (
+        "  {}: precision {precision:.4f} recall {recall:.4f} F1 {f1:.4f} ({expected} expected, {predicted} predicted)"
+    )
+    table = PARTS[kind](predictions, references) if kind in PARTS else {}
+    lines += [line.format(name, **row) for name, row in table.items() if row["expected"]]
+    if kind == "classes" and (others := len(predictions) - sum(row["predicted"] for row in table.values())):
+        lines.append(f"  {others} of {len(predictions)} answers are none of these labels")
     if missing(kind):
         lines.append(f"ROUGE and BLEU are left out; they need: {missing(kind)}")
     print(*lines, outputs, sep="\n")
@@ -173,6 +177,8 @@ def chat(model, tokenizer, args) -> None:
     """Talk in the terminal, answers shown as they come. Ctrl-C stops an answer; where a question is asked, the chat."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - input() then edits a line by characters, not by bytes
+    if hasattr(sys.stdin, "reconfigure"):  # before the first read: later it is refused
+        sys.stdin.reconfigure(errors="surrogateescape")  # else half a character ends the chat
     print("An empty line ends the chat, /new begins another, Ctrl-C stops an answer.")
     history = None
     while query := ask():
@@ -188,8 +194,6 @@ def chat(model, tokenizer, args) -> None:
 
 def ask() -> str:
     """What is typed at the prompt; "" at its end, and for Ctrl-C."""
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # else half a character ends the chat
     while True:
         try:
             query = input("> ").strip()

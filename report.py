@@ -14,7 +14,6 @@ import io
 import json
 import os
 import platform
-import re
 from collections import Counter, defaultdict
 from html import escape
 from typing import NamedTuple
@@ -64,6 +63,7 @@ from errors import UserError
 from exits import clear_errors
 from folders import write_errors, write_file
 from metrics import HEADLINE, bootstrap, kind_of, references_of, relation_scores, row_scores, score
+from row_files import DataError, RowError, scan_rows
 from run_record import read_starts
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
@@ -129,29 +129,42 @@ def mean_score(path: str) -> float:
     return float(np.mean(scores[headline(kind, scores)]))
 
 
-def read_curves(training: str, log: str = "") -> dict:
-    """curve: the training's lines (step, loss); validation: its validations (step, loss, scores).
+def read_curves(training: str) -> dict:
+    """curve: the training's lines (step, loss); validation: its validations (step, loss, scores); empty without files.
 
     Args:
         training: the training's output_dir, with log.jsonl and validation.jsonl.
-        log: what it printed, for a training folder without log.jsonl.
     """
-    found = {}
+    found = {"curve": [], "validation": []}
     for key, name in (("curve", "log.jsonl"), ("validation", "validation.jsonl")):
         path = os.path.join(training, name)
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
                 found[key] = [json.loads(line) for line in file if line.endswith("\n")]
-    if "curve" not in found:
-        lines = re.findall(r"^epoch \d+ step (\d+)/\d+ loss (\S+) lr", log, re.MULTILINE)
-        found["curve"] = [{"step": int(step), "loss": float(loss)} for step, loss in lines]
-    return {"validation": [], **found}
+    return found
 
 
 def read_commands(training: str) -> dict[str, str]:
     """The command line of a training's last start, as its run.json has it."""
     starts = read_starts(training)
     return {"train": str(starts[-1]["command"])} if starts and starts[-1].get("command") else {}
+
+
+def count_seen(training: str, answers: str) -> int | None:
+    """How many answered rows ask what a row of the training file asks; None where no training file can be read.
+
+    Args:
+        training: the training's output_dir, whose run.json names the file.
+        answers: predict.py's file.
+    """
+    starts = read_starts(training)
+    try:
+        path = os.path.join(starts[-1]["folder"], starts[-1]["flags"]["train_path"])
+        rows = [row for _, row in scan_rows(path, empty_outputs=True) if not isinstance(row, RowError)]
+    except (DataError, IndexError, KeyError, TypeError):
+        return None
+    asked = {row["instruction"] + row["input"] for row in rows}
+    return sum(row["instruction"] + row["input"] in asked for row in read_answers(answers)[0])
 
 
 # ---- figures
@@ -438,6 +451,11 @@ def html_table(table: Table, best: str = "") -> str:
     return f'<h3>{escape(table.title)}</h3><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
+def shown_answer(text: str) -> str:
+    """An answer for readers: a blank place would look like a mistake of the page."""
+    return text if text.strip() else "(empty)"
+
+
 def html_sample(row: dict, answers: list[tuple[str, str, float]], top: float) -> str:
     references = references_of(row)
     expected = {line.strip() for text in references for line in text.split("\n")}
@@ -445,7 +463,7 @@ def html_sample(row: dict, answers: list[tuple[str, str, float]], top: float) ->
     def marked(text: str, value: float) -> str:
         """Line by line: of a half right answer those that are right stand out."""
         lines = []
-        for line in text.split("\n"):
+        for line in shown_answer(text).split("\n"):
             kind = "right" if value >= top or line.strip() in expected else "wrong"
             lines.append(f'<span class="{kind}">{escape(line)}</span>')
         return "\n".join(lines) + f"   ({value:.2f})"
@@ -460,11 +478,23 @@ def title_of(mode: str) -> str:
     return f"Architecture of {MODE[mode].config.title}" if mode in MODE else mode
 
 
+def describe_seen(families: list[Family]) -> str:
+    """What is known of test rows that training saw too: from `seen` of the runs, see `count_seen`."""
+    runs = [(method.name, run) for family in families for method in family.methods for run in method.runs]
+    if told := {name: run["seen"] for name, run in runs if run.get("seen")}:
+        which = ", ".join(f"{count} of them in that of {name}" for name, count in told.items())
+        return f"Warning: training saw {which}: such scores say nothing of unseen rows."
+    known = [run.get("seen") for name, run in runs if name != "base"]
+    if known and None not in known:
+        return "No row of the training files asks the same."
+    return "Whether training saw some of them is not known."
+
+
 def notes(families: list[Family]) -> list[str]:
     """How the figures were made, for readers of tables."""
     some = families[0]
     lines = [
-        f"Scores: {some.label}, the mean over {len(some.rows)} test rows that training did not see. ± is the "
+        f"Scores: {some.label}, the mean over {len(some.rows)} test rows. {describe_seen(families)} ± is the "
         "standard deviation over seeds, the interval a bootstrap over the test rows (scores averaged over seeds). A "
         "difference is beyond chance where the paired bootstrap's interval leaves out 0; many pairs are compared, so "
         "take single ones with care."
@@ -510,7 +540,9 @@ def html_report(families, runs, settings, versions, sweep, title) -> str:
     if sweep:
         parts += ["<h2>Sweep of learning rates</h2>", html_table(sweep_table(sweep))]
     parts.append("<h2>How this was made</h2>")
-    parts.append(html_table(Table("Settings", ["", ""], [list(item) for item in (settings | versions).items()])))
+    parts.append(
+        html_table(Table("Settings", ["setting", "value"], [list(item) for item in (settings | versions).items()]))
+    )
     for run in runs:
         if run.get("commands"):
             seed = "" if run.get("seed") is None else f", seed {run['seed']}"
@@ -552,12 +584,14 @@ def markdown_report(families, runs, settings, versions, sweep, title) -> str:
         rows = []
         for row, answers in samples(family):
             references = " / ".join(references_of(row))
-            rows += [[row["input"], references, name, text, f"{value:.2f}"] for name, text, value in answers]
+            rows += [
+                [row["input"], references, name, shown_answer(text), f"{value:.2f}"] for name, text, value in answers
+            ]
         lines += markdown_table(Table("Answers", ["input", "reference", "methods", "answer", family.label], rows))
     if sweep:
         lines += ["## Sweep of learning rates", "", *markdown_table(sweep_table(sweep))]
     rows = [list(item) for item in (settings | versions).items()]
-    lines += ["## How this was made", "", *markdown_table(Table("Settings", ["", ""], rows))]
+    lines += ["## How this was made", "", *markdown_table(Table("Settings", ["setting", "value"], rows))]
     return "\n".join(lines)
 
 
@@ -617,7 +651,7 @@ def summary(family: Family, rows: int = 4) -> list[str]:
         lines += [f"input:     {row['input']}"]
         references = " / ".join(references_of(row))
         for name, text, value in [("reference", references, None), *answers]:
-            said = text.replace("\n", "; ")
+            said = shown_answer(text).replace("\n", "; ")
             lines.append(f"  {name}: {said}" + ("" if value is None else f"   ({family.label} {value:.2f})"))
     for method in family.methods:
         low, high = bootstrap(list(method.rows), seed=0)
@@ -632,10 +666,13 @@ def main(argv=None) -> None:
         for name, answers, training in args.run:
             run = {"mode": args.mode, "method": name, "seed": None, "status": "done"}
             run["predictions"] = os.path.relpath(answers, args.output_dir)
-            runs.append(run | (read_curves(training) | {"commands": read_commands(training)} if training else {}))
+            if training:
+                run |= read_curves(training) | {"commands": read_commands(training)}
+                run["seen"] = count_seen(training, answers)
+            runs.append(run)
         given = " ".join(f"{name}={answers}" + f",{training}" * bool(training) for name, answers, training in args.run)
         path, (family,) = write_report(args.output_dir, runs, {"runs": given}, title=args.title)
-        print(*summary(family), f"report: {path}", sep="\n")
+        print(*summary(family), describe_seen([family]), f"report: {path}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from folders import FolderError, foreign_files, remove_folder
 from states import LATEST, list_states
 
 BEST = "best"
-LOGS = ("best.json", "validation.jsonl", "validation-predictions.jsonl", "log.jsonl")
+LOGS = ("best.json", "validation.jsonl", "validation-predictions.jsonl", "log.jsonl", "summary.json")
 EVENTS = "events.out.tfevents."  # how TensorBoard's files begin
 SHOWN = 5  # names in a message
 
@@ -132,6 +132,12 @@ def remove(paths: list[str]) -> None:
 def remove_events(output_dir: str) -> None:
     """Remove TensorBoard's files of an earlier start: its curve would be drawn into the new run's."""
     remove(_list_events(output_dir))
+
+
+def remove_summary(output_dir: str) -> None:
+    """Remove the summary of an earlier start: it is there only when a training has reached its end."""
+    path = os.path.join(output_dir, "summary.json")
+    remove([path] if os.path.isfile(path) else [])
 
 
 # --keep_results

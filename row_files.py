@@ -136,16 +136,24 @@ def _hint(line: str, error: json.JSONDecodeError) -> str:
     return ""
 
 
+# {"version": 1, "data": [{, as far as the first row: plain values, then a list of objects
+WRAPPER = re.compile(
+    r'\{(?P<before>(?:\s*"[^"\\\n]*"\s*:\s*(?:"[^"\\\n]*"|[^\s"\[\]{},]+)\s*,)*)\s*"(?P<name>[^"\\\n]{1,50})"\s*:\s*\[\s*\{'
+)
+
+
 def _over_lines(head: bytes) -> Flaw | None:
     """That a file which is no array begins with an object over several lines."""
     text = head.decode("utf-8", "replace").lstrip()
     try:
         row, end = DECODER.raw_decode(text)
     except (ValueError, RecursionError):  # one that is longer than the head, or none
-        wrapper = re.search(r'"([^"\\\n]{1,50})"\s*:\s*\[\s*\{', text[:4096])
-        if not wrapper:
+        # from the start: a line that is broken may stand before whole rows which hold such a list
+        wrapper = WRAPPER.match(text, 0, 4096)
+        if not wrapper or "\n" not in wrapper[0]:
             return None
-        row, end = {wrapper[1]: [{"instruction": ""}]}, wrapper.start()
+        before = re.findall(r'"([^"\\\n]*)"\s*:', wrapper["before"])
+        return wrapper_flaw(dict.fromkeys(before, "") | {wrapper["name"]: [{"instruction": ""}]})
     if "\n" not in text[:end] or not isinstance(row, dict):
         return None
     problem = "an object over several lines: each line must be one row, or the file one array; jq -c . FILE > NEW"
@@ -182,6 +190,8 @@ def _array_rows(content: bytes):
     position = SPACE.match(text, text.index("[") + 1).end()
     line, counted = 1, 0  # line at `counted`
     more = text[position : position + 1] != "]"
+    if not more:
+        position = SPACE.match(text, position + 1).end()
     while more:
         line, counted = line + text.count("\n", counted, position), position
         row = flaw = None

@@ -180,8 +180,7 @@ def check_run(state: str, run: Run, allow_changes: bool) -> list[str]:
     changed = []
     for name in [name for name in old.settings | run.settings if name != LAYOUT]:
         before, now = old.settings.get(name), run.settings.get(name)
-        if before != now:
-            changed.append(f"{name}: {before} before, {now} now")
+        changed += _differences(name, before, now)
     if changed and not allow_changes:
         raise UserError(
             "\n       ".join(
@@ -190,6 +189,14 @@ def check_run(state: str, run: Run, allow_changes: bool) -> list[str]:
             )
         )
     return changed
+
+
+def _differences(name: str, before, now) -> list[str]:
+    """A line each where two settings differ; of dicts the parts that do."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+        keys = dict.fromkeys([*before, *now])
+        return [line for key in keys for line in _differences(f"{name}, {key}", before.get(key), now.get(key))]
+    return [f"{name}: {before} before, {now} now"] if before != now else []
 
 
 # Saving and loading

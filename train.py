@@ -38,7 +38,7 @@ from exits import clear_errors
 from folders import check_space, free_space, lock_folder, sweep
 from glm_models import MODE
 from glm_models.ops import TiledMLP
-from launch import check_shared, describe_devices, end_distributed, start_distributed
+from launch import check_shared, describe_devices, leaving_distributed, start_distributed
 from log import RunLog, next_steps
 from lora import use_own_layers
 from replay import Mixture
@@ -325,6 +325,7 @@ def begin_output(args, state: str | None, record: RunRecord) -> None:
         results.remove(results.list_removable(args.output_dir))
     if not state:
         results.remove_events(args.output_dir)
+    results.remove_summary(args.output_dir)
     record.write()
 
 
@@ -429,7 +430,7 @@ def train(args) -> list[tuple[int, float]]:
     peers.close()
     if validation:
         validation.close()
-    log.close()
+    log.close(result=result, trained=trained, parameters=every)
     best = validation.describe_best() if validation else None
     for line in next_steps(args, os.path.join(args.output_dir, result), best):
         say(line)
@@ -520,8 +521,8 @@ def main(argv=None) -> None:
             if is_main():
                 check(args)
         else:
-            train(args)
-            end_distributed()
+            with leaving_distributed():
+                train(args)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from .checkpoint import CheckpointError, shown
 from .config import ChatGLMConfigBase
 from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output, take
 from .ops import OutputLayer, TiledMLP, rotary, through
-from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt, add_pieces
+from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt, add_pieces, history_pairs
 
 
 class GLMConfig(ChatGLMConfigBase):
@@ -176,6 +176,7 @@ class GLMTokenizer(ChatGLMTokenizerBase):
     @staticmethod
     def _template(history) -> tuple[str, str]:
         """The official chat: a first question goes in bare, later ones with numbered rounds before them."""
+        history = history_pairs(history)
         if not history:
             return "", ""
         rounds = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))

@@ -16,7 +16,7 @@ from .checkpoint import CheckpointError
 from .config import ChatGLMConfigBase
 from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output, take
 from .ops import OutputLayer, TiledMLP, rms_norm, rotary, swiglu, through
-from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
+from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt, history_pairs
 
 
 class ChatGLM2Config(ChatGLMConfigBase):
@@ -160,7 +160,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
 
     @staticmethod
     def _template(history) -> tuple[str, str]:
-        history = history or []
+        history = history_pairs(history)
         rounds = "".join(f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, 1))
         return f"{rounds}[Round {len(history) + 1}]\n\n问：", "\n\n答："
 

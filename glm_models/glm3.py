@@ -11,7 +11,7 @@ from transformers import BatchEncoding
 
 from .checkpoint import CheckpointError, shown
 from .glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer
-from .tokenization import Prompt
+from .tokenization import Prompt, history_messages
 
 
 class ChatGLM3Config(ChatGLM2Config):
@@ -76,7 +76,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
 
     def encode_prompts(self, queries, history=None, max_src_len=None, threads=1, role="user") -> list[Prompt]:
         ids = []
-        for turn in history or []:
+        for turn in history_messages(history):
             content = turn["content"]
             if turn["role"] == "system" and "tools" in turn:
                 content += "\n" + json.dumps(turn["tools"], indent=4, ensure_ascii=False)

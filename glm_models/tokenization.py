@@ -32,6 +32,37 @@ SEAM = 8  # characters of a query at each end of it that decide how its pieces l
 NO_IDS = np.zeros(0, np.int32)
 
 
+def history_pairs(history) -> list[tuple[str, str]]:
+    """The history of ChatGLM-6B and ChatGLM2-6B: earlier questions with their answers.
+
+    Raises:
+        ValueError: it has another form, as ChatGLM3-6B's, whose keys would be taken for the texts.
+    """
+    for i, pair in enumerate(_turns(history)):
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise ValueError(f"history[{i}] must be a pair (question, answer) of strings for this family")
+    return list(history or ())
+
+
+def history_messages(history) -> list[dict]:
+    """The history of ChatGLM3-6B: messages with role and content, and perhaps metadata and tools.
+
+    Raises:
+        ValueError: it has another form, as the older families' pairs.
+    """
+    for i, turn in enumerate(_turns(history)):
+        fits = isinstance(turn, dict) and {"role", "content"} <= turn.keys()
+        if not (fits and all(isinstance(turn.get(key, ""), str) for key in ("role", "content", "metadata"))):
+            raise ValueError(f"history[{i}] must be a dict with role and content, both strings, for this family")
+    return list(history or ())
+
+
+def _turns(history) -> list | tuple:
+    if history is not None and not isinstance(history, list | tuple):
+        raise ValueError("history must be a list of turns")
+    return history or ()
+
+
 class Prompt(NamedTuple):
     """What the model sees before it answers, in three arrays, int32 [tokens]; many share the first and the last."""
 

@@ -3,10 +3,18 @@
 # notes a little, LoRA on it with DeepSpeed, merge, prediction of rows that training never saw, a report with curves and
 # answers beside references.
 #
-#   VENV   the virtual environment       (default .venv)
+#   VENV   the virtual environment, made if it is not there   (default .venv)
+#   PYTHON the Python that makes it      (default python3; 3.11 or newer)
+#   PORT   of the launcher               (default 29521)
 #   WORK   where models and results go   (default output-quickstart); the small base is reused if it is there
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ $# -gt 0 ]; then # else a typing error would start four minutes of work
+  sed -n '2,/^set/s/^# \{0,1\}//p' scripts/quickstart.sh
+  case $1 in -h | --help) exit 0 ;; esac
+  echo "error: quickstart.sh takes no arguments, only the variables above" >&2
+  exit 2
+fi
 source scripts/environment.sh
 make_environment requirements.txt
 work=${WORK:-output-quickstart}

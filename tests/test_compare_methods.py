@@ -14,12 +14,9 @@ from compare_methods import METHODS, Interrupted, Runner, compare, parse_args
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-LOG = """\
-model: 1,000 of 20,000 parameters train (5.00%), in torch.float32
-epoch 1/1 step 1/2 loss 2.5000 lr 0.001 grad_norm 1 100 tokens/s 0.50 GiB left 0:00:01
-epoch 1/1 step 2/2 loss 1.5000 lr 0.001 grad_norm 1 100 tokens/s 0.75 GiB left 0:00:00
-done: 8 samples, 80 tokens in 0:01:05, 123 tokens/s, 0.01 TFLOP/s a device, 50% of its 0.02 in a matrix product
-"""
+SUMMARY = {"result": "epoch-1-step-2", "trained": 1000, "parameters": 20000, "seconds": 65.0}
+SUMMARY |= {"tokens_per_second": 123.4, "memory_gib": 0.75}
+CURVE = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5}]
 
 
 def row(i, output=None):
@@ -59,7 +56,9 @@ class Scripts:
             folder = os.path.join(flag["--output_dir"], "epoch-1-step-2")
             os.makedirs(folder)
             Path(folder, "weights").write_text(flag["--learning_rate"])
-            Path(log).write_text(LOG)
+            Path(flag["--output_dir"], "summary.json").write_text(json.dumps(SUMMARY))
+            lines = "".join(json.dumps(line) + "\n" for line in CURVE)
+            Path(flag["--output_dir"], "log.jsonl").write_text(lines)
             return
         rate = 0.0
         if flag["--model_path"].endswith("epoch-1-step-2"):
@@ -91,8 +90,7 @@ def test_each_method_and_seed_is_trained_once_from_the_same_base_and_scored(flag
     freeze = next(command for command in trainings if "freeze" in command)
     assert freeze[freeze.index("--freeze_module_name") + 1] == "layers.3."  # a seventh of the four layers, at least one
     run = runs["lora", 2]
-    assert (run["trained"], run["parameters"], run["seconds"], run["tokens_per_second"]) == (1000, 20000, 65, 123)
-    assert run["memory_gib"] == 0.75 and run["curve"] == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5}]
+    assert {key: run[key] for key in SUMMARY} == SUMMARY and run["curve"] == CURVE
     assert not list((tmp_path / "out").rglob("weights"))  # results of hundreds of GB are not kept
 
 

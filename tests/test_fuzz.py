@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -29,11 +28,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from conftest import TEXT, TINY
+from fuzz_rows import RowKinds
+from mutator import HOSTILE, mutate_bytes, mutate_json_file
 from safetensors.torch import save_file
 
 import train
 from adapter import read_adapter
-from data_set import DataError, InstructionData, RowError, encode_sample, scan_rows
+from data_set import DataError
 from ds_config import load_ds_config
 from ds_keys import REFUSED, Key, Section, fits, is_one, walk
 from folders import FolderError, new_folder
@@ -46,94 +47,6 @@ CLEAR = (DataError, UserError, CheckpointError, FolderError)
 LIMIT = 20  # seconds for one input, on a machine that may be busy
 MEMORY = 2 * 2**30  # bytes that one input may add to the address space
 SHARE = 240  # inputs of each kind under pytest
-
-# The mutator
-
-
-HOSTILE = [None, True, False, -1, 0, 1, 7, 3.5, 1e308, 10**30, 10**9, -(2**63), "", "auto", "12", "x" * 50, [], [1, 2]]
-HOSTILE += [["a"], {}, {"a": 1}, [[[]]], "\ud83d", "\0", "../../x", float("nan"), float("inf"), "lora_A", "2" * 500]
-SYNTAX = [
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b",",
-    b":",
-    b'"',
-    b"\\",
-    b"\n",
-    b"\r",
-    b"\0",
-    b"\xff",
-    b"\xef\xbb\xbf",
-    b"NaN",
-    b"1e999",
-]
-SYNTAX += [b"\\ud83d", b"\\u0000", b"null", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, "水".encode(), "水".encode()[:2]]
-
-
-def mutate_bytes(chance: random.Random, content: bytes, times: int = 1) -> bytes:
-    """Flip, drop, repeat, insert or cut something."""
-    for _ in range(times):
-        start = chance.randrange(len(content) + 1)
-        end = min(len(content), start + chance.choice((1, 1, 2, 8, 100)))
-        part = content[start:end]
-        new = chance.choice(
-            (
-                lambda part: bytes([part[0] ^ 1 << chance.randrange(8)]) + part[1:] if part else b"",
-                lambda part: b"",
-                lambda part: part * 2,
-                lambda part: chance.choice(SYNTAX),
-                lambda part: chance.choice(SYNTAX) + part,
-                lambda part: chance.randbytes(len(part)),
-                lambda part: part[::-1],
-            )
-        )(part)
-        content = content[:start] + new + content[end:]
-        if chance.random() < 0.05:
-            content = content[: chance.randrange(len(content) + 1)]
-    return content
-
-
-def nodes(value, found=None) -> list[tuple]:
-    """(container, key) of all that stands in a value."""
-    found = [] if found is None else found
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        found.append((value, key))
-        nodes(value[key], found)
-    return found
-
-
-def mutate_json(chance: random.Random, value: dict, keys: list[str]) -> dict:
-    """Replace, drop, rename, wrap or swap values; `keys` are names that mean something to the reader."""
-    value = copy.deepcopy(value)
-    for _ in range(chance.choice((1, 1, 1, 2, 5))):
-        if not (places := nodes(value)):
-            break
-        container, key = chance.choice(places)
-        action = chance.randrange(6)
-        if action <= 1:
-            container[key] = copy.deepcopy(chance.choice(HOSTILE))
-        elif action == 2:
-            del container[key]
-        elif action == 3 and isinstance(container, dict):
-            container[chance.choice(keys)] = copy.deepcopy(chance.choice(HOSTILE))
-        elif action == 4:
-            container[key] = chance.choice(([container[key]], {"a": container[key]}, str(container[key])))
-        else:
-            other, name = chance.choice(places)
-            with contextlib.suppress(LookupError):  # it may be gone with what held it
-                container[key] = copy.deepcopy(other[name])
-    return value
-
-
-def mutate_json_file(chance: random.Random, value: dict, keys: list[str]) -> bytes:
-    """The bytes of a json file that is wrong in what it says, in how it is written, or both."""
-    if chance.random() < 0.75:
-        value = mutate_json(chance, value, keys)
-    content = json.dumps(value, ensure_ascii=chance.random() < 0.5).encode("utf-8", "surrogatepass")
-    return mutate_bytes(chance, content) if chance.random() < 0.3 else content
-
 
 # Values that a key of a ds file does not expect.
 ODD = [
@@ -164,7 +77,7 @@ ODD += [{"enabled": True}, {"enabled": False}, {"a": {"b": 1}}]
 # normally where the input was rightly accepted.
 
 
-class Fuzz:
+class Fuzz(RowKinds):
     """What the kinds share.
 
     Args:
@@ -182,115 +95,6 @@ class Fuzz:
         self.configs = {
             mode: json.loads((Path(path) / "config.json").read_text()) for mode, path in checkpoints.items()
         }
-
-    # Instruction files
-
-    def row(self, chance: random.Random) -> dict:
-        number = chance.randrange(10**6)
-        return {"instruction": "抽取故障：", "input": f"第{number}辆车\n水泵漏水。", "output": f"水泵_漏水{number}"}
-
-    BREAKS = {  # ways to break the bytes of a row for certain, by kind of file that can go on after it
-        "any": [
-            lambda chance, text: (
-                text[:-1] + b', "more": ' + chance.choice((b"NaN", b"-Infinity", b"[Infinity]")) + b"}"
-            ),
-            lambda chance, text: text[:-1] + b', "' + chance.choice((b"input", b"output")) + b'": "other"}',
-            lambda chance, text: text[:-1] + b', "more": [{"a": 1, "a": 1}]}',
-            lambda chance, text: text.replace("水".encode(), chance.choice((b"\xff", b"\xe6\xb0", b"\xed\xa0\x80")), 1),
-            lambda chance, text: text.replace(
-                "水".encode(), chance.choice((b"\\ud83d", b"\\ude00", b"\t", b"\x1f")), 1
-            ),
-            lambda chance, text: text.replace(chance.choice((b'"instruction"', b'"input"', b'"output"')), b'"Key"'),
-            lambda chance, text: re.sub(b'"(input|output)": "[^"]*"', chance.choice(OTHER_TYPES), text, count=1),
-            lambda chance, text: re.sub(b'"output": "[^"]*"', chance.choice(EMPTY), text),
-            lambda chance, text: chance.choice((b"3", b"null", b"true", b'"text"', b"[]", b"{}", b"[" + text + b"]")),
-        ],
-        "lines": [  # in an array these hide what follows
-            lambda chance, text: text[: chance.randrange(1, len(text))],
-            lambda chance, text: text[chance.randrange(1, len(text)) :],
-            lambda chance, text: text + chance.choice((b"}", b",", b"x", text, b"\0")),
-            lambda chance, text: text.replace(b'": "', b'" "', 1),
-            lambda chance, text: text.replace(b'", "', b'" "', 1),
-            lambda chance, text: text.replace("水".encode(), b"\\x", 1),
-            lambda chance, text: chance.choice((b"[", b'{"a":')) * chance.choice((1, 3000, 100_000)),
-            lambda chance, text: b"\xef\xbb\xbf" * 2 + text,  # one is a byte order mark at the start of a file
-        ],
-    }
-
-    def rows(self, chance: random.Random) -> None:
-        """Rows broken on purpose never come out, the others do, with the samples that they have alone."""
-        mode = chance.choice(list(MODE))
-        tokenizer, is_array = self.tokenizers[mode], chance.random() < 0.3
-        rows = [self.row(chance) for _ in range(chance.randrange(2, 12))]
-        texts = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
-        broken = {i for i in range(len(rows)) if chance.random() < 0.4}
-        ends = None  # the row behind which an array cannot be read
-        for i in sorted(broken):
-            kinds = ["any"] if is_array and (ends is not None or chance.random() < 0.8) else ["any", "lines"]
-            kind = chance.choice(kinds)
-            if is_array and kind == "lines":
-                ends, texts[i] = i, texts[i].replace(b'": "', b'" "', 1)
-            else:
-                texts[i] = chance.choice(self.BREAKS[kind])(chance, texts[i])
-        blank = chance.choice((b"", b"\n", b" \n\r\n"))
-        end = chance.choice((b"\n", b"\r\n"))
-        content = b"\xef\xbb\xbf" * (chance.random() < 0.2)
-        lines = []
-        if is_array:
-            content += b"["
-        for i, text in enumerate(texts):
-            content += (end if is_array and i == 0 else b"") + blank * (chance.random() < 0.2)
-            lines.append(content.count(b"\n") + 1)
-            content += text + (b"," if is_array and i < len(texts) - 1 else b"") + end
-        if is_array:
-            content += b"]" + end
-        if not is_array and texts[0].lstrip().startswith(b"["):
-            return  # means an array
-        path = self.folder / "rows.json"
-        path.write_bytes(content)
-        right = [i for i in range(len(rows)) if i not in broken]
-        if broken:
-            with pytest.raises(DataError, match=f"line {lines[min(broken)]}: "):
-                InstructionData(str(path), tokenizer, 200, 100)
-        if not right or ends is not None:
-            with pytest.raises(DataError):
-                InstructionData(str(path), tokenizer, 200, 100, skip_bad=True)
-            raise DataError
-        try:
-            data = InstructionData(str(path), tokenizer, 200, 100, skip_bad=True)
-        except DataError as error:
-            raise AssertionError(f"rows that are whole are refused: {error}") from error
-        assert data.lines.tolist() == [lines[i] for i in right], (data.lines.tolist(), lines, broken)
-        assert list(data.samples) == [encode_sample(tokenizer, rows[i], 200, 100) for i in right]
-
-    def row_bytes(self, chance: random.Random) -> None:
-        """A line that random changes of bytes missed comes out, and what comes out stands there."""
-        rows = [self.row(chance) for _ in range(chance.randrange(1, 8))]
-        texts = [json.dumps(row, ensure_ascii=chance.random() < 0.3).encode() for row in rows]
-        content = b"[\n" + b",\n".join(texts) + b"\n]\n" if chance.random() < 0.3 else b"\n".join(texts) + b"\n"
-        content = mutate_bytes(chance, content, chance.choice((1, 1, 2, 5)))
-        path = self.folder / "bytes.json"
-        path.write_bytes(content)
-        found = dict(scan_rows(str(path)))  # raises where there is no row
-        content = content.removeprefix(b"\xef\xbb\xbf")
-        is_array = content.lstrip()[:1] == b"["
-        by_line = dict(enumerate(content.split(b"\n"), 1))
-        for line, row in found.items():
-            if isinstance(row, RowError):
-                assert f"line {line}: " in str(row)
-                continue
-            assert all(type(row[key]) is str for key in ("instruction", "input", "output"))
-            assert (row["instruction"] + row["input"]).strip() and row["output"].strip()
-            "".join(row[key] for key in ("instruction", "input", "output")).encode()
-            if not is_array:
-                assert json.loads(by_line[line].decode()) == row
-        if not is_array:
-            assert found.keys() == {line for line, text in by_line.items() if text.strip()}
-            original = dict(zip(texts, rows, strict=True))
-            for line, text in by_line.items():
-                if text in original:
-                    assert found[line] == original[text]
-        InstructionData(str(path), self.tokenizers["glm3"], 200, 100, skip_bad=True)
 
     # Configs
 
@@ -536,10 +340,43 @@ class Fuzz:
         path.write_bytes(changed)
         self.check_adapter(folder)
 
+    def adapter_files(self, chance: random.Random) -> None:
+        """A pointer, a page or another program's file in the place of one of an adapter's, or beside them."""
+        is_bin = chance.random() < 0.3
+        folder = self.write_adapter(chance, is_bin)
+        names = [
+            *(file.name for file in folder.iterdir()),
+            "README.md",
+            "training_args.bin",
+            "optimizer.pt",
+            "base.json",
+        ]
+        name = chance.choice(names)
+        is_needed = name.startswith("adapter_")
+        if is_needed and chance.random() < 0.2:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(chance.choice(self.FOREIGN))
+        mode = chance.choice(list(MODE))
+        with pytest.raises(CheckpointError, match=r"is a LoRA adapter|config\.json"):  # in the place of a base
+            load_base(mode, str(folder), torch.float32)
+        self.check_adapter(folder)
+        assert not is_needed
 
-OTHER_TYPES = [b'"\\1": ' + value for value in (b"null", b"3", b"true", b"{}", b'["a"]', b"1e3", b"[]")]
-EMPTY = [b'"output": ' + value for value in (b'""', b'"  "', b'"\\\\n\\\\t"', '"\u3000"'.encode())]
-KINDS = ("rows", "row_bytes", "ds_file", "ds_keys", "config", "checkpoint", "adapter_config", "adapter_weights")
+
+KINDS = (
+    "rows",
+    "row_bytes",
+    "row_keys",
+    "row_files",
+    "ds_file",
+    "ds_keys",
+    "config",
+    "checkpoint",
+    "adapter_config",
+    "adapter_weights",
+    "adapter_files",
+)
 
 
 class Hang(BaseException):

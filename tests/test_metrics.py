@@ -437,8 +437,15 @@ def test_predict_prints_what_fits(capsys):
     predict.show_scores("auto", first(TRIPLES), TRIPLES, [True] * 4)
     out = capsys.readouterr().out
     assert "triples, mean over rows: precision 1.0000 recall 1.0000 F1 1.0000\n" in out
-    assert "  部件故障: precision 1.0000 recall 1.0000 F1 1.0000 (6 expected)\n" in out
+    assert "  部件故障: precision 1.0000 recall 1.0000 F1 1.0000 (6 expected, 6 predicted)\n" in out
     assert "outputs: 100.0% end by themselves, 0.0% repeat to the end, 0.0% are wrongly empty" in out
+    predict.show_scores("classes", ["正", "正", "中", "?"], [["正"], ["负"], ["中"], ["正"]], [True] * 4)
+    assert capsys.readouterr().out.splitlines()[1:5] == [
+        "  正: precision 0.5000 recall 0.5000 F1 0.5000 (2 expected, 2 predicted)",
+        "  中: precision 1.0000 recall 1.0000 F1 1.0000 (1 expected, 1 predicted)",
+        "  负: precision 0.0000 recall 0.0000 F1 0.0000 (1 expected, 0 predicted)",
+        "  1 of 4 answers are none of these labels",
+    ]
     predict.show_scores("auto", half(first(QUESTIONS)), QUESTIONS, [True] * 6)
     assert "questions: 50.00 of 100 points (accuracy 25.00 of 50, diversity 25.00 of 50)" in capsys.readouterr().out
     predict.show_scores("text", first(QUESTIONS), QUESTIONS, [False] * 6)

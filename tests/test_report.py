@@ -171,12 +171,10 @@ def test_answers_of_other_rows_or_no_answers_are_refused(runs, tmp_path):
 
 
 def test_curves_are_read_from_a_training(tmp_path):
-    log = "epoch 1 step 5/9 loss 0.5 lr 0.1 grad_norm 1\nnoise\nepoch 2 step 9/9 loss nan lr 0.1\n"
-    found = report.read_curves(str(tmp_path), log)
-    assert found["curve"][0] == {"step": 5, "loss": 0.5} and len(found["curve"]) == 2 and found["validation"] == []
+    assert report.read_curves(str(tmp_path)) == {"curve": [], "validation": []}
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')  # a line under way
     (tmp_path / "validation.jsonl").write_text('{"step": 1, "loss": 2.5, "scores": {"f1": 0.1}}\n')
-    found = report.read_curves(str(tmp_path), log)
+    found = report.read_curves(str(tmp_path))
     assert found["curve"] == [{"step": 1, "loss": 2.0}] and found["validation"][0]["scores"] == {"f1": 0.1}
 
 
@@ -207,3 +205,43 @@ def test_a_report_goes_into_a_new_folder(tmp_path, capsys):
     )
     assert "F1 0.7500" in capsys.readouterr().out
     assert (tmp_path / "new" / "report" / "report.html").is_file()
+
+
+def write_training(folder, rows):
+    """What a report reads of a training on a file: run.json, and a log."""
+    folder.mkdir()
+    lines = [{"instruction": "抽取", "input": f"第{i}行", "output": "甲_组成_乙"} for i in rows]
+    (folder / "rows.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    start = {"folder": str(folder), "flags": {"train_path": "rows.json"}, "command": "python train.py"}
+    (folder / "run.json").write_text(json.dumps({"format": 1, "starts": [start]}))
+    (folder / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "said"),
+    [
+        (range(2, 9), "Warning: training saw 2 of them in that of lora: such scores say nothing of unseen rows."),
+        (range(4, 9), "No row of the training files asks the same."),
+        (None, "Whether training saw some of them is not known."),
+    ],
+)
+def test_a_report_claims_of_unseen_rows_what_it_knows(tmp_path, capsys, trained_on, said):
+    write_answers(tmp_path / "a.jsonl", {0, 1, 2})
+    training = tmp_path / "training"
+    if trained_on:
+        write_training(training, trained_on)
+    run = f"lora={tmp_path}/a.jsonl" + f",{training}" * bool(trained_on)
+    report.main(["--mode", "glm3", "--output_dir", str(tmp_path / "report"), "--run", run])
+    assert said in capsys.readouterr().out.splitlines()
+    assert said in (tmp_path / "report" / "report.md").read_text()
+    (training / "rows.json").unlink(missing_ok=True)  # or the file is gone
+    if trained_on:
+        assert report.count_seen(str(training), str(tmp_path / "a.jsonl")) is None
+
+
+def test_an_empty_answer_is_shown_as_one(tmp_path, capsys):
+    write_answers(tmp_path / "a.jsonl", {0}, wrong="")
+    report.main(["--mode", "glm3", "--output_dir", str(tmp_path / "report"), "--run", f"lora={tmp_path}/a.jsonl"])
+    assert "lora: (empty)   (F1 0.00)" in capsys.readouterr().out
+    for name in ("report.html", "report.md"):
+        assert "(empty)" in (tmp_path / "report" / name).read_text()

@@ -37,7 +37,7 @@ def trained(tmp_path):
     (output / "tensorboard").mkdir()
     for name in ("epoch-1-step-4", "epoch-2-step-8", "epoch-3-step-12", "best", "states/step-00000006"):
         write_result(output, name)
-    for name in ("best.json", "log.jsonl", "validation.jsonl", "validation-predictions.jsonl", "states/latest"):
+    for name in (*results.LOGS, "states/latest"):
         (output / name).write_text("{}\n")
     (output / "tensorboard" / "events.out.tfevents.1").write_text("x")
     for name in ("notes.txt", "epoch-1", "epoch-2-step-8-merged/model", "tensorboard/mine", "data_check.jsonl"):
@@ -85,8 +85,8 @@ def test_logs_without_a_line_and_files_of_others_are_no_results(trained, tmp_pat
     for folder in (*trained.glob("epoch-*-step-?"), *trained.glob("epoch-*-step-??"), trained / "best"):
         shutil.rmtree(folder)
     shutil.rmtree(trained / "states")
-    assert len(results.find_traces(str(trained))) == 4
-    for name in results.LOGS[:-1]:
+    assert results.find_traces(str(trained)) == list(results.LOGS)
+    for name in {*results.LOGS} - {"log.jsonl"}:
         (trained / name).unlink()
     assert results.find_traces(str(trained)) == ["log.jsonl"]
     (trained / "log.jsonl").write_text("")  # of a run that ended before its first line
@@ -377,7 +377,7 @@ def test_second_runs(inputs, tmp_path, ranks):
     codes, text = trial.run("--learning_rate", "1e-3")
     assert codes == {2}
     (line,) = (line for line in text.splitlines() if line.startswith("error:"))
-    assert f"holds results of an earlier run (epoch-3-step-{steps}, log.jsonl)" in line
+    assert f"holds results of an earlier run (epoch-3-step-{steps}, log.jsonl, summary.json)" in line
     codes, text = trial.run("--learning_rate", "1e-3", "--resume_from_checkpoint", "auto")
     assert codes == {2}
     assert "holds results of a run with other settings" in text

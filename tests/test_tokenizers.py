@@ -79,6 +79,30 @@ def test_history_never_becomes_a_special_token(mode, tokenizers):
     assert specials(literal) == specials("a") != []
 
 
+PAIRS = [("a", "b")], [["a", "b"]], (("a", "b"),)
+MESSAGES = [{"role": "user", "content": "a"}], [{"role": "assistant", "metadata": "", "content": ""}]
+NEITHER = (
+    ["a", "b"],
+    "ab",
+    [("a",)],
+    [("a", None)],
+    [{"role": "user"}],
+    [{"from": "human", "value": "a"}],
+    [3],
+    {"a": 1},
+)
+
+
+@modes
+def test_a_history_of_another_form_is_refused(mode, tokenizers):
+    right, wrong = (MESSAGES, PAIRS) if mode == "glm3" else (PAIRS, MESSAGES)
+    for history in (None, [], *right):
+        assert tokenizers[mode].encode_prompt("你好", history)
+    for history in (*wrong, *NEITHER):
+        with pytest.raises(ValueError, match=r"^history(\[0\])? must be a"):
+            tokenizers[mode].encode_prompt("你好", history)
+
+
 @modes
 def test_framing_tokens_of_a_prompt(mode, tokenizers):
     tok = tokenizers[mode]

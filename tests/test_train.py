@@ -364,5 +364,8 @@ def test_python_alone_trains_on_one_device(tiny, rows, folder):
     run = subprocess.run([sys.executable, "train.py", *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     saved = sorted(path.name for path in (folder / "alone").iterdir() if not path.name.startswith("."))
-    assert saved == ["epoch-1-step-2", "epoch-1-step-4", "epoch-1-step-6", "log.jsonl", "run.json", "tensorboard"]
+    results = ["epoch-1-step-2", "epoch-1-step-4", "epoch-1-step-6"]
+    assert saved == [*results, "log.jsonl", "run.json", "summary.json", "tensorboard"]
+    summary = json.loads((folder / "alone" / "summary.json").read_text())
+    assert (summary["result"], summary["steps"]) == ("epoch-1-step-6", 6) and summary["trained"] < summary["parameters"]
     assert "step 6/6" in run.stdout
