@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import exits
+from allocator import let_segments_grow
 from arguments import SWITCH, File, Folder, Integer, NewPath, Parser, Text, answer_early
 from glm_models import MODE
 
@@ -68,6 +69,7 @@ def contradictions(args: argparse.Namespace) -> list[str]:
 if __name__ == "__main__":
     exits.start_script()
     answer_early(parse_args)
+    let_segments_grow()
 
 import numpy as np
 import torch

@@ -9,6 +9,8 @@ import contextlib
 import errno
 import fcntl
 import importlib
+import ipaddress
+import json
 import os
 import socket
 import tempfile
@@ -17,6 +19,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import deepspeed
+import psutil
 import torch
 import torch.utils.cpp_extension
 from deepspeed.accelerator import get_accelerator
@@ -124,11 +127,13 @@ def start_distributed(verbose: bool, local_rank: int = -1) -> tuple[int, int]:
                 "(CUDA_VISIBLE_DEVICES and the launcher's number of processes must agree)"
             )
         accelerator.set_device(local_rank)
+    choose_interface()
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
     except (torch.distributed.DistError, ValueError, OSError) as error:
         raise UserError(_start_problem(error)) from None
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    _check_addresses(rank, size)
     _check_nodes(rank, size)
     return rank, size
 
@@ -143,6 +148,65 @@ def _start_problem(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return "too many open files for this process's limit: raise it (ulimit -n 1024)"
     return _connection(str(error))
+
+
+INTERFACE = "GLOO_SOCKET_IFNAME"  # names the network interface of gloo, by which ranks talk on the CPU
+
+
+def choose_interface() -> None:
+    """Let gloo take the interface by which this node reaches MASTER_ADDR, unless the user has named one.
+
+    It would take the address of the host's own name, on Debian and Ubuntu 127.0.1.1, where other nodes reach nothing.
+    """
+    if os.environ.get(INTERFACE) or int(os.environ["WORLD_SIZE"]) == 1:
+        return
+    try:
+        kind, _, _, _, where = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # asks for the way; nothing is sent
+            address = probe.getsockname()[0]
+    except OSError:
+        return  # the process group will say so
+    if ipaddress.ip_address(address).is_loopback:
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            os.environ[INTERFACE] = name
+
+
+def gloo_address() -> str:
+    """The address at which gloo listens in this process."""
+    with contextlib.suppress(OSError):
+        if not (name := os.environ.get(INTERFACE)):
+            return socket.gethostbyname(socket.gethostname())
+        addresses = psutil.net_if_addrs().get(name.split(",")[0], [])
+        return next((one.address for one in addresses if one.family == socket.AF_INET), "")
+    return "127.0.0.1"
+
+
+def _check_addresses(rank: int, size: int) -> None:
+    """Make sure that ranks of other nodes can be reached on the CPU, before they wait for each other without end.
+
+    Raises:
+        UserError: one listens where only its own node reaches it.
+    """
+    if size == 1:
+        return
+    store = torch.distributed.distributed_c10d._get_default_store()
+    store.set(f"address-{rank}", json.dumps([machine()[1] or machine()[0], socket.gethostname(), gloo_address()]))
+    everyone = [json.loads(store.get(f"address-{number}")) for number in range(size)]
+    store.set(f"has-read-{rank}", "")
+    if rank == 0:  # it holds the store, and may be about to end
+        store.wait([f"has-read-{number}" for number in range(size)])
+    if len({node for node, _, _ in everyone}) == 1:
+        return
+    for number, (_, host, address) in enumerate(everyone):
+        if address and ipaddress.ip_address(address).is_loopback:
+            raise UserError(
+                f"rank {number} on {host} listens at {address}, where other nodes do not reach it: set {INTERFACE} and "
+                "NCCL_SOCKET_IFNAME on each node to the network interface that the nodes share (see `ip addr`; for "
+                "deepspeed's launcher in a file .deepspeed_env), or give the host its real address in /etc/hosts"
+            )
 
 
 def _connection(reason: str) -> str:

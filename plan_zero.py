@@ -32,19 +32,11 @@ class Setup(NamedTuple):
     groups: list[dict]
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """A type by its name in a ds file."""
-    try:
-        return DtypeEnum(name).value
-    except ValueError:
-        raise UserError(f"data_types.grad_accum_dtype: {name!r} is no type") from None
-
-
 class Zero12Simulator:
     """Replays a trace into a caching allocator and adds what DeepSpeed allocates around it.
 
     One optimiser step from the second on is played: moments exist, and with gradient accumulation the gradients of
-    earlier micro-batches. Stage 0 to 2; see plan_zero3.py.
+    earlier micro-batches. Stages 1 and 2; see plan_zero3.py.
 
     Args:
         gpus: ranks; the one that needs most is planned.
@@ -59,10 +51,11 @@ class Zero12Simulator:
         self.trained = [p for group in setup.groups for p in group["params"]]
         config = setup.ds_config
         self.zero = config["zero_optimization"]
-        self.stage = self.zero.get("stage", 0)
+        self.stage = self.zero["stage"]
         self.item = self.parameters[0].element_size()
         kind = config.get("data_types", {}).get("grad_accum_dtype")
-        self.sum_item = self.item if kind is None else dtype_of(kind).itemsize  # gradients are summed in this size
+        # gradients are summed in numbers of this size
+        self.sum_item = self.item if kind is None else DtypeEnum(kind).value.itemsize
         self.sums_apart = self.sum_item == 4 != self.item  # straight into one float32 buffer of this rank's part
         self.accumulates = config.get("gradient_accumulation_steps", 1) > 1
         self.takes_norm = config.get("gradient_clipping", 0) > 0 or self.zero.get("compute_grad_norm", True)
@@ -138,27 +131,25 @@ class Zero12Simulator:
         self.step()
         self.drop(*late)
 
-    # Stages 0 to 2
+    # Stages 1 and 2
 
     def start(self) -> None:
         trained = set(map(id, self.trained))
         for parameter in self.parameters:
             if id(parameter) not in trained:
                 self.take("weights", parameter.numel() * self.item)
-        ranks = self.gpus if self.stage else 1
         self.partitions = []  # elements of each group that this rank updates
         for group in self.setup.groups:
             numel = sum(p.numel() for p in group["params"])
             numel = -(-numel // (2 * self.gpus)) * 2 * self.gpus  # aligned for NCCL
             self.take("weights", numel * self.item)  # DeepSpeed moves what trains into one flat buffer a group
-            self.partitions.append(numel // ranks)
-            masters = 2 if self.stage == 0 and self.item == 4 else 3  # float32 copy, and two moments
+            self.partitions.append(numel // self.gpus)
             if self.offload:
-                self.offload_group(numel // ranks)
+                self.offload_group(numel // self.gpus)
                 continue
-            for _ in range(masters):
-                self.take("optimizer", 4 * numel / ranks)
-        self.slices, self.touched = self._worst_rank(ranks)
+            for _ in range(3):  # float32 copy, and two moments
+                self.take("optimizer", 4 * numel / self.gpus)
+        self.slices, self.touched = self._worst_rank()
         if self.offload:
             largest = self.item * max(p.numel() for p in self.trained)
             self.take("buffers", largest)
@@ -182,13 +173,13 @@ class Zero12Simulator:
         if self.pin:  # made in common memory first
             self.cpu_once = max(self.cpu_once, 4 * numel)
 
-    def _worst_rank(self, ranks: int) -> tuple[list[int], int]:
+    def _worst_rank(self) -> tuple[list[int], int]:
         """Of the rank that holds most: elements of its piece of each parameter, and of all parameters it touches.
 
         A partition cuts through parameters, and without float32 sums the buffer has room for the whole of each.
         """
         worst: tuple[list[int], int] = ([], -1)
-        for rank in range(ranks):
+        for rank in range(self.gpus):
             slices, touched = [], 0
             for group, size in zip(self.setup.groups, self.partitions, strict=True):
                 at, low, high = 0, rank * size, (rank + 1) * size
@@ -204,16 +195,12 @@ class Zero12Simulator:
 
     def _sum_size(self) -> int:
         """Bytes of this rank's summed gradients."""
-        if self.stage < 2:
+        if self.stage == 1:
             return self.sum_item * sum(p.numel() for p in self.trained)
         return 4 * sum(self.partitions) if self.sums_apart else self.item * self.touched
 
     def gradient(self, parameter, block) -> None:
         """A gradient is complete; autograd's block of it is given back right after this, unless it is held."""
-        if self.stage == 0:
-            if not self.accumulates:  # it stays on its parameter; else it is added to the one that is there
-                self.held.add(block)
-            return
         if not self.buckets:
             for _ in range(2 if self.zero.get("overlap_comm") else 1):
                 self.buckets.append(self.take("buffers", self.bucket_size * self.item))
@@ -253,10 +240,6 @@ class Zero12Simulator:
         pass
 
     def end_of_backward(self) -> None:
-        if self.stage == 0:
-            if self.gpus > 1:  # all-reduced in buckets of 500 million
-                self.drop(self.take("buffers", self.item * min(5e8, sum(p.numel() for p in self.trained))))
-            return
         self.flush()
         self.drop(*self.buckets)
         if self.sums is None or self.stage == 1:  # stage 1 sums whole gradients, and keeps its part of them in the end
@@ -267,11 +250,6 @@ class Zero12Simulator:
 
     def step(self) -> None:
         if self.offload:
-            return
-        if self.stage == 0:  # torch's optimiser as it is, or one that makes all gradients float32 first
-            single = self.take("gradients", 4 * sum(self.partitions) if self.item != 4 else 0)
-            self.drop(self.take("optimizer", self.step_copy * sum(self.partitions)))
-            self.drop(single)
             return
         if self.takes_norm:
             self.drop(self.take("buffers", self.norm_item * max(self.slices)))

@@ -63,7 +63,7 @@ def run_trace(setup: Setup, on_gpu: bool = True) -> list[Event]:
     batch = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in setup.batch.items()}
     zero = setup.ds_config["zero_optimization"]
     # ZeRO-3 has a linear function of its own, that saves the parameter and not a view of what it holds
-    linear = zero3_linear_wrap if zero.get("stage") == 3 and zero.get("memory_efficient_linear", True) else None
+    linear = zero3_linear_wrap if zero["stage"] == 3 and zero.get("memory_efficient_linear", True) else None
     return trace_step(setup.model, batch, on_gpu, linear=linear)
 
 
@@ -86,12 +86,10 @@ def account(
         grows: segments of the allocator do; None: see `expandable`.
 
     Raises:
-        UserError: an unknown ZeRO stage.
+        UserError: an optimizer that is not planned.
         MemoryError: more than `capacity` is needed.
     """
-    stage = setup.ds_config["zero_optimization"].get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
+    stage = setup.ds_config["zero_optimization"]["stage"]
     memory = CachingAllocator(expandable() if grows is None else grows, capacity)
     run = (Zero3Simulator if stage == 3 else Zero12Simulator)(setup, gpus, memory)
     run.play(trace)
@@ -182,7 +180,7 @@ class Plans:
         """See `account` for capacity, grows and errors."""
         setup = self.build(args, self.gpus)
         mine = {k: v for k, v in vars(args).items() if k not in ("ds_file", "gradient_accumulation_steps")}
-        stage3 = setup.ds_config["zero_optimization"].get("stage") == 3
+        stage3 = setup.ds_config["zero_optimization"]["stage"] == 3
         key = (str(mine), next(setup.model.parameters()).dtype, stage3)
         if key not in self.traces:
             self.traces[key] = setup, run_trace(setup)

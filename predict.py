@@ -12,12 +12,14 @@ import os
 import sys
 
 import exits
+from allocator import let_segments_grow
 from arguments import answer_early
 from predict_arguments import longest_prompt, parse_args
 
 if __name__ == "__main__":
     exits.start_script()
     answer_early(parse_args)
+    let_segments_grow()
 
 import torch
 from tqdm import tqdm

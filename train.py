@@ -10,18 +10,16 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-# Set before torch is imported: fragmentation otherwise costs 2 to 5 GiB of a GPU. Torch reads the older name first, so
-# it must not hide what a user has set under the newer one.
-if "PYTORCH_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-# Large tensors in large pages: page faults would take 7 % of a CPU's time.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
+from allocator import let_segments_grow
 from arguments import answer_early
 from train_arguments import fixed_flags, parse_args, validates
 
 if __name__ == "__main__":
     answer_early(parse_args)
+
+let_segments_grow()
+# Large tensors in large pages: page faults would take 7 % of a CPU's time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import deepspeed
 import torch
@@ -295,7 +293,7 @@ def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, w
     for section in ("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"):
         settings[f"{section} of --ds_file"] = ds_config.get(section)
     settings[LAYOUT] = zero_layout(ds_config)
-    return Run(settings, world_size, ds_config["zero_optimization"].get("stage", 0))
+    return Run(settings, world_size, ds_config["zero_optimization"]["stage"])
 
 
 def open_output(args) -> str | None:

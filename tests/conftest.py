@@ -160,16 +160,21 @@ def write_model(model: torch.nn.Module, folder: str, **kwargs) -> None:
     write_weights(folder, tensors.items(), sum(t.numel() * t.element_size() for t in tensors.values()), **kwargs)
 
 
+def make_lively_checkpoint(mode: str, folder: str, **settings) -> None:
+    """A tiny checkpoint whose weights are large enough to tell models apart."""
+    make_tiny_checkpoint(mode, folder, TEXT, **settings)
+    model = MODE[mode].model.from_pretrained(folder)
+    enliven(model)
+    write_model(model, folder)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """tiny[mode]: a checkpoint folder; never written to by tests."""
     folders = {}
     for mode, settings in TINY.items():
         folder = str(tmp_path_factory.mktemp("tiny") / mode)
-        make_tiny_checkpoint(mode, folder, TEXT, **settings)
-        model = MODE[mode].model.from_pretrained(folder)
-        enliven(model)
-        write_model(model, folder)
+        make_lively_checkpoint(mode, folder, **settings)
         folders[mode] = folder
     return folders
 

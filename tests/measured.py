@@ -7,6 +7,7 @@ runs DeepSpeed's own steps of `SETTINGS` (all, or those named) under a ZeRO stag
 """
 
 import argparse
+import gc
 import json
 import sys
 from pathlib import Path
@@ -85,8 +86,12 @@ def build(args: argparse.Namespace, config: dict, device: str) -> planner.Setup:
 
 def peak_of(step) -> int:
     """The most bytes by which `step` raised what torch's CPU allocator has given out."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+    gc.disable()  # garbage of before, freed meanwhile, would count against what the step takes
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+    finally:
+        gc.enable()
     events, found = list(profiler.profiler.kineto_results.experimental_event_tree()), []
     while events:
         event = events.pop()
@@ -105,6 +110,7 @@ def measure(args: argparse.Namespace, config: dict) -> list[int]:
     """
     import deepspeed
 
+    gc.collect()  # the engine before this one has cycles
     setup = build(args, config, "cpu")
     engine, *_ = deepspeed.initialize(model=setup.model, model_parameters=setup.groups, config=config)
 
@@ -132,6 +138,7 @@ def main() -> None:
     utils.quiet(verbose=False)
     rank, ranks = launch.start_distributed(verbose=False)
     utils.trim_deepspeed()
+    gc.freeze()  # what was imported stays, and is not looked through each time
     measured = {}
     for name in names:
         for sums in ("bf16", "fp32"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT
+from adapter_errors import ALL, CPU, rms, wide_and_half
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners import lora as peft_lora
 from safetensors.torch import load_file, save_file
@@ -22,18 +22,11 @@ import merge_lora
 from adapter import BASE_FILE, KEYS, write_adapter
 from errors import UserError
 from glm_models import MODE, CheckpointError
-from glm_models.chat import generate_ids
 from glm_models.ops import OutputLayer
 from loading import load_result, prediction_dtype, stored_dtype
 from lora import LoraLinear, PredictionLinear, use_own_layers
 
 HALF = [torch.bfloat16, torch.float16]
-ALL = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-CPU = torch.device("cpu")
-
-
-def rms(x: torch.Tensor) -> float:
-    return x.double().square().mean().sqrt().item()
 
 
 # The type
@@ -111,36 +104,16 @@ def test_a_layer_with_an_adapter_is_as_exact_as_its_base_alone(dtype, share, bia
 def test_adapters_in_half_precision_answer_as_exactly_as_the_base_does(tiny, tokenizers, tmp_path, mode, dtype):
     """Logits and greedy answers against the unmerged model in float32, beside those of the base against itself."""
     base = make_base(tiny, mode, tmp_path / "base", dtype)
-    prompts = [tokenizers[mode].encode_prompt(text) for text in TEXT[:24]]
-    batch = tokenizers[mode].pad({"input_ids": prompts}, return_tensors="pt")
-    real = batch["attention_mask"].bool()
-
-    @torch.inference_mode()
-    def logits(model):
-        return model(**batch).logits[real].float()
-
-    def answers(model):
-        return [ids for ids, _ in generate_ids(model, tokenizers[mode], prompts, [8] * len(prompts))]
-
-    def in_types(folder):
-        """The same model in float32, its adapter unmerged, and as load_result gives it."""
-        model = MODE[mode].model.from_pretrained(base, dtype=torch.float32).eval()
-        if folder != base:
-            model = PeftModel.from_pretrained(model, folder).get_base_model()
-        return model, load_result(mode, folder, base, CPU, dtype)[1]
-
-    wide, half = in_types(base)
-    plain, error = logits(wide), rms(logits(half) - logits(wide))
-    same = sum(a == b for a, b in zip(answers(wide), answers(half), strict=True))
+    alone = wide_and_half(mode, base, base, tokenizers[mode], dtype)
+    error = alone.error()
     for std in (0.03, 0.01):
         adapter = make_adapter(mode, base, tmp_path / f"adapter-{std}", ALL, std)
-        wide, half = in_types(adapter)
-        assert half.dtype == dtype
-        assert any(isinstance(module, PredictionLinear) for module in half.modules())
-        expected = logits(wide)
-        assert rms(expected - plain) > error / 4  # the adapter does something
-        assert rms(logits(half) - expected) < 1.15 * error  # 0.93 to 1.07: other roundings, as many
-        assert sum(a == b for a, b in zip(answers(wide), answers(half), strict=True)) >= same - 4
+        found = wide_and_half(mode, base, adapter, tokenizers[mode], dtype)
+        assert found.model.dtype == dtype
+        assert any(isinstance(module, PredictionLinear) for module in found.model.modules())
+        assert rms(found.wide.logits - alone.wide.logits) > error / 4  # the adapter does something
+        assert found.error() < 1.15 * error  # 0.93 to 1.07: other roundings, as many
+        assert found.same_answers() >= alone.same_answers() - 4
 
 
 def foreign(**config):

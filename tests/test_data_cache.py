@@ -260,9 +260,9 @@ def test_two_processes_that_build_at_once_both_end_right(tokenizers, write, tmp_
     processes = [fork.Process(target=build, args=(start, settings, cache, results)) for _ in range(2)]
     for process in processes:
         process.start()
-    files = {results.get(timeout=60) for _ in processes}
+    files = {results.get(timeout=300) for _ in processes}
     for process in processes:
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
     assert os.listdir(cache) == [os.path.basename(file) for file in files]
     kept = InstructionData(*settings, prepared=files.pop())

@@ -8,7 +8,7 @@ import ds_keys_losses
 import ds_source_keys
 import pytest
 import torch
-from runs import Launched, command, make_base, make_rows
+from runs import LIMIT, Launched, command, make_base, make_rows
 
 import ds_check
 import ds_config
@@ -362,5 +362,5 @@ def test_keys_that_change_no_result_change_no_loss_on_two_ranks(tmp_path):
     assert len(wanted) == 3
     half = "bf16 with float32 sums, stage 3 against 2"
     wanted[half] = ds_keys_losses.optimizers()[half]
-    for name, difference in ds_keys_losses.losses(wanted, tmp_path, limit=120).items():
+    for name, difference in ds_keys_losses.losses(wanted, tmp_path, limit=LIMIT).items():
         assert not isinstance(difference, str) and difference <= ds_keys_losses.BOUND, (name, difference)

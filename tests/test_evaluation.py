@@ -58,7 +58,7 @@ def start(folder: Path, argv: list[str], ranks: int = 1, prepare=lambda: None) -
     """Exit codes by rank, and all that was printed."""
     folder.mkdir(exist_ok=True)
     (folder / "log").unlink(missing_ok=True)
-    codes = Launched(argv, ranks, folder / "losses", folder / "log", prepare).wait(90)
+    codes = Launched(argv, ranks, folder / "losses", folder / "log", prepare).wait()
     return codes, (folder / "log").read_text()
 
 

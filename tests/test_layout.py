@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = {path.stem for path in ROOT.glob("*.py")} | {"glm_models"}
 MAY_IMPORT = {
     "adapter": {"errors", "folders", "glm_models", "lora"},
+    "allocator": set(),
     "answers": {"errors", "folders", "glm_models"},
     "arguments": {"errors", "file_kinds", "other_names"},
     "charts": set(),
@@ -41,6 +42,7 @@ MAY_IMPORT = {
     "file_kinds": set(),
     "folders": set(),
     "forgetting": {
+        "allocator",
         "arguments",
         "data_cache",
         "data_set",
@@ -68,6 +70,7 @@ MAY_IMPORT = {
     "planner": {"data_set", "ds_config", "glm_models", "memory_trace", "plan_host", "plan_zero", "plan_zero3", "utils"},
     "predict": {
         "adapter",
+        "allocator",
         "answers",
         "arguments",
         "data_findings",
@@ -94,6 +97,7 @@ MAY_IMPORT = {
     "throughput": {"glm_models"},
     "train": {
         "adapter",
+        "allocator",
         "arguments",
         "data_cache",
         "data_check",
@@ -166,3 +170,27 @@ def test_all_argument_errors_come_at_once():
         parse_args([*FLAGS, "--num_train_epochs", "0", "--warmup_ratio", "1.5", "--max_len", "10"])
     for name in ("num_train_epochs", "warmup_ratio", "max_src_len"):
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize("script", ["train", "predict", "forgetting"])
+def test_torch_is_told_of_memory_before_it_is_imported(script):
+    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    told = next(i for i, line in enumerate(lines) if line.strip() == "let_segments_grow()")
+    assert told < next(i for i, line in enumerate(lines) if line == "import torch")
+
+
+COLLECTIVES = {"barrier", "all_gather_object", "gather_object", "broadcast_object_list", "all_reduce", "broadcast"}
+
+
+def test_ranks_wait_for_each_other_on_the_cpu():
+    """The devices' group gives up after ten minutes, which a slow disk may take; on it goes what devices compute."""
+    on_devices = []
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("glm_models/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr in COLLECTIVES and ast.unparse(node.func.value).endswith(("distributed", "comm", "dist")):
+                groups = [ast.unparse(value) for value in (*node.args, *(key.value for key in node.keywords))]
+                if "control_group()" not in groups:
+                    on_devices.append((path.name, node.func.attr))
+    assert on_devices == [("ops.py", "all_reduce")]  # how many chunks of logits the ranks make

@@ -318,7 +318,7 @@ def test_text_iterator_streamer(mode, load, tokenizers):
     model, tok = load(mode), tokenizers[mode]
     ids = torch.tensor([samples(tok)[1][0]])
     want = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
-    streamer = TextIteratorStreamer(tok, skip_prompt=True, timeout=30)
+    streamer = TextIteratorStreamer(tok, skip_prompt=True, timeout=300)
     thread = threading.Thread(
         target=model.generate, args=(ids,), kwargs={"do_sample": False, "max_new_tokens": 12, "streamer": streamer}
     )

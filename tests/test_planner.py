@@ -395,18 +395,10 @@ def test_a_plan_is_for_bf16_and_obeys_the_ds_file(official, tmp_path):
     assert next(train.plan_setup(args, 1).model.parameters()).dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("section", "values", "message"),
-    [
-        ("zero_optimization", {"stage": 4}, "stage must be 0, 1, 2 or 3"),
-        ("optimizer", {"type": "Lion"}, "Adam and AdamW, not Lion"),
-        ("data_types", {"grad_accum_dtype": "fp23"}, "'fp23' is no type"),
-    ],
-)
-def test_a_ds_file_that_cannot_be_planned_is_refused(section, values, message):
+def test_an_optimizer_that_is_not_planned_is_refused():
     args = arguments("--mode glm2 --train_type lora")
-    setup = build(args, ds_config(args, 2, **{section: values}), "meta")
-    with pytest.raises(UserError, match=message):
+    setup = build(args, ds_config(args, 2, optimizer={"type": "Lion"}), "meta")
+    with pytest.raises(UserError, match="Adam and AdamW, not Lion"):
         planner.account(setup, [], 1)
 
 

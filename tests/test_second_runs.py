@@ -268,7 +268,7 @@ def claim(folder, entered, go_on, outcome):
         with folders.claimed_folder(folder) as partial:
             Path(partial, "who").write_text(str(os.getpid()))
             entered.set()
-            go_on.wait(20)
+            go_on.wait(300)
         outcome.put((os.getpid(), ""))
     except FolderError as error:
         outcome.put((os.getpid(), str(error)))
@@ -280,13 +280,13 @@ def test_of_two_merges_at_once_one_gets_the_folder(tmp_path):
     entered, go_on, outcome = context.Event(), context.Event(), context.Queue()
     first = context.Process(target=claim, args=(folder, entered, go_on, outcome))
     first.start()
-    assert entered.wait(20)
+    assert entered.wait(300)
     assert folders.sweep(str(tmp_path)) == []  # a training that starts beside it leaves it alone
     for _ in range(3):
         with pytest.raises(FolderError, match=r"another process is writing .*merged; name another"):
             folders.claimed_folder(folder).__enter__()
     go_on.set()
-    assert outcome.get(timeout=20) == (first.pid, "")
+    assert outcome.get(timeout=300) == (first.pid, "")
     first.join()
     assert Path(folder, "who").read_text() == str(first.pid)
     folders.check_folder(folder, nothing_else=True)
@@ -305,7 +305,7 @@ def test_many_merges_that_end_at_once(tmp_path):
         processes = [context.Process(target=claim, args=(folder, entered, go_on, outcome)) for _ in range(4)]
         for process in processes:
             process.start()
-        outcomes = dict(outcome.get(timeout=20) for _ in processes)
+        outcomes = dict(outcome.get(timeout=300) for _ in processes)
         for process in processes:
             process.join()
         (winner,) = (pid for pid, error in outcomes.items() if not error)
@@ -341,7 +341,7 @@ class Trial:
     def run(self, *more: str, prepare=lambda: None) -> tuple[set[int], str]:
         self.log.unlink(missing_ok=True)
         run = Launched([*self.argv, *more], self.ranks, self.losses, self.log, prepare)
-        return set(run.wait(300).values()), self.log.read_text()
+        return set(run.wait().values()), self.log.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -322,9 +322,7 @@ def bad_run(tiny, rows, folder, **change):
         "data_cache": folder / "cache",
     }
     flags |= {"max_len": 128, "max_src_len": 96, **change}
-    return deepspeed(
-        2, "train.py", *(part for key, value in flags.items() for part in (f"--{key}", value)), timeout=120
-    )
+    return deepspeed(2, "train.py", *(part for key, value in flags.items() for part in (f"--{key}", value)))
 
 
 def errors(tiny, folder):
