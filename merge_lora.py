@@ -10,9 +10,9 @@ base and adapter, and its logits on a few prompts against those of the unmerged 
 import argparse
 import os
 
-import exits
-from arguments import SWITCH, Folder, NewPath, Parser, answer_early
 from glm_models import MODE
+from tuning import exits
+from tuning.arguments.parser import SWITCH, Folder, NewPath, Parser, answer_early
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,11 +41,6 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-import probe
-from adapter import Adapter, add_adapter, check_base, has_patterns, read_adapter, read_config, unread_keys
-from errors import UserError
-from exits import clear_errors
-from folders import check_space, claimed_folder
 from glm_models import check_family
 from glm_models.checkpoint import (
     DTYPES,
@@ -57,7 +52,13 @@ from glm_models.checkpoint import (
     write_safetensors,
     write_side_files,
 )
-from utils import load_tokenizer, quiet
+from tuning.engine.loading import load_tokenizer
+from tuning.errors import UserError
+from tuning.exits import clear_errors
+from tuning.folders import check_space, claimed_folder
+from tuning.lora import verify
+from tuning.lora.adapter import Adapter, add_adapter, check_base, has_patterns, read_adapter, read_config, unread_keys
+from utils import quiet
 
 CHUNK = 2**21  # numbers of a weight at a time: 8 MiB in float32
 
@@ -201,9 +202,9 @@ def compare_outputs(mode: str, base: str, folder: str, adapter: Adapter, tokeniz
         CheckpointError: it is farther than that.
     """
     batch = tokenizer.pad({"input_ids": [tokenizer.encode_prompt(text) for text in PROBES]}, return_tensors="pt")
-    unmerged = probe.logits(mode, base, batch, adapter)
-    rounded = rms(probe.logits(mode, base, batch, adapter, rounding=dtype) - unmerged)
-    found = probe.logits(mode, folder, batch)
+    unmerged = verify.logits(mode, base, batch, adapter)
+    rounded = rms(verify.logits(mode, base, batch, adapter, rounding=dtype) - unmerged)
+    found = verify.logits(mode, folder, batch)
     difference = found - unmerged
     same = (found.argmax(-1) == unmerged.argmax(-1)).sum().item()
     line = (
@@ -240,7 +241,7 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
         raise UserError(f"--output_dir {output} is not empty; name another")
     check_family(base, mode)
     adapter = read_adapter(folder)
-    model, layout = probe.skeleton(mode, base), weight_layout(base)
+    model, layout = verify.skeleton(mode, base), weight_layout(base)
     check_fit(model, base, adapter)
     config = read_config(folder)
     if not has_patterns(config):  # regular expressions from a file are not run

@@ -11,10 +11,10 @@ import contextlib
 import os
 import sys
 
-import exits
-from allocator import let_segments_grow
-from arguments import answer_early
-from predict_arguments import longest_prompt, parse_args
+from tuning import exits
+from tuning.arguments.parser import answer_early
+from tuning.arguments.predict import longest_prompt, parse_args
+from tuning.environment import let_segments_grow
 
 if __name__ == "__main__":
     exits.start_script()
@@ -24,17 +24,14 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from adapter import find_base
-from answers import AnswerFile, Made, describe_model, file_hash
-from data_findings import FIRST, lines_text
-from data_set import DataError, read_rows
-from errors import UserError
-from exits import clear_errors, visible
-from formats import KEYS, unused_keys
 from glm_models.chat import generate_answers
 from glm_models.tokenization import Prompt
-from loading import choose_dtype, load_result
-from metrics import (
+from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, named_device
+from tuning.errors import DataError, UserError
+from tuning.evaluate.answers import AnswerFile, Made, describe_model, file_hash
+from tuning.exits import clear_errors
+from tuning.lora.adapter import find_base
+from tuning.metrics import (
     AS_WRITTEN,
     describe,
     describe_outputs,
@@ -46,7 +43,11 @@ from metrics import (
     score,
     with_references,
 )
-from utils import load_tokenizer, named_device, quiet, set_seed
+from tuning.samples.findings import FIRST, lines_text
+from tuning.samples.formats import KEYS, unused_keys
+from tuning.samples.row_files import read_rows
+from tuning.terminal import visible
+from utils import quiet, set_seed
 
 PARTS = {"triples": relation_scores, "classes": label_scores}  # scores of each relation, of each label
 CHUNK = 1000  # rows whose prompts are held at once to count cuts

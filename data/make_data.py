@@ -24,7 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from arguments import SWITCH, Integer, Parser, answer_early  # noqa: E402
+from tuning.arguments.parser import SWITCH, Integer, Parser, answer_early  # noqa: E402
 
 SEED = 20230406
 

@@ -15,8 +15,8 @@ import sys
 import sentencepiece
 import torch
 
-from arguments import File, Integer, NewPath, Parser
-from errors import UserError
+from tuning.arguments.parser import File, Integer, NewPath, Parser
+from tuning.errors import UserError
 
 from . import MODE
 from .checkpoint import write_json, write_weights

@@ -10,7 +10,7 @@
 #   OUTPUT  folder of runs and report      (default output-compare)
 #   SWEEP   True: try three learning rates a method first
 #
-# The python of the current environment is used. What follows goes to compare_methods.py, e.g. --jobs 2, --num_gpus 4.
+# The python of the current environment is used. What follows goes to compare.py, e.g. --jobs 2, --num_gpus 4.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/small_base.sh
@@ -32,5 +32,5 @@ else
 fi
 [ -z "${METHODS:-}" ] || flags+=(--methods $METHODS)
 [ -z "${SEEDS:-}" ] || flags+=(--seeds $SEEDS)
-python compare_methods.py --model "${models[@]}" --train_path "$data" --test_path "$test" --output_dir "$output" \
+python -m tuning.evaluate.compare --model "${models[@]}" --train_path "$data" --test_path "$test" --output_dir "$output" \
   --sweep "${SWEEP:-False}" "${flags[@]}" "$@"

@@ -55,5 +55,5 @@ python merge_lora.py --mode glm3 --ori_model_dir "$base" --model_dir "$adapter" 
 echo "== 5/5 data/spo_1.json again"
 score "$work/merged" --output_path "$work/lora-predictions.jsonl"
 
-python report.py --output_dir "$work/report" --mode glm3 --title "Quick start: a small ChatGLM3 before and after LoRA" \
+python -m tuning.evaluate.report --output_dir "$work/report" --mode glm3 --title "Quick start: a small ChatGLM3 before and after LoRA" \
   --run "base=$work/base-predictions.jsonl" --run "lora=$work/lora-predictions.jsonl,$work/lora"

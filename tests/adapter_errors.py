@@ -21,7 +21,7 @@ from test_merge import make_adapter, make_base
 import utils
 from glm_models import MODE
 from glm_models.chat import generate_ids
-from loading import load_result
+from tuning.engine.loading import load_result
 
 ALL = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 CPU = torch.device("cpu")

@@ -23,7 +23,19 @@ from runs import METHOD_FLAGS, Launched, make_base, make_rows
 
 import train
 import utils
-from ds_keys import BOOL, LATE, OPTIMIZERS, POSITIVE, REFUSED, SCHEDULERS, TEXT, TEXTS, UNTESTED, Key, walk
+from tuning.engine.ds_keys import (
+    BOOL,
+    LATE,
+    OPTIMIZERS,
+    POSITIVE,
+    REFUSED,
+    SCHEDULERS,
+    TEXT,
+    TEXTS,
+    UNTESTED,
+    Key,
+    walk,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BOUND = 1e-5

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import deepspeed
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
-from ds_keys import KEYS, Section, walk
+from tuning.engine.ds_keys import KEYS, Section, walk
 
 PACKAGE = Path(deepspeed.__file__).parent
 # Modules that read a ds file for training. inference has configs of its own, the autotuner writes ds files.

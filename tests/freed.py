@@ -1,4 +1,4 @@
-"""Train tiny models twice, with DeepSpeed's own way to take a gradient and with utils._reduce_gradient.
+"""Train tiny models twice, with DeepSpeed's own way to take a gradient and with patches._reduce_gradient.
 
     python tests/freed.py RESULTS
 
@@ -18,8 +18,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-import launch
 import utils
+from tuning.engine import patches
+from tuning.run import launch
 
 TAKES = "reduce_independent_p_g_buckets_and_remove_grads"
 BUCKET = 1000  # numbers: the 40 x 40 weights are larger, the 12 x 40 ones and the biases are not
@@ -78,10 +79,10 @@ def main() -> None:
     utils.quiet(verbose=False)
     get_accelerator().is_fp16_supported = lambda: True  # slow, but any CPU can
     rank, _ = launch.start_distributed(verbose=False)
-    utils.trim_deepspeed()
+    patches.trim_deepspeed()
     results = {}
     for name, case in CASES.items():
-        with mock.patch.object(DeepSpeedZeroOptimizer, TAKES, utils._put_in_bucket):
+        with mock.patch.object(DeepSpeedZeroOptimizer, TAKES, patches._put_in_bucket):
             results[name] = [facts(ds_config(*case))]
         results[name].append(facts(ds_config(*case)))
     if rank == 0:

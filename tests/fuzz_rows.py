@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from mutator import mutate_bytes
 
-from data_set import DataError, InstructionData, RowError, encode_sample, scan_rows
 from glm_models import MODE
+from tuning.errors import DataError
+from tuning.samples.dataset import InstructionData
+from tuning.samples.encoding import encode_sample
+from tuning.samples.row_files import RowError, scan_rows
 
 OTHER_TYPES = [b'"\\1": ' + value for value in (b"3", b"true", b"{}", b'["a"]', b"1e3", b"[]")]
 EMPTY = [b'"output": ' + value for value in (b'""', b'"  "', b'"\\\\n\\\\t"', '"\u3000"'.encode())]

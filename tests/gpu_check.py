@@ -29,11 +29,12 @@ from deepspeed.accelerator import get_accelerator
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-import planner
 import train
 import utils
 from glm_models import MODE, attention, ops
 from glm_models.tiny import make_tiny_checkpoint
+from tuning.engine import loading
+from tuning.plan import planner
 
 DS_FILES = {
     "zero2": "ds_zero2_no_offload.json",
@@ -172,7 +173,7 @@ def attention_kernels(machine: Machine) -> str:
     chosen = {}
     for mode in MODE:
         for dtype in {machine.dtype, torch.float32}:
-            model = utils.load_base(mode, str(machine.base(mode)), dtype).to(machine.device)
+            model = loading.load_base(mode, str(machine.base(mode)), dtype).to(machine.device)
             module = next(m for m in model.modules() if hasattr(m, "num_heads") and hasattr(m, "scaling"))
             groups = getattr(module, "num_groups", 32)
             module.num_key_value_groups = 32 // groups  # as many query heads as the official models have
@@ -296,7 +297,7 @@ def memory(machine: Machine) -> str:
     for name, row in results.items():
         if "error" in row:
             continue
-        needs = planner.Plans(train.plan_setup, 1)(train.parse_args(row["argv"]))
+        needs = planner.Plans(planner.plan_setup, 1)(train.parse_args(row["argv"]))
         planned = (sum(needs.parts.values()), needs.peak - planner.CONTEXT)
         if not machine.cuda:
             continue

@@ -21,9 +21,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 import predict
-import stops
 import train
 import utils
+from tuning.run import health
 
 
 class Meter:
@@ -38,13 +38,13 @@ class Meter:
         self.cuda = get_accelerator().device_name() == "cuda"
 
     def __enter__(self):
-        self.kept = deepspeed.initialize, stops.Watch.begin, get_accelerator().synchronize
-        deepspeed.initialize, stops.Watch.begin = self._initialize, lambda watch, batch: self._begin(watch, batch)
+        self.kept = deepspeed.initialize, health.Watch.begin, get_accelerator().synchronize
+        deepspeed.initialize, health.Watch.begin = self._initialize, lambda watch, batch: self._begin(watch, batch)
         get_accelerator().synchronize = self._synchronize
         return self
 
     def __exit__(self, *_):
-        deepspeed.initialize, stops.Watch.begin, get_accelerator().synchronize = self.kept
+        deepspeed.initialize, health.Watch.begin, get_accelerator().synchronize = self.kept
         if self.on:
             torch.cuda.set_sync_debug_mode("default")
             self.warned.__exit__(None, None, None)

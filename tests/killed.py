@@ -15,17 +15,16 @@ from pathlib import Path
 
 from runs import LIMIT, STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
 
-import folders
-import states
-import train
 import utils
 from glm_models import MODE
+from tuning import folders, methods
+from tuning.run import resume
 
 
 def slow_saving() -> None:
     """Make the writing of a state take long, so that kills fall into it."""
     described = folders._describe
-    publish = states.States._publish
+    publish = resume.States._publish
 
     def slowly(path, flush=False):
         time.sleep(0.05)
@@ -36,7 +35,7 @@ def slow_saving() -> None:
         publish(self, *args)
         time.sleep(0.1)
 
-    folders._describe, states.States._publish = slowly, slow_publish
+    folders._describe, resume.States._publish = slowly, slow_publish
 
 
 def compare(folder: Path, argv, ranks: int, kills: int, seed: str, in_save: bool = False) -> dict[str, int]:
@@ -112,7 +111,7 @@ def main():
     args = parser.parse_args()
     utils.quiet(verbose=False)
     rest = list(itertools.product(STAGES, (1, 2), (False, True)))
-    pairs = list(itertools.product(MODE, train.TRAIN_TYPE))
+    pairs = list(itertools.product(MODE, methods.TRAIN_TYPE))
     settings = [(*pair, *setting) for pair in pairs for setting in rest]
     if args.sample:
         settings = [(*pair, *rest[i * 5 % 8]) for i, pair in enumerate(pairs)]

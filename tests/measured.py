@@ -19,10 +19,10 @@ import torch  # noqa: E402
 from torch._C._profiler import _EventType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-import planner  # noqa: E402
 import train  # noqa: E402
-from ds_config import compute_dtype, load_ds_config  # noqa: E402
 from glm_models import MODE  # noqa: E402
+from tuning.engine.ds_config import compute_dtype, load_ds_config  # noqa: E402
+from tuning.plan import planner  # noqa: E402
 
 # Small, and yet so that activations, not weights, are what a step allocates.
 GLM = {"vocab_size": 1024, "hidden_size": 128, "num_layers": 3, "num_attention_heads": 4, "inner_hidden_size": 512}
@@ -130,14 +130,15 @@ def measure(args: argparse.Namespace, config: dict) -> list[int]:
 
 
 def main() -> None:
-    import launch
     import utils
+    from tuning.engine import patches
+    from tuning.run import launch
 
     stage, results, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or SETTINGS
     torch.set_num_threads(1)
     utils.quiet(verbose=False)
     rank, ranks = launch.start_distributed(verbose=False)
-    utils.trim_deepspeed()
+    patches.trim_deepspeed()
     gc.freeze()  # what was imported stays, and is not looked through each time
     measured = {}
     for name in names:

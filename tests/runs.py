@@ -21,10 +21,10 @@ import torch
 import torch.utils.tensorboard
 from conftest import TEXT
 
-import folders
-import stops
 import train
 from glm_models.tiny import make_tiny_checkpoint
+from tuning import folders
+from tuning.run import health
 
 METHOD_FLAGS = {
     "freeze": "--freeze_module_name layers.1.",
@@ -121,7 +121,7 @@ class Launched:
 
 def record_losses(path: Path, rank: int) -> None:
     """Write each step's loss to a file, to the last bit."""
-    end = stops.Watch.end
+    end = health.Watch.end
 
     def recorded(self, loss):
         step = end(self, loss)
@@ -130,7 +130,7 @@ def record_losses(path: Path, rank: int) -> None:
                 file.write(json.dumps([self.steps, step.loss.hex()]) + "\n")
         return step
 
-    stops.Watch.end = recorded
+    health.Watch.end = recorded
 
 
 def read_losses(path: Path) -> list[tuple[int, str]]:

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from test_merge import B, change_json, make_adapter, make_base, rename
 from torch import nn
 
-import loading
 import merge_lora
-from adapter import BASE_FILE, KEYS, write_adapter
-from errors import UserError
 from glm_models import MODE, CheckpointError
 from glm_models.ops import OutputLayer
-from loading import load_result, prediction_dtype, stored_dtype
-from lora import LoraLinear, PredictionLinear, use_own_layers
+from tuning.engine import loading
+from tuning.engine.loading import load_result, prediction_dtype, stored_dtype
+from tuning.errors import UserError
+from tuning.lora.adapter import BASE_FILE, KEYS, write_adapter
+from tuning.lora.layers import LoraLinear, PredictionLinear, use_own_layers
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 
-import compare_arguments
 import glm_models
 import merge_lora
-import predict_arguments
 import train
-import train_arguments
-from arguments import SWITCH, File, Folder, GiB, Integer, NewPath, Number, Parser, Text, answer_early
-from errors import UserError
 from glm_models import MODE
+from tuning import methods
+from tuning.arguments import compare as compare_arguments
+from tuning.arguments import predict as predict_arguments
+from tuning.arguments import train as train_arguments
+from tuning.arguments.parser import SWITCH, File, Folder, GiB, Integer, NewPath, Number, Parser, Text, answer_early
+from tuning.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "predict", "merge_lora", "forgetting", "compare_methods", "report")
+SCRIPTS = ("train.py", "predict.py", "merge_lora.py", "tuning.evaluate.forgetting", "tuning.evaluate.compare")
+SCRIPTS += ("tuning.evaluate.report",)
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "sentencepiece")
 NEEDED = ["--mode", "glm3", "--model_name_or_path", ".", "--train_path", __file__]
 PREDICT = ["--mode", "glm3", "--model_path", "."]
@@ -233,7 +235,8 @@ IMPORTED = """
 import json, runpy, sys
 script, sys.argv = sys.argv[1], sys.argv[1:]
 try:
-    runpy.run_path(script, run_name="__main__")
+    run = runpy.run_path if script.endswith(".py") else runpy.run_module
+    run(script, run_name="__main__")
 except SystemExit as end:
     print(json.dumps([end.code, [name for name in {heavy} if name in sys.modules]]))
 """
@@ -243,7 +246,7 @@ except SystemExit as end:
 def test_flags_are_answered_before_torch_is_imported(script):
     for flags, code, said in ((["--help"], 0, "(required)"), (["--helpp"], 2, "--helpp is not known")):
         run = subprocess.run(
-            [sys.executable, "-c", IMPORTED.replace("{heavy}", str(HEAVY)), f"{script}.py", *flags],
+            [sys.executable, "-c", IMPORTED.replace("{heavy}", str(HEAVY)), script, *flags],
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         assert json.loads(run.stdout.splitlines()[-1]) == [code, []], run.stderr
@@ -266,7 +269,7 @@ def test_families_are_imported_when_they_are_asked_for():
 
 
 def test_the_methods_are_those_of_the_registry():
-    assert tuple(train.TRAIN_TYPE) == train_arguments.TRAIN_TYPES
+    assert tuple(methods.TRAIN_TYPE) == train_arguments.TRAIN_TYPES
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 import predict
-from exits import clear_errors
 from glm_models.glm3 import ChatGLM3ForConditionalGeneration
+from tuning.exits import clear_errors
 
 
 class Model:

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_models import change_config
 
-from arguments import Folder
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.checkpoint import write_side_files
 from glm_models.glm2 import rotary_angles
-from loading import load_result
-from utils import UserError, load_base, load_tokenizer
+from tuning.arguments.parser import Folder
+from tuning.engine.loading import load_base, load_result, load_tokenizer
+from tuning.errors import UserError
 
 modes = pytest.mark.parametrize("mode", list(MODE))
 newer = pytest.mark.parametrize("mode", ["glm2", "glm3"])

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import compare_methods
-from compare_methods import METHODS, Interrupted, Runner, compare, parse_args
-from utils import UserError
+from tuning.arguments.compare import METHODS, parse_args
+from tuning.errors import UserError
+from tuning.evaluate import compare as compare_methods
+from tuning.evaluate.compare import Interrupted, Runner, compare
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY = {"result": "epoch-1-step-2", "trained": 1000, "parameters": 20000, "seconds": 65.0}
@@ -200,7 +201,7 @@ def test_the_runner_tells_what_a_command_said_and_stops_all(tmp_path):
 
 
 def test_a_whole_comparison_for_real(flags, tmp_path, tiny):
-    command = [sys.executable, "compare_methods.py", *flags, "--methods", "ptuning-plain", "--seeds", "1"]
+    command = [sys.executable, "-m", "tuning.evaluate.compare", *flags, "--methods", "ptuning-plain", "--seeds", "1"]
     more = ["--train_flags", "--num_train_epochs 1 --data_cache none", "--predict_flags", "--max_length 64"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -10,10 +10,11 @@ from unittest.mock import Mock, call
 import numpy as np
 import pytest
 
-import data_cache
-import data_set
-from data_set import DataError, InstructionData, encode_sample, encode_samples, prepare
 from glm_models import MODE
+from tuning.errors import DataError
+from tuning.samples import cache, dataset, encoding
+from tuning.samples.dataset import InstructionData, prepare
+from tuning.samples.encoding import encode_sample, encode_samples
 
 modes = pytest.mark.parametrize("mode", MODE)
 
@@ -108,7 +109,7 @@ def test_a_prepared_file_holds_what_the_rows_give_in_any_chunks(
 ):
     tokenizer, rows = tokenizers[mode], odd_rows(60)
     path = write(["", *rows])  # the empty line counts
-    monkeypatch.setattr(data_set, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(encoding, "CHUNK_ROWS", 7)
     settings = (path, tokenizer, 70, 40, is_skip, True)
     data = InstructionData(*settings, prepared=prepare(*settings, cache_dir=str(tmp_path / "new" / "cache")))
     each = [(i, encode_sample(tokenizer, row, 70, 40)) for i, row in enumerate(rows, 2)]
@@ -123,14 +124,14 @@ def test_a_prepared_file_holds_what_the_rows_give_in_any_chunks(
     assert data.answer_tokens([0, 3]) == sum(len(s.input_ids) - s.answer_start for _, s in (kept[0], kept[3]))
     assert f"{len(kept)} samples, {data.lengths.sum()} tokens" in data.summary()
     # and with one chunk, not kept on disk
-    monkeypatch.setattr(data_set, "CHUNK_ROWS", 1000)
+    monkeypatch.setattr(encoding, "CHUNK_ROWS", 1000)
     assert list(InstructionData(*settings).samples) == list(data.samples)
 
 
 def test_long_texts_make_short_chunks(monkeypatch):
-    monkeypatch.setattr(data_set, "CHUNK_CHARACTERS", 10)
+    monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", 10)
     rows = [(i, {"instruction": "a" * n, "input": "", "output": "b"}) for i, n in enumerate((4, 4, 4, 50, 1))]
-    assert [[line for line, _ in chunk] for chunk in data_set._chunks(iter(rows))] == [[0, 1, 2], [3], [4]]
+    assert [[line for line, _ in chunk] for chunk in encoding._chunks(iter(rows))] == [[0, 1, 2], [3], [4]]
 
 
 # The cache
@@ -197,7 +198,7 @@ def test_a_damaged_file_is_made_anew(tokenizers, write, tmp_path, damage):
         good = opened.read()
     bad = bytearray(good)
     if damage in ("header", "ids", "records"):
-        bad[{"header": 3, "ids": data_cache.HEADER + 8, "records": -20}[damage]] ^= 1
+        bad[{"header": 3, "ids": cache.HEADER + 8, "records": -20}[damage]] ^= 1
     bad = {
         "empty": b"",
         "cut": good[:-24],
@@ -207,7 +208,7 @@ def test_a_damaged_file_is_made_anew(tokenizers, write, tmp_path, damage):
     assert bad != good
     with open(file, "wb") as opened:
         opened.write(bad)
-    assert not data_cache.is_whole(file, data_set.COUNTS)
+    assert not cache.is_whole(file, dataset.COUNTS)
     assert prepare(*settings, cache_dir=str(tmp_path / "cache")) == file
     with open(file, "rb") as opened:
         assert opened.read() == good
@@ -240,8 +241,8 @@ def test_a_file_that_changes_meanwhile_is_refused(tokenizers, write, tmp_path, m
         with open(path, "a") as file:
             file.write("\n")
 
-    scan_rows = data_set.scan_rows
-    monkeypatch.setattr(data_set, "scan_rows", read_and_append)
+    scan_rows = dataset.scan_rows
+    monkeypatch.setattr(dataset, "scan_rows", read_and_append)
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(path, tokenizers["glm3"], 70, 40, False, True, str(tmp_path / "cache"))
     assert os.listdir(tmp_path / "cache") == []
@@ -253,7 +254,7 @@ def build(start, settings, cache, results):
 
 
 def test_two_processes_that_build_at_once_both_end_right(tokenizers, write, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_set, "CHUNK_ROWS", 3)  # many writes that could mix
+    monkeypatch.setattr(encoding, "CHUNK_ROWS", 3)  # many writes that could mix
     fork = multiprocessing.get_context("fork")
     settings = (write(odd_rows(300)), tokenizers["glm3"], 70, 40, False, True)
     cache, start, results = str(tmp_path / "cache"), fork.Barrier(2), fork.Queue()
@@ -275,7 +276,7 @@ def test_two_processes_that_build_at_once_both_end_right(tokenizers, write, tmp_
 @modes
 @pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
 def test_the_first_broken_row_of_the_file_is_named(tokenizers, mode, write, monkeypatch, chunk_rows):
-    monkeypatch.setattr(data_set, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(encoding, "CHUNK_ROWS", chunk_rows)
     good = {"instruction": "问", "input": "水泵", "output": "漏水"}
     long, half = {**good, "input": "水泵" * 40}, {**good, "input": "a\ud83db"}
     wrong = {**good, "output": None}

@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import data_check
-from data_check import FILE, check_data, histogram, sample_lines
-from data_findings import BROKEN, WARNINGS, Findings
-from data_set import DataError, Flaw, InstructionData, RowError, encode_sample, prepare, scan_rows
 from glm_models import MODE
+from tuning.errors import DataError
+from tuning.samples import check as data_check
+from tuning.samples.check import FILE, check_data, histogram, sample_lines
+from tuning.samples.dataset import InstructionData, prepare
+from tuning.samples.encoding import encode_sample
+from tuning.samples.findings import BROKEN, WARNINGS, Findings
+from tuning.samples.formats import Flaw
+from tuning.samples.row_files import RowError, scan_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 modes = pytest.mark.parametrize("mode", MODE)

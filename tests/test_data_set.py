@@ -10,20 +10,13 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data_set import (
-    IGNORE_INDEX,
-    DataError,
-    InstructionData,
-    MicroBatch,
-    Sample,
-    collate,
-    count_steps,
-    encode_sample,
-    pack_rows,
-    plan_epoch,
-    read_rows,
-)
 from glm_models import MODE
+from tuning.errors import DataError
+from tuning.samples.batches import MicroBatch, collate
+from tuning.samples.dataset import InstructionData
+from tuning.samples.encoding import IGNORE_INDEX, Sample, encode_sample
+from tuning.samples.epochs import count_steps, pack_rows, plan_epoch
+from tuning.samples.row_files import read_rows
 
 GOOD = {"instruction": "抽取故障：", "input": "水泵漏水。", "output": "水泵_部件故障_漏水"}
 modes = pytest.mark.parametrize("mode", MODE)

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-import data_cache
-import folders
-import launch
-import log
-from folders import MANIFEST, FolderError
+from tuning import folders
+from tuning.errors import FolderError
+from tuning.folders import MANIFEST
+from tuning.run import launch, log
+from tuning.samples import cache
 
 
 @pytest.fixture
@@ -142,45 +142,45 @@ def test_a_manifest_nested_deeply_is_broken(tmp_path):
 
 
 def whole_cache(path):
-    data_cache.write_cache(str(path), [], {"skipped": 0})
-    assert data_cache.is_whole(str(path), ["skipped"])
+    cache.write_cache(str(path), [], {"skipped": 0})
+    assert cache.is_whole(str(path), ["skipped"])
     return path
 
 
 def test_what_is_no_cache_is_not_whole(tmp_path):
     path = whole_cache(tmp_path / "a.samples")
-    assert not data_cache.is_whole(str(path), ["skipped", "another"])  # of a version that counted less
-    path.write_bytes(b"[" * data_cache.HEADER)
-    assert not data_cache.is_whole(str(path), ["skipped"])
+    assert not cache.is_whole(str(path), ["skipped", "another"])  # of a version that counted less
+    path.write_bytes(b"[" * cache.HEADER)
+    assert not cache.is_whole(str(path), ["skipped"])
     path.unlink()
     os.mkfifo(path)
-    assert not data_cache.is_whole(str(path), ["skipped"])  # and does not wait for a writer
-    assert data_cache.is_whole(str(whole_cache(path)), ["skipped"])
+    assert not cache.is_whole(str(path), ["skipped"])  # and does not wait for a writer
+    assert cache.is_whole(str(whole_cache(path)), ["skipped"])
 
 
 def test_a_mapped_cache_that_became_shorter_is_known(tmp_path):
     import numpy as np
 
     path = tmp_path / "a.samples"
-    records = np.zeros(3, data_cache.RECORD)
-    data_cache.write_cache(str(path), [(np.arange(5, dtype="<i4"), records)], {})
-    mapped = data_cache.open_cache(str(path)).records
-    assert not data_cache.is_cut(mapped)
-    os.truncate(path, data_cache.HEADER)
-    assert data_cache.is_cut(mapped)
+    records = np.zeros(3, cache.RECORD)
+    cache.write_cache(str(path), [(np.arange(5, dtype="<i4"), records)], {})
+    mapped = cache.open_cache(str(path)).records
+    assert not cache.is_cut(mapped)
+    os.truncate(path, cache.HEADER)
+    assert cache.is_cut(mapped)
 
 
 def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
     code = f"""
-import data_cache, os, signal
-with data_cache.whole_file({str(tmp_path / "b.samples")!r}, "xb") as file:
+import cache, os, signal
+with cache.whole_file({str(tmp_path / "b.samples")!r}, "xb") as file:
     file.write(b"x")
     os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", code], cwd=folders.__file__.rpartition("/")[0], check=False, timeout=60)
     (dead,) = os.listdir(tmp_path)
     with contextlib.ExitStack() as alive:
-        alive.enter_context(data_cache.whole_file(str(tmp_path / "c.samples"), "xb"))
+        alive.enter_context(cache.whole_file(str(tmp_path / "c.samples"), "xb"))
         whole_cache(tmp_path / "a.samples")
         left = sorted(os.listdir(tmp_path))
         assert dead not in left and left[0] == "a.samples" and left[1].startswith("c.samples.") and len(left) == 2

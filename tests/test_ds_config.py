@@ -10,18 +10,17 @@ import pytest
 import torch
 from runs import LIMIT, Launched, command, make_base, make_rows
 
-import ds_check
-import ds_config
-import states
 import train
 import utils
-from ds_config import ds_notes, load_ds_config, zero_layout
-from ds_keys import KEYS, REFUSED, Key, Section, walk
-from utils import UserError
+from tuning.engine import ds_check, ds_config
+from tuning.engine.ds_config import ds_notes, load_ds_config, zero_layout
+from tuning.engine.ds_keys import KEYS, REFUSED, Key, Section, walk
+from tuning.errors import UserError
+from tuning.run import resume
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--mode", "glm3", "--model_name_or_path", ".", "--train_path", __file__]
-VALUES = train.ds_values(train.parse_args(FLAGS), 2, 10, 64)
+VALUES = ds_config.ds_values(train.parse_args(FLAGS), 2, 10, 64)
 
 
 @pytest.fixture
@@ -335,15 +334,15 @@ def test_a_state_goes_on_in_its_own_layout_alone(load, monkeypatch, before, now,
         if kind := changes.get("type"):
             more |= {"optimizer.type": kind, "zero_allow_untested_optimizer": True, "optimizer.params": {}}
         config = load(more, stage, as_gpu=True)
-        settings = {"optimizer of --ds_file": {"type": config["optimizer"]["type"]}, states.LAYOUT: zero_layout(config)}
-        return states.Run(settings, ranks, stage)
+        settings = {"optimizer of --ds_file": {"type": config["optimizer"]["type"]}, resume.LAYOUT: zero_layout(config)}
+        return resume.Run(settings, ranks, stage)
 
-    monkeypatch.setattr(states, "read_run", lambda _: run(before, 2))
+    monkeypatch.setattr(resume, "read_run", lambda _: run(before, 2))
     if message is None:
-        assert states.check_run("state", run(now, ranks), allow_changes=False) == []
+        assert resume.check_run("state", run(now, ranks), allow_changes=False) == []
     else:
         with pytest.raises(UserError, match=message):
-            states.check_run("state", run(now, ranks), allow_changes=True)
+            resume.check_run("state", run(now, ranks), allow_changes=True)
 
 
 # Losses

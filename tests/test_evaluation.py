@@ -15,14 +15,15 @@ from conftest import TEXT
 from runs import STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
 from test_stops import before_step, errors
 
-import evaluation
-import folders
 import train
-from data_set import DataError, InstructionData
-from evaluation import deal_batches, split_rows, spread
 from glm_models import MODE, ops
 from glm_models.chat import generate_answers
-from log import JsonLines
+from tuning import folders
+from tuning.errors import DataError
+from tuning.run import validation as evaluation
+from tuning.run.log import JsonLines
+from tuning.run.validation import deal_batches, spread
+from tuning.samples.dataset import InstructionData, split_rows
 
 MAX_LEN, MAX_SRC_LEN = 160, 96  # of runs.command
 

@@ -12,12 +12,12 @@ from conftest import TEXT, enliven, write_model
 from peft import LoraConfig, get_peft_model
 from runs import Launched
 
-import forgetting
-from data_set import DataError, encode_sample
-from forgetting import common_prefix, compare, encode_suite, main, read_suite, table
 from glm_models import MODE
 from glm_models.tiny import make_tiny_checkpoint
-from utils import UserError
+from tuning.errors import DataError, UserError
+from tuning.evaluate import forgetting
+from tuning.evaluate.forgetting import common_prefix, compare, encode_suite, main, read_suite, table
+from tuning.samples.encoding import encode_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "data"))

@@ -9,7 +9,7 @@ from freed import CASES
 from measured import ROOT
 from ranks import end_ranks, start_ranks
 
-import utils
+from tuning.engine import patches
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,12 @@ def test_memory_is_not_given_back_while_another_stream_reads_it(overlap, compact
         clear_grad_attribute=lambda p: seen.append("freed"),
     )
     accelerator = mock.Mock(**{"resolves_data_dependency.return_value": False})
-    monkeypatch.setattr(utils, "get_accelerator", lambda: accelerator)
-    monkeypatch.setattr(utils, "_put_in_bucket", lambda *_: None)
-    utils._reduce_gradient(optimizer, parameter, 0)
+    monkeypatch.setattr(patches, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(patches, "_put_in_bucket", lambda *_: None)
+    patches._reduce_gradient(optimizer, parameter, 0)
     assert seen == ["recorded on the other stream"] * overlap + ["reduced bf16"] + ["freed"] * compact
 
     seen.clear()
     optimizer.extra_large_param_to_reduce = {}  # it fitted into the bucket
-    utils._reduce_gradient(optimizer, parameter, 0)
+    patches._reduce_gradient(optimizer, parameter, 0)
     assert seen == []

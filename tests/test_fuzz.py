@@ -33,14 +33,16 @@ from mutator import HOSTILE, mutate_bytes, mutate_json_file
 from safetensors.torch import save_file
 
 import train
-from adapter import read_adapter
-from data_set import DataError
-from ds_config import load_ds_config
-from ds_keys import REFUSED, Key, Section, fits, is_one, walk
-from folders import FolderError, new_folder
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.tiny import make_tiny_checkpoint
-from utils import UserError, load_base, load_tokenizer, quiet
+from tuning.engine import ds_config
+from tuning.engine.ds_config import load_ds_config
+from tuning.engine.ds_keys import REFUSED, Key, Section, fits, is_one, walk
+from tuning.engine.loading import load_base, load_tokenizer
+from tuning.errors import DataError, FolderError, UserError
+from tuning.folders import new_folder
+from tuning.lora.adapter import read_adapter
+from utils import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 CLEAR = (DataError, UserError, CheckpointError, FolderError)
@@ -90,7 +92,7 @@ class Fuzz(RowKinds):
         self.tokenizers = {mode: MODE[mode].tokenizer.from_pretrained(path) for mode, path in checkpoints.items()}
         self.ds_files = [json.loads(path.read_text()) for path in sorted(ROOT.glob("ds_zero*.json"))]
         args = train.parse_args(["--mode", "glm3", "--model_name_or_path", ".", "--train_path", __file__])
-        self.ds_values = train.ds_values(args, 1, 10, 64)
+        self.ds_values = ds_config.ds_values(args, 1, 10, 64)
         self.right = {}  # mode -> answers
         self.configs = {
             mode: json.loads((Path(path) / "config.json").read_text()) for mode, path in checkpoints.items()

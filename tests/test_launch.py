@@ -16,16 +16,11 @@ import deepspeed
 import pytest
 import torch
 
-import exits
-import folders
-import launch
-import log
-import states
-import stops
-from data_set import DataError
-from exits import StopTraining, clear_errors
-from launch import rank_variables
-from utils import UserError
+from tuning import exits, folders
+from tuning.errors import DataError, UserError
+from tuning.exits import StopTraining, clear_errors
+from tuning.run import health, launch, log, resume
+from tuning.run.launch import rank_variables
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = {"MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
@@ -154,7 +149,7 @@ def gathers(monkeypatch, everyone, rank=0):
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: len(everyone))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
-    for module in (launch, stops):
+    for module in (launch, health):
         monkeypatch.setattr(module, "control_group", lambda: None)
     monkeypatch.setenv("LOCAL_RANK", "0")
 
@@ -181,9 +176,9 @@ def test_containers_of_one_name_are_told_apart(monkeypatch):
         elsewhere = launch.machine()
     assert elsewhere[:2] == mine[:2] and elsewhere != mine
     gathers(monkeypatch, [(mine, os.getpid()), (elsewhere, 2**22 + 1)])
-    assert stops.Peers().others == {}  # no such process here, and yet it lives
+    assert health.Peers().others == {}  # no such process here, and yet it lives
     gathers(monkeypatch, [(mine, os.getpid()), (mine, os.getppid())])
-    peers = stops.Peers()
+    peers = health.Peers()
     peers.over = True
     assert peers.others == {1: os.getppid()}
 
@@ -367,7 +362,7 @@ def test_of_a_state_that_is_a_link_only_the_link_goes(tmp_path, monkeypatch, cap
         partial = folders.start_folder(str(parent / f"step-0000000{step}"))
         (Path(partial) / "run.json").write_text("{}")
         files = folders.seal_files(partial, folders.list_files(partial))
-        states.States._publish(saver, partial, str(parent / f"step-0000000{step}"), files)
+        resume.States._publish(saver, partial, str(parent / f"step-0000000{step}"), files)
     assert sorted(path.name for path in parent.iterdir()) == ["latest", "step-00000003"]
     assert (elsewhere / "step-00000001" / "kept").read_text() == "x"
     assert capsys.readouterr().out.count("is a link: only that is removed") == 1
@@ -421,7 +416,7 @@ def test_the_last_lines_are_commands_that_are_accepted(tmp_path, monkeypatch, be
     import shlex
 
     import merge_lora
-    import predict_arguments
+    from tuning.arguments import predict as predict_arguments
 
     monkeypatch.chdir(tmp_path)
     base, rows = tmp_path / "my base", tmp_path / "测试.json"
@@ -445,10 +440,10 @@ def test_the_last_lines_are_commands_that_are_accepted(tmp_path, monkeypatch, be
 
 def test_of_settings_that_changed_only_the_parts_that_did_are_said(tmp_path):
     adam = {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95]}}
-    saved = states.Run({"optimizer of --ds_file": adam, "--seed": 1}, 1, 2)
-    run = states.Run({"optimizer of --ds_file": adam | {"params": {"lr": 2e-4, "betas": [0.9, 0.95]}}}, 1, 2)
-    (tmp_path / "run.json").write_text(states.json.dumps({"format": states.FORMAT, **saved._asdict()}))
-    assert states.check_run(str(tmp_path), run, True) == [
+    saved = resume.Run({"optimizer of --ds_file": adam, "--seed": 1}, 1, 2)
+    run = resume.Run({"optimizer of --ds_file": adam | {"params": {"lr": 2e-4, "betas": [0.9, 0.95]}}}, 1, 2)
+    (tmp_path / "run.json").write_text(resume.json.dumps({"format": resume.FORMAT, **saved._asdict()}))
+    assert resume.check_run(str(tmp_path), run, True) == [
         "optimizer of --ds_file, params, lr: 0.0001 before, 0.0002 now",
         "--seed: 1 before, None now",
     ]

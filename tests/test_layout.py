@@ -1,149 +1,78 @@
 """Who imports whom: arrows point one way, nobody imports a script; 12 scripts are there; flags mean what they say."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
 
 from glm_models import MODE
-from train import TRAIN_TYPE, parse_args
-from utils import UserError
+from tuning.arguments.train import parse_args
+from tuning.errors import UserError
+from tuning.methods import TRAIN_TYPE
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {path.stem for path in ROOT.glob("*.py")} | {"glm_models"}
-MAY_IMPORT = {
-    "adapter": {"errors", "folders", "glm_models", "lora"},
-    "allocator": set(),
-    "answers": {"errors", "folders", "glm_models"},
-    "arguments": {"errors", "file_kinds", "other_names"},
-    "charts": set(),
-    "compare_arguments": {"arguments", "errors", "glm_models", "predict_arguments", "train_arguments"},
-    "compare_methods": {
-        "arguments",
-        "compare_arguments",
-        "data_set",
-        "errors",
-        "exits",
-        "folders",
-        "formats",
-        "glm_models",
-        "report",
-    },
-    "data_cache": set(),
-    "data_check": {"data_cache", "data_findings", "data_set", "formats"},
-    "data_findings": {"formats"},
-    "data_set": {"data_cache", "data_findings", "file_kinds", "formats", "row_files"},
-    "ds_check": {"ds_keys", "errors"},
-    "ds_config": {"ds_check", "ds_keys", "errors", "glm_models", "utils"},
-    "ds_keys": set(),
-    "errors": set(),
-    "evaluation": {"data_set", "errors", "folders", "glm_models", "log", "metrics", "utils"},
-    "exits": {"errors", "folders", "glm_models"},
-    "file_kinds": set(),
-    "folders": set(),
-    "forgetting": {
-        "allocator",
-        "arguments",
-        "data_cache",
-        "data_set",
-        "errors",
-        "exits",
-        "folders",
-        "formats",
-        "glm_models",
-        "loading",
-        "utils",
-    },
-    "formats": set(),
-    "glm_models": set(),
-    "launch": {"errors", "utils"},
-    "loading": {"adapter", "errors", "glm_models", "probe", "utils"},
-    "log": {"folders", "throughput", "utils"},
-    "lora": {"glm_models"},
-    "memory_trace": set(),
-    "merge_lora": {"adapter", "arguments", "errors", "exits", "folders", "glm_models", "probe", "utils"},
-    "metrics": set(),
-    "other_names": set(),
-    "plan_host": {"folders", "plan_zero"},
-    "plan_zero": {"data_set", "memory_trace", "utils"},
-    "plan_zero3": {"memory_trace", "plan_zero"},
-    "planner": {"data_set", "ds_config", "glm_models", "memory_trace", "plan_host", "plan_zero", "plan_zero3", "utils"},
-    "predict": {
-        "adapter",
-        "allocator",
-        "answers",
-        "arguments",
-        "data_findings",
-        "data_set",
-        "errors",
-        "exits",
-        "formats",
-        "glm_models",
-        "loading",
-        "metrics",
-        "predict_arguments",
-        "utils",
-    },
-    "predict_arguments": {"arguments", "glm_models", "metrics"},
-    "probe": {"adapter", "glm_models"},
-    "replay": {"data_set"},
-    "report": {"arguments", "charts", "errors", "exits", "folders", "glm_models", "metrics", "report_inputs"},
-    "report_inputs": {"answers", "errors", "metrics", "row_files", "run_record"},
-    "results": {"errors", "folders", "states"},
-    "row_files": {"file_kinds", "formats"},
-    "run_record": {"errors", "folders", "glm_models", "results", "states", "utils"},
-    "states": {"errors", "folders", "utils"},
-    "stops": {"data_set", "exits", "launch", "utils"},
-    "throughput": {"glm_models"},
-    "train": {
-        "adapter",
-        "allocator",
-        "arguments",
-        "data_cache",
-        "data_check",
-        "data_set",
-        "ds_config",
-        "evaluation",
-        "exits",
-        "folders",
-        "glm_models",
-        "launch",
-        "log",
-        "lora",
-        "planner",
-        "replay",
-        "results",
-        "run_record",
-        "states",
-        "stops",
-        "throughput",
-        "train_arguments",
-        "utils",
-    },
-    "train_arguments": {"arguments", "glm_models", "metrics"},
-    "utils": {"adapter", "errors", "exits", "folders", "glm_models", "zero3"},
-    "zero3": {"glm_models"},
+# The rooms from top to bottom: a module may import from its own room and from those below it.
+ROOMS = [
+    {"train", "predict", "merge_lora"},
+    {"tuning.plan", "tuning.evaluate"},
+    {"tuning.engine", "tuning.methods"},
+    {"tuning.run", "tuning.lora", "data_set"},
+    {"tuning.arguments"},
+    {"tuning.samples", "tuning.folders", "tuning.exits"},
+    {"utils", "tuning.metrics"},
+    {"tuning.errors", "tuning.terminal", "tuning.environment", "tuning"},  # "tuning" itself has ROOT
+    {"glm_models"},
+]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {
+    module_of(path): path for part in ("*.py", "tuning/**/*.py", "glm_models/*.py") for path in sorted(ROOT.glob(part))
 }
 
 
-def imported(path: Path) -> set[str]:
+def room_of(module: str) -> int:
+    """The level of a module's room."""
+    names = [".".join(module.split(".")[:n]) for n in (2, 1)]
+    return next(level for name in names for level, rooms in enumerate(ROOMS) if name in rooms)
+
+
+def imported(path: Path, anywhere: bool = True) -> set[str]:
+    """Modules of ours that a file imports: anywhere in it, or when it is imported itself."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module.split(".")[0])
-    return names
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(module_of(path).split(".")[: -node.level]) if node.level else ""
+            origin = ".".join(filter(None, (package, node.module)))
+            inside = {f"{origin}.{alias.name}" for alias in node.names} & MODULES.keys()
+            names |= inside or {origin}
+    return names & MODULES.keys()
 
 
-@pytest.mark.parametrize("module", MAY_IMPORT)
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module):
-    files = list((ROOT / module).glob("*.py")) if module == "glm_models" else [ROOT / f"{module}.py"]
-    for file in files:
-        allowed = MAY_IMPORT[module] | ({module} if module == "glm_models" else set())
-        if file.name == "tiny.py":  # a script
-            allowed = allowed | {"arguments", "errors"}
-        assert imported(file) & OURS <= allowed, file
+    mine = ".".join(module.split(".")[:2]) if module.startswith("tuning.") else module.split(".")[0]
+    for other in imported(MODULES[module]):
+        theirs = ".".join(other.split(".")[:2]) if other.startswith("tuning.") else other.split(".")[0]
+        if module == "glm_models.tiny" and other in ("tuning.arguments.parser", "tuning.errors"):
+            continue  # its command line
+        assert theirs == mine or room_of(other) > room_of(module), f"{module} imports {other}"
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    order = graphlib.TopologicalSorter({module: imported(path, False) - {module} for module, path in MODULES.items()})
+    order.prepare()  # raises CycleError, with the circle
+
+
+def test_the_top_has_what_belongs_there():
+    assert {path.stem for path in ROOT.glob("*.py")} == {"train", "utils", "data_set", "merge_lora", "predict"}
 
 
 def test_there_is_a_script_for_each_family_and_method():
@@ -174,7 +103,8 @@ def test_all_argument_errors_come_at_once():
 
 @pytest.mark.parametrize("script", ["train", "predict", "forgetting"])
 def test_torch_is_told_of_memory_before_it_is_imported(script):
-    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    path = ROOT / (f"{script}.py" if script != "forgetting" else "tuning/evaluate/forgetting.py")
+    lines = path.read_text().splitlines()
     told = next(i for i, line in enumerate(lines) if line.strip() == "let_segments_grow()")
     assert told < next(i for i, line in enumerate(lines) if line == "import torch")
 
@@ -185,7 +115,7 @@ COLLECTIVES = {"barrier", "all_gather_object", "gather_object", "broadcast_objec
 def test_ranks_wait_for_each_other_on_the_cpu():
     """The devices' group gives up after ten minutes, which a slow disk may take; on it goes what devices compute."""
     on_devices = []
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("glm_models/*.py")):
+    for path in MODULES.values():
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora import LoraLinear
+from tuning.lora.layers import LoraLinear
 
 
 def pair(bias=True, dropout=0.0):

@@ -16,12 +16,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import merge_lora
-from adapter import BASE_FILE, check_base, read_adapter, record_base
-from errors import UserError
-from folders import FolderError, new_folder
 from glm_models import MODE, CheckpointError
 from glm_models.checkpoint import describe_base, read_weights, weight_layout, write_json
-from loading import load_result
+from tuning.engine.loading import load_result
+from tuning.errors import FolderError, UserError
+from tuning.folders import new_folder
+from tuning.lora.adapter import BASE_FILE, check_base, read_adapter, record_base
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/benchmark"))
@@ -307,7 +307,7 @@ def test_outputs_that_are_not_empty_folders_are_refused(glm3, tmp_path):
 
 
 def test_a_disk_without_room_is_refused(glm3, tmp_path, monkeypatch):
-    monkeypatch.setattr("folders.free_space", lambda folder: 1000)
+    monkeypatch.setattr("tuning.folders.free_space", lambda folder: 1000)
     with pytest.raises(FolderError, match="no room for the merged model"):
         merge_lora.merge("glm3", *map(str, glm3), str(tmp_path / "merged"))
 
@@ -459,7 +459,7 @@ def test_an_adapter_lost_in_rounding_is_told(glm3, tmp_path, capsys):
 
 @pytest.mark.parametrize("mode", MODE)
 def test_probe_logits_are_those_of_the_model(tiny, tokenizers, tmp_path, mode):
-    import probe
+    from tuning.lora import verify
 
     base = make_base(tiny, mode, tmp_path / "base")
     head = "lm_head" if mode == "glm" else "output_layer"
@@ -470,9 +470,9 @@ def test_probe_logits_are_those_of_the_model(tiny, tokenizers, tmp_path, mode):
     )
     real = batch["attention_mask"].bool()
     with torch.no_grad():
-        torch.testing.assert_close(probe.logits(mode, base, batch), model(**batch).logits[real])
+        torch.testing.assert_close(verify.logits(mode, base, batch), model(**batch).logits[real])
         want = PeftModel.from_pretrained(model, adapter).eval()(**batch).logits[real]
-    torch.testing.assert_close(probe.logits(mode, base, batch, read_adapter(adapter)), want)
+    torch.testing.assert_close(verify.logits(mode, base, batch, read_adapter(adapter)), want)
 
 
 # predict.py

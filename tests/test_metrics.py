@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import metrics
 import predict
-from metrics import bootstrap, describe, kind_of, relation_scores, repeats, row_scores, score
-from utils import UserError
+from tuning import metrics
+from tuning.errors import UserError
+from tuning.metrics import bootstrap, describe, kind_of, relation_scores, repeats, row_scores, score
 
 ROOT = Path(__file__).resolve().parent.parent
 

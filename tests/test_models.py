@@ -23,11 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor, TextIteratorStreamer
 
-from data_set import MicroBatch, Sample, collate
 from glm_models import MODE, CheckpointError, attention, modeling, ops
 from glm_models.chat import generate_ids
-from throughput import needed_flops
-from utils import load_base
+from tuning.engine.loading import load_base
+from tuning.run.flops import needed_flops
+from tuning.samples.batches import MicroBatch, collate
+from tuning.samples.encoding import Sample
 
 EXACT = {"atol": 0, "rtol": 0}
 CLOSE = {"atol": 2e-5, "rtol": 0}  # float32 rounding at logits of about 1.5

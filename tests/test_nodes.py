@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 from runs import Launched, command, make_base, make_rows
 
-import allocator
-import launch
-import stops
+from tuning import environment
+from tuning.run import health, launch
 
 LOOPBACK = SimpleNamespace(address="127.0.0.1", family=socket.AF_INET)
 CARD = SimpleNamespace(address="10.1.2.3", family=socket.AF_INET)
@@ -108,14 +107,14 @@ HERE = ("same name", "start 1", 11)
 )
 def test_processes_of_other_machines_and_containers_are_not_watched(monkeypatch, where, watched):
     """Their process ids mean nothing here, whatever the host is called."""
-    monkeypatch.setattr(stops, "machine", lambda: HERE)
-    monkeypatch.setattr(stops, "control_group", lambda: None)
-    monkeypatch.setattr(stops.threading, "Thread", lambda target, daemon: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(health, "machine", lambda: HERE)
+    monkeypatch.setattr(health, "control_group", lambda: None)
+    monkeypatch.setattr(health.threading, "Thread", lambda target, daemon: SimpleNamespace(start=lambda: None))
     group = {"get_world_size": lambda: 2, "get_rank": lambda: 0, "barrier": lambda group: None}
     group["all_gather_object"] = lambda found, mine, group: found.__setitem__(slice(None), [mine, (where, 4321)])
     for name, function in group.items():
-        monkeypatch.setattr(stops.torch.distributed, name, function)
-    assert stops.Peers().others == ({1: 4321} if watched else {})
+        monkeypatch.setattr(health.torch.distributed, name, function)
+    assert health.Peers().others == ({1: 4321} if watched else {})
 
 
 # Memory
@@ -131,5 +130,5 @@ def test_processes_of_other_machines_and_containers_are_not_watched(monkeypatch,
 )
 def test_the_allocator_is_told_unless_the_user_has(monkeypatch, before, after):
     monkeypatch.setattr(os, "environ", dict(before))
-    allocator.let_segments_grow()
+    environment.let_segments_grow()
     assert os.environ == after

@@ -6,13 +6,13 @@ import pytest
 import torch
 from measured import arguments, build, ds_config
 
-import plan_host
-import planner
 import train
 from glm_models import MODE
-from plan_host import GIB, MIB, Host, disk_needs, free_memory, host_needs, shown_size
-from plan_zero import Zero12Simulator
-from plan_zero3 import Zero3Simulator
+from tuning.engine import saving
+from tuning.plan import host, planner
+from tuning.plan.host import GIB, MIB, Host, disk_needs, free_memory, host_needs, shown_size
+from tuning.plan.zero import Zero12Simulator
+from tuning.plan.zero3 import Zero3Simulator
 
 
 def test_a_new_best_model_or_state_is_there_before_an_old_one_goes():
@@ -31,7 +31,7 @@ def test_folders_and_states_are_as_large_as_training_makes_them(method):
     run = Zero12Simulator(setup, 2, planner.CachingAllocator())
     host = host_needs(run)
     trained = sum(p.numel() for p in run.trained)
-    assert host.result == train.result_size(setup.model, torch.bfloat16)
+    assert host.result == saving.result_size(setup.model, torch.bfloat16)
     tied = setup.model.get_output_embeddings().weight.numel()  # written twice
     assert host.result == 2 * (trained + (tied if method == "all" else 0))
     assert host.state == 14 * trained + MIB
@@ -43,11 +43,11 @@ def test_each_rank_makes_the_model_in_its_own_main_memory_but_under_zero_3():
         setup = build(args, ds_config(args, stage, 4), "meta")
         run = simulator(setup, 4, planner.CachingAllocator())
         size = 2 * sum(p.numel() for p in run.parameters)
-        files = plan_host.READ * (1 if stage == 2 else 4)
-        assert host_needs(run) == (4 * plan_host.PROCESS + models * size + files, "loading", size, 7 * size + MIB)
+        files = host.READ * (1 if stage == 2 else 4)
+        assert host_needs(run) == (4 * host.PROCESS + models * size + files, "loading", size, 7 * size + MIB)
         run.cpu = 100 * GIB
         assert host_needs(run).phase == "saving"
-        assert host_needs(run).memory == 4 * (plan_host.PROCESS + 100 * GIB) + size
+        assert host_needs(run).memory == 4 * (host.PROCESS + 100 * GIB) + size
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ V1 = {"memory.limit_in_bytes": 8 * GIB, "memory.usage_in_bytes": 5 * GIB, "memor
     ],
 )
 def test_a_container_may_have_less_than_the_machine(line, folder, files, room, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_host.psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * GIB))
+    monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * GIB))
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / folder).mkdir(parents=True)
     if line:
@@ -94,15 +94,15 @@ def test_a_container_may_have_less_than_the_machine(line, folder, files, room, t
 def small_machine(tmp_path, monkeypatch):
     """Flags of ChatGLM2 with two layers; 64 GiB of main memory and 20 of disk are free."""
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    monkeypatch.setattr(plan_host, "free_memory", lambda: 64 * GIB)
-    monkeypatch.setattr(plan_host, "free_space", lambda folder: 20 * GIB)
+    monkeypatch.setattr(host, "free_memory", lambda: 64 * GIB)
+    monkeypatch.setattr(host, "free_space", lambda folder: 20 * GIB)
     MODE["glm2"].config(num_layers=2).save_pretrained(tmp_path)
     flags = f"--mode glm2 --model_name_or_path {tmp_path} --train_path {__file__} --plan"
     return f"{flags} --max_len 512 --max_src_len 256".split()
 
 
 def printed(argv, capsys) -> str:
-    planner.plan(train.parse_args(argv), train.plan_setup)
+    planner.plan(train.parse_args(argv), planner.plan_setup)
     return capsys.readouterr().out
 
 
@@ -112,13 +112,13 @@ def test_what_is_advised_is_counted_with_its_main_memory(small_machine, capsys):
     assert "with: --ds_file ds_zero3_offload.json" in text
     args = train.parse_args(argv)
     args.ds_file = "ds_zero3_offload.json"
-    advised = planner.Plans(train.plan_setup, 1)(args).host
+    advised = planner.Plans(planner.plan_setup, 1)(args).host
     assert f"main memory of a node with all ranks: about {advised.memory / GIB:.0f} GiB" in text
     assert text.count("main memory of a node") == 1  # not that of flags which do not fit
     assert advised.memory > 16 * 0.9e9
     assert "warning" not in text
 
-    plans = planner.Plans(train.plan_setup, 1)
+    plans = planner.Plans(planner.plan_setup, 1)
     rows = planner.advice(train.parse_args(argv), plans).splitlines()
     (row,) = [row for row in rows if row.endswith("ds_zero3_offload.json")]
     assert f", {advised.memory / GIB:4.0f}  --ds_file" in row
@@ -130,7 +130,7 @@ def test_a_machine_with_less_is_warned_of_once(small_machine, capsys, monkeypatc
     assert text.count("warning: this machine has less free: 20.00 GiB on the disk of ") == 1
     assert "for the best model, old and new" in text and "for 3 training states" in text
     assert "an interrupted run" not in text
-    monkeypatch.setattr(plan_host, "free_memory", lambda: 2 * GIB)
+    monkeypatch.setattr(host, "free_memory", lambda: 2 * GIB)
     text = printed([*small_machine, *more], capsys)
     assert text.count("warning: this machine has less free: 2 GiB of main memory and 20.00 GiB on the disk of ") == 1
 

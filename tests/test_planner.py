@@ -12,24 +12,17 @@ from measured import ROOT, SETTINGS, SIZES, arguments, build, ds_config, peak_of
 from ranks import end_ranks, start_ranks
 from torch import nn
 
-import planner
 import train
-from data_set import MicroBatch, Sample, collate
 from glm_models import MODE, ops
-from memory_trace import (
-    MIB,
-    CachingAllocator,
-    Event,
-    StorageTracker,
-    host_bytes,
-    meta_kernels,
-    peak_bytes,
-    pinned_size,
-    trace_step,
-)
-from plan_zero import Zero12Simulator
-from plan_zero3 import Zero3Simulator
-from utils import UserError
+from tuning import methods
+from tuning.errors import UserError
+from tuning.plan import planner
+from tuning.plan.allocator import MIB, CachingAllocator
+from tuning.plan.trace import Event, StorageTracker, host_bytes, meta_kernels, peak_bytes, pinned_size, trace_step
+from tuning.plan.zero import Zero12Simulator
+from tuning.plan.zero3 import Zero3Simulator
+from tuning.samples.batches import MicroBatch, collate
+from tuning.samples.encoding import Sample
 
 FP32 = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
 
@@ -42,7 +35,7 @@ def on_meta(batch) -> dict:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", train.TRAIN_TYPE)
+@pytest.mark.parametrize("method", methods.TRAIN_TYPE)
 @pytest.mark.parametrize("mode", MODE)
 def test_tracker_agrees_with_the_cpu_allocator(mode, method, checkpointing):
     args = arguments(f"--mode {mode} --train_type {method} --gradient_checkpointing {checkpointing}")
@@ -346,7 +339,7 @@ def official(tmp_path, monkeypatch):
 
 def test_plan_of_a_full_model_takes_seconds(official, capsys):
     start = time.process_time()  # of this process: others may keep the machine busy
-    planner.plan(train.parse_args([*official, "--max_len", "1560", "--plan_gpus", "4"]), train.plan_setup)
+    planner.plan(train.parse_args([*official, "--max_len", "1560", "--plan_gpus", "4"]), planner.plan_setup)
     assert time.process_time() - start < 30  # about 5, with six variations
     text = capsys.readouterr().out
     rows = dict(line.rsplit(maxsplit=1) for line in text.splitlines() if line.startswith("  ") and "(" not in line)
@@ -360,7 +353,7 @@ def test_plan_of_a_full_model_takes_seconds(official, capsys):
 def test_max_memory_finds_the_cheapest_flags_that_fit(official, tmp_path, capsys):
     MODE["glm2"].config(num_layers=2).save_pretrained(tmp_path)
     flags = [*official, "--max_len", "1560", "--per_device_train_batch_size", "8", "--max_memory"]
-    alone = planner.Plans(train.plan_setup, 1)
+    alone = planner.Plans(planner.plan_setup, 1)
     args = train.parse_args([*flags, "9"])
     whole = alone(args).peak / planner.GIB
     args.per_device_train_batch_size = 1
@@ -369,10 +362,10 @@ def test_max_memory_finds_the_cheapest_flags_that_fit(official, tmp_path, capsys
         (whole + 0.1, "no change"),
         (one_row + 0.1, "--per_device_train_batch_size 1 --gradient_accumulation_steps 8"),
     ):
-        planner.plan(train.parse_args([*flags, str(limit)]), train.plan_setup)
+        planner.plan(train.parse_args([*flags, str(limit)]), planner.plan_setup)
         assert f"with: {found} " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"nothing fits into 1\.6 GiB"):
-        planner.plan(train.parse_args([*flags, "1.6"]), train.plan_setup)
+        planner.plan(train.parse_args([*flags, "1.6"]), planner.plan_setup)
 
 
 def test_flags_that_cannot_be_meant_are_refused(official, tmp_path):
@@ -381,18 +374,18 @@ def test_flags_that_cannot_be_meant_are_refused(official, tmp_path):
         (["--max_memory", "1"], "--max_memory must"),
     ):
         with pytest.raises(UserError, match=message):
-            planner.plan(train.parse_args([*official, *flags]), train.plan_setup)
+            planner.plan(train.parse_args([*official, *flags]), planner.plan_setup)
     with pytest.raises(UserError, match="--max_memory does nothing without --plan"):
         train.parse_args([*official[:-1], "--max_memory", "8"])
 
 
 def test_a_plan_is_for_bf16_and_obeys_the_ds_file(official, tmp_path):
     args = train.parse_args(official)
-    assert train.plan_setup(args, 1).ds_config["bf16"]["enabled"] is True
+    assert planner.plan_setup(args, 1).ds_config["bf16"]["enabled"] is True
     config = json.loads((ROOT / args.ds_file).read_text()) | FP32
     (tmp_path / "ds.json").write_text(json.dumps(config))
     args.ds_file = str(tmp_path / "ds.json")
-    assert next(train.plan_setup(args, 1).model.parameters()).dtype == torch.float32
+    assert next(planner.plan_setup(args, 1).model.parameters()).dtype == torch.float32
 
 
 def test_an_optimizer_that_is_not_planned_is_refused():

@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import TEXT
 
-import answers
 import predict
-import report
-from adapter import find_base
-from folders import FolderError
 from glm_models.tiny import make_tiny_checkpoint
-from utils import UserError
+from tuning.errors import FolderError, UserError
+from tuning.evaluate import answers, report
+from tuning.lora.adapter import find_base
 
 
 @pytest.fixture(scope="module")

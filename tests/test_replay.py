@@ -11,11 +11,12 @@ from conftest import TEXT
 from runs import Launched, command, make_base, make_rows, read_losses, result_bytes
 from test_stops import before_step, errors, loss_times
 
-from data_set import InstructionData, count_steps, pack_rows, plan_epoch
 from glm_models import MODE
-from replay import Mixture
-from train import parse_args
-from utils import UserError
+from tuning.arguments.train import parse_args
+from tuning.errors import UserError
+from tuning.samples.dataset import InstructionData
+from tuning.samples.epochs import count_steps, pack_rows, plan_epoch
+from tuning.samples.mixture import Mixture
 
 # What an epoch takes
 

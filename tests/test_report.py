@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import charts
-import report
-from metrics import bootstrap
-from report import evaluate, quality_table, write_report
-from utils import UserError
+from tuning.errors import UserError
+from tuning.evaluate import charts, report
+from tuning.evaluate.report import evaluate, quality_table, write_report
+from tuning.metrics import bootstrap
 
 HOSTILE = '<script>alert("1")</script>&amp;|x|\'"</td></svg>'
 VOID = {"meta", "br", "link", "img"}

@@ -11,8 +11,10 @@ import sys
 
 import pytest
 
-from data_set import DataError, InstructionData, RowError, read_rows, scan_rows
-from metrics import references_of, score, with_references
+from tuning.errors import DataError
+from tuning.metrics import references_of, score, with_references
+from tuning.samples.dataset import InstructionData
+from tuning.samples.row_files import RowError, read_rows, scan_rows
 
 GOOD = {"instruction": "抽取故障：", "input": "水泵漏水。", "output": "水泵_部件故障_漏水"}
 needs_jq = pytest.mark.skipif(not shutil.which("jq"), reason="the program jq is not here")

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 from runs import Launched, command, make_base, make_rows, result_bytes
 
-import folders
-import report
-import results
-import run_record
-from errors import UserError
-from folders import FolderError
-from states import Run
-from train_arguments import parse_args
+from tuning import folders
+from tuning.arguments.train import parse_args
+from tuning.errors import FolderError, UserError
+from tuning.evaluate import report
+from tuning.run import record as run_record
+from tuning.run import results
+from tuning.run.resume import Run
 
 
 def write_result(output: Path, name: str) -> Path:

@@ -18,9 +18,9 @@ import pytest
 import torch
 from runs import LIMIT, STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
 
-import folders
-import stops
-from states import find_state, list_states
+from tuning import folders
+from tuning.run import health
+from tuning.run.resume import find_state, list_states
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = {1: 36, 2: 18}  # optimiser steps of a run as `command` has it, by ranks
@@ -107,7 +107,7 @@ def before_step(step: int, action, rank: int = 0):
     """A `prepare` that does something when a rank is about to take a step's first micro-batch through the model."""
 
     def prepare():
-        begin = stops.Watch.begin
+        begin = health.Watch.begin
 
         def begin_and_act(self, batch):
             begin(self, batch)
@@ -115,7 +115,7 @@ def before_step(step: int, action, rank: int = 0):
                 action()
             return batch
 
-        stops.Watch.begin = begin_and_act
+        health.Watch.begin = begin_and_act
 
     return prepare
 
@@ -173,7 +173,7 @@ def test_a_second_signal_ends_at_once(trial):
         time.sleep(2 * LIMIT)
 
     def prepare():
-        stops.time = SimpleNamespace(monotonic=lambda: float(clock.read_text()))  # however slow the machine is
+        health.time = SimpleNamespace(monotonic=lambda: float(clock.read_text()))  # however slow the machine is
         before_step(3, wait)()
 
     run = trial.start(prepare=prepare)
@@ -182,11 +182,11 @@ def test_a_second_signal_ends_at_once(trial):
     run.kill(signal.SIGTERM)
     while run.running() and "a second signal ends at once" not in trial.log.read_text():
         time.sleep(0.005)
-    clock.write_text(str(stops.SAME_REQUEST))
+    clock.write_text(str(health.SAME_REQUEST))
     run.kill(signal.SIGTERM)  # the launcher's: the same request once more
     time.sleep(0.5)
     assert run.running()
-    clock.write_text(str(stops.SAME_REQUEST + 1))
+    clock.write_text(str(health.SAME_REQUEST + 1))
     run.kill(signal.SIGTERM)
     assert run.wait() == {0: 128 + signal.SIGTERM}
     assert trial.run()[0] == {0: 0}  # from the state of step 2
@@ -553,7 +553,7 @@ def test_another_run_does_not_go_on_from_a_state(stopped, base, rows):
 
 def check_adam_steps():
     """After each step of this process: every parameter counts its steps by itself, rightly, where fused Adam looks."""
-    end = stops.Watch.end
+    end = health.Watch.end
 
     def checked(self, loss):
         step = end(self, loss)
@@ -569,7 +569,7 @@ def check_adam_steps():
             assert all(state["step"].device == parameter.device for parameter, state in states.items())
         return step
 
-    stops.Watch.end = checked
+    health.Watch.end = checked
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import merge_lora
 import predict
-from adapter import check_base
 from glm_models import MODE
-from train import TRAIN_TYPE
+from tuning.lora.adapter import check_base
+from tuning.methods import TRAIN_TYPE
 
 ROOT = Path(__file__).resolve().parent.parent
 DS_FILES = {"z2": "ds_zero2_no_offload.json", "z3": "ds_zero3_no_offload.json", "offload": "ds_zero3_offload.json"}

@@ -30,10 +30,11 @@ PREFIX = {"pre_seq_len": 3, "prefix_projection": True}
 
 
 def main():
-    import launch
     import train
     import utils
-    from ds_config import load_ds_config
+    from tuning.engine import ds_config, loading, saving
+    from tuning.engine.ds_config import load_ds_config
+    from tuning.run import launch
 
     torch.set_num_threads(1)
     cases, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
@@ -42,12 +43,12 @@ def main():
     found = {}
     for name, (mode, folder, changes) in json.loads(cases.read_text()).items():
         args = train.parse_args(f"--mode {mode} --model_name_or_path {folder} --train_path {__file__}".split())
-        values = train.ds_values(args, world_size, 10, 64)
+        values = ds_config.ds_values(args, world_size, 10, 64)
         plain, zero3 = (
-            outcome(lambda: utils.load_base(mode, folder, torch.float32, config, **changes))  # noqa: B023
+            outcome(lambda: loading.load_base(mode, folder, torch.float32, config, **changes))  # noqa: B023
             for config in (load_ds_config(f"ds_zero{stage}_no_offload.json", values) for stage in (2, 3))
         )
-        mine = differences(utils, plain, zero3)
+        mine = differences(saving.gathered, plain, zero3)
         everyone = [None] * world_size
         torch.distributed.all_gather_object(everyone, mine)
         found[name] = everyone
@@ -64,7 +65,7 @@ def outcome(load):
         return str(error), None
 
 
-def differences(utils, plain, zero3) -> list[str]:
+def differences(gathered, plain, zero3) -> list[str]:
     """What is not equal, or the error that both loadings end with."""
     (plain, number), (zero3, other_number) = plain, zero3
     if isinstance(plain, str) or isinstance(zero3, str):
@@ -77,7 +78,7 @@ def differences(utils, plain, zero3) -> list[str]:
     wrong += ["a whole weight"] * any(p.numel() for p in zero3.parameters())
     wrong += ["ties"] * (len(list(plain.parameters())) != len(list(zero3.parameters())))
     expected = dict(plain.named_parameters(remove_duplicate=False))
-    for name, tensor in utils.gathered(zero3.named_parameters(remove_duplicate=False)):
+    for name, tensor in gathered(zero3.named_parameters(remove_duplicate=False)):
         if not (tensor.equal(expected.pop(name)) and tensor.dtype == torch.float32):
             wrong.append(name)
     return wrong + list(expected)

@@ -22,11 +22,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import TEXT, TINY  # noqa: E402
 from test_data_check import MAX_SRC_LEN, bad_file, check, findings_of  # noqa: E402
 
-from data_check import LENGTHS  # noqa: E402
-from data_findings import BROKEN, WARNINGS  # noqa: E402
-from data_set import available_cpus  # noqa: E402
 from glm_models import MODE  # noqa: E402
 from glm_models.tiny import make_tiny_checkpoint  # noqa: E402
+from tuning.samples.check import LENGTHS  # noqa: E402
+from tuning.samples.encoding import available_cpus  # noqa: E402
+from tuning.samples.findings import BROKEN, WARNINGS  # noqa: E402
 
 
 def compare(found: dict, expected: dict, kinds) -> None:

@@ -24,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from process import status
 
-from data_set import InstructionData, available_cpus, prepare, read_rows
 from glm_models import MODE
 from glm_models.tiny import make_tiny_checkpoint
+from tuning.samples.dataset import InstructionData, prepare
+from tuning.samples.encoding import available_cpus
+from tuning.samples.row_files import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -58,8 +58,8 @@ def main():
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of the tuning")
     args = parser.parse_args()
 
-    from forgetting import compare, table
     from glm_models.tiny import make_tiny_checkpoint, read_lines
+    from tuning.evaluate.forgetting import compare, table
 
     work = Path(args.work)
     work.mkdir(parents=True)

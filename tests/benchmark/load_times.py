@@ -24,19 +24,20 @@ sys.path.insert(0, str(ROOT))
 def load(folder: str, ds_file: str) -> None:
     import torch
 
-    import launch
     import train
     import utils
-    from ds_config import load_ds_config
+    from tuning.engine import ds_config, loading
+    from tuning.engine.ds_config import load_ds_config
+    from tuning.run import launch
 
     torch.set_num_threads(1)
     utils.quiet(verbose=False)
     rank, world_size = launch.start_distributed(verbose=False)
     args = train.parse_args(f"--mode glm3 --model_name_or_path {folder} --train_path {__file__}".split())
-    config = load_ds_config(ds_file, train.ds_values(args, world_size, 10, 1024))
+    config = load_ds_config(ds_file, ds_config.ds_values(args, world_size, 10, 1024))
     forget_peak()
     before = status("VmRSS")
-    model = utils.load_base("glm3", folder, torch.float32, config)
+    model = loading.load_base("glm3", folder, torch.float32, config)
     found = [status("VmHWM") - before, status("VmRSS") - before]
     size = 4 * sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     everyone = [None] * world_size

@@ -22,8 +22,9 @@ def measure(mode: str, layers: int, tokens: int, trained: str) -> float:
     import torch
     from measured import peak_of
 
-    from data_set import MicroBatch, Sample, collate
     from glm_models import MODE
+    from tuning.samples.batches import MicroBatch, collate
+    from tuning.samples.encoding import Sample
 
     torch.manual_seed(0)
     sizes = {"num_layers": layers, "hidden_size": HIDDEN, "num_attention_heads": HEADS}

@@ -17,10 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import planner  # noqa: E402
 import train  # noqa: E402
 from glm_models import MODE  # noqa: E402
-from utils import trim_deepspeed  # noqa: E402
+from tuning.engine.patches import trim_deepspeed  # noqa: E402
+from tuning.plan import planner  # noqa: E402
 
 METHODS = {
     "freeze": ["--freeze_module_name", "layers.27.,layers.26.,layers.25.,layers.24."],

@@ -80,13 +80,15 @@ def arguments(mode: str, folder: str, data: str, output: str, max_len: int, more
 def run_ours(argv: list[str]) -> dict:
     import torch
 
-    import throughput
     import train
     import utils
-    from log import RunLog
+    from tuning import methods
+    from tuning.engine import saving
+    from tuning.run import flops as throughput
+    from tuning.run.log import RunLog
 
     clock = Clock()
-    groups, add = train.parameter_groups, RunLog.add
+    groups, add = methods.parameter_groups, RunLog.add
     flops, peaks = [], []
 
     def loaded(*args):
@@ -101,9 +103,9 @@ def run_ours(argv: list[str]) -> dict:
             peaks.append(throughput.matmul_peak.__wrapped__(torch.float32, seconds=0.2))
         return add(log, step, epoch)
 
-    train.parameter_groups, RunLog.add = loaded, timed
+    methods.parameter_groups, RunLog.add = loaded, timed
     utils.quiet(verbose=False)
-    train.save = lambda *_: None
+    saving.save = lambda *_: None
     train.train(train.parse_args(argv))
     result = clock.result()
     peak = statistics.median(peaks[WARM_UP:])
@@ -119,8 +121,10 @@ def run_trainer(argv: list[str]) -> dict:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     import train
-    from data_set import IGNORE_INDEX, InstructionData, plan_epoch
     from glm_models import MODE
+    from tuning.samples.dataset import InstructionData
+    from tuning.samples.encoding import IGNORE_INDEX
+    from tuning.samples.epochs import plan_epoch
 
     args = train.parse_args(argv)
     family = MODE[args.mode]

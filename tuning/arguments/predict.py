@@ -1,0 +1,117 @@
+"""The flags of predict.py. No torch in here: --help and wrong flags are answered before it is imported."""
+
+import argparse
+import os
+
+from glm_models import MODE
+from tuning.arguments.parser import SWITCH, File, Folder, Integer, NewPath, Number, Parser, Text
+from tuning.metrics import HEADLINE, missing
+
+DESCRIPTION = """Answer with a trained model: a whole file, one sample, or a chat in the terminal.
+
+    python predict.py --mode glm3 --model_path output-glm3/epoch-2-step-750-merged --predict_path data/spo_1.json
+    python predict.py --mode glm3 --model_path ... --instruction "..." --input "..."
+    python predict.py --mode glm3 --model_path ...            (chat; an empty line ends it)"""
+
+HINTS = {
+    "checkpoint": "the folder of the model goes to --model_path",
+    "quantization_bit": "models are not quantised here",
+    "max_new_tokens": "--max_length limits prompt and answer together",
+    "top_k": "--top_p and --temperature are what sampling has here",
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of predict.py.
+
+    Raises:
+        UserError: see Parser.parse_args.
+    """
+    return make_parser().parse_args(argv)
+
+
+def make_parser() -> Parser:
+    parser = Parser(DESCRIPTION, contradictions, HINTS)
+    group = parser.group("model")
+    group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
+    group.add_argument(
+        "--model_path", type=Folder(), required=True, help="folder of a model, a P-Tuning result or a LoRA adapter"
+    )
+    group.add_argument(
+        "--ori_model_dir",
+        type=Folder(),
+        default_text="what the adapter's config names",
+        help="base model of an adapter",
+    )
+    group.add_argument(
+        "--device", type=Text(), default_text="the accelerator, else cpu", help="cuda, cuda:1, cpu or a number"
+    )
+    group.add_argument("--verbose", **SWITCH, help="show the messages of the libraries")
+
+    group = parser.group("one sample (without it and without a file: chat in the terminal)")
+    group.add_argument("--instruction", default="", default_text="empty", help="its instruction")
+    group.add_argument("--input", default="", default_text="empty", help="its input")
+
+    group = parser.group("a whole file")
+    group.add_argument(
+        "--predict_path",
+        type=File(),
+        help="rows of instruction, input, and output: a reference, a list of them, or none",
+    )
+    group = parser.group("settings for a file", needs="--predict_path")
+    group.add_argument(
+        "--output_path", type=NewPath(), default_text="predictions-NAME.jsonl in the model folder",
+        help="file for the answers",
+    )  # fmt: skip
+    group.add_argument("--overwrite", **SWITCH, help="remove the answers that output_path holds, and start anew")
+    group.add_argument("--batch_size", type=Integer(), default=8, help="rows per batch")
+    group.add_argument(
+        "--metrics", choices=("auto", *HEADLINE), default="auto", help="how to score; auto: as fits the references"
+    )
+
+    group = parser.group("generation")
+    group.add_argument(
+        "--max_length", type=Integer(), default=2048, help="maximum tokens of prompt and answer together"
+    )
+    group.add_argument("--do_sample", **SWITCH, help="sample instead of greedy decoding")
+    group = parser.group("sampling", needs="--do_sample")
+    group.add_argument(
+        "--top_p", type=Number(above=0, most=1), default=0.8, help="sample from this share of the probability"
+    )
+    group.add_argument(
+        "--temperature", type=Number(above=0), default=0.8, help="above 1: more random, below 1: less random"
+    )
+    group.add_argument("--seed", type=Integer(0, 2**32 - 1), default=1234, help="seed of the sampling")
+    group = parser.group("generation, not in the chat", needs="--predict_path or --instruction or --input")
+    group.add_argument(
+        "--max_src_len", type=Integer(), default_text="max_length - 16",
+        help="maximum tokens per prompt; best as in training",
+    )  # fmt: skip
+    group.add_argument("--num_beams", type=Integer(), default=1, help="number of beams of beam search")
+    group.add_argument("--repetition_penalty", type=Number(above=0), default=1.0, help="above 1: discourage repetition")
+    return parser
+
+
+def contradictions(args: argparse.Namespace) -> list[str]:
+    """What is wrong with flags together; see Parser."""
+    wrong = []
+    if args.predict_path and (args.instruction or args.input):
+        wrong.append("--predict_path and --instruction or --input exclude each other")
+    if (
+        args.predict_path
+        and args.output_path
+        and os.path.exists(args.output_path)
+        and os.path.samefile(args.output_path, args.predict_path)
+    ):
+        wrong.append("--output_path and --predict_path are one file")
+    if longest_prompt(args) >= args.max_length - 3 or longest_prompt(args) < 1:
+        prompts = longest_prompt(args)
+        wrong.append(f"--max_src_len {prompts} must be above 0 and well below --max_length {args.max_length}")
+    if missing(args.metrics):
+        wrong.append(f"--metrics {args.metrics} needs more packages: {missing(args.metrics)}")
+    return wrong
+
+
+def longest_prompt(args: argparse.Namespace) -> int:
+    """Maximum tokens per prompt."""
+    return args.max_length - 16 if args.max_src_len is None else args.max_src_len

@@ -1,0 +1,313 @@
+"""The flags of train.py. No torch in here: --help and wrong flags are answered before it is imported."""
+
+import argparse
+
+from glm_models import MODE
+from tuning.arguments.parser import SWITCH, File, Folder, GiB, Integer, Names, NewPath, Number, Parser, Text
+from tuning.metrics import FROM_LOSS, HEADLINE, missing
+
+TRAIN_TYPES = ("freeze", "ptuning", "lora", "all")  # the rows of train.TRAIN_TYPE, which holds functions
+
+SHARE = Number(above=0, below=1)
+DROPOUT = Number(least=0, below=1)
+EVALUATE = "--eval_path or --eval_ratio"
+
+# Flags of other programs for which nothing here has a flag of its own.
+IN_DS_FILE = "precision is set in the ds file: see bf16 and fp16 there"
+NOT_QUANTISED = "quantised models cannot be trained here"
+HINTS = {
+    "bf16": IN_DS_FILE,
+    "fp16": IN_DS_FILE,
+    "do_train": "training is all that train.py does; leave it out",
+    "eval_strategy": "--eval_path or --eval_ratio makes it validate, --eval_steps says how often",
+    "evaluation_strategy": "--eval_path or --eval_ratio makes it validate, --eval_steps says how often",
+    "load_in_4bit": NOT_QUANTISED,
+    "load_in_8bit": NOT_QUANTISED,
+    "lr_scheduler_type": 'the schedule is set in the ds file: "scheduler", with "type": "WarmupCosineLR" for example',
+    "max_grad_norm": "gradient clipping is set in the ds file: gradient_clipping",
+    "max_samples": "a short trial needs a short file: head -n 100 FILE",
+    "max_steps": "training ends after --num_train_epochs; a short trial needs a short file: head -n 100 FILE",
+    "optim": "the optimizer is set in the ds file",
+    "quantization_bit": NOT_QUANTISED,
+    "report_to": "figures for TensorBoard and log.jsonl are always written to --output_dir",
+    "torch_dtype": IN_DS_FILE,
+    "warmup_steps": "--warmup_ratio gives the share of all steps",
+    "zero_stage": "the ZeRO stage is set in the ds file: see --ds_file",
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of a training.
+
+    Raises:
+        UserError: see Parser.parse_args.
+    """
+    return make_parser().parse_args(argv)
+
+
+def fixed_flags(args: argparse.Namespace) -> dict:
+    """Flags that must be the same when a run is resumed, with their values."""
+    return make_parser().fixed(args)
+
+
+def applicable(words: list[str], train_type: str, evaluates: bool) -> list[str]:
+    """The words of a command line without the flags that do nothing for a method, or without validation."""
+    flags, kept, keep = make_parser().flags, [], True
+    for word in words:
+        if word.startswith("--"):
+            flag = flags.get(word.removeprefix("--").partition("=")[0])
+            needs = flag.needs if flag else ""
+            keep = not needs.startswith("--train_type ") or needs == f"--train_type {train_type}"
+            keep &= evaluates or needs not in (EVALUATE, "--eval_generate")
+        kept += [word] * keep
+    return kept
+
+
+def validates(args: argparse.Namespace) -> bool:
+    """Whether there are rows to validate on."""
+    return bool(args.eval_path) or args.eval_ratio is not None
+
+
+def best_by_loss(args: argparse.Namespace) -> bool:
+    """Whether generated answers have no say in which model is the best, nor in when training stops."""
+    return args.best_metric in FROM_LOSS
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        "Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B: freeze, P-Tuning v2, LoRA or all parameters.\n\n"
+        "    deepspeed train.py --mode glm3 --train_type lora --model_name_or_path ChatGLM3-6B/ "
+        "--train_path data/spo_0.json",
+        contradictions,
+        HINTS,
+    )
+    add_data(parser)
+    add_methods(parser)
+    add_optimisation(parser)
+    add_devices(parser)
+    add_results(parser)
+    add_validation(parser)
+    add_interruptions(parser)
+    return parser
+
+
+def add_data(parser: Parser) -> None:
+    # may_change=True of files and folders: their content is compared instead
+    group = parser.group("model and data")
+    group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
+    group.add_argument(
+        "--model_name_or_path", type=Folder(), required=True, may_change=True, help="folder of the base model"
+    )
+    group.add_argument(
+        "--train_path", type=File(), required=True, may_change=True, help="training data: instruction, input, output"
+    )
+    group.add_argument("--max_len", type=Integer(), default=1024, help="maximum tokens per sample, prompt included")
+    group.add_argument("--max_src_len", type=Integer(), default=512, help="maximum tokens per prompt")
+    group.add_argument("--is_skip", **SWITCH, help="leave out samples that are too long instead of truncating them")
+    group.add_argument("--allow_empty_output", **SWITCH, help="train on rows with an empty output too")
+    group.add_argument(
+        "--on_bad_row", choices=("error", "skip"), default="error", help="stop at the first broken row, or skip them"
+    )
+    group.add_argument("--packing", **SWITCH, help="pack several samples into one row of up to max_len tokens")
+    group.add_argument("--group_by_length", **SWITCH, help="batch samples of similar length: less waiting between GPUs")
+    group.add_argument(
+        "--replay_path", type=File(), needs="--replay_ratio", may_change=True,
+        help="general data mixed into each epoch, against forgetting",
+    )  # fmt: skip
+    group.add_argument(
+        "--replay_ratio", type=SHARE, needs="--replay_path", help="share of general data in each epoch, such as 0.1"
+    )
+    group.add_argument(
+        "--data_cache", type=NewPath(), default_text="~/.cache/chatglm-tuning", may_change=True,
+        help="folder that keeps tokenized data; none: keep nothing",
+    )  # fmt: skip
+    group.add_argument(
+        "--output_dir", type=NewPath(), default="./output", may_change=True, help="folder for checkpoints and logs"
+    )
+    group = parser.group("checking the data")
+    group.add_argument("--check_data", **SWITCH, may_change=True, help="report what is wrong in the data; do not train")
+    group.add_argument(
+        "--test_path", type=File(), needs="--check_data", may_change=True,
+        help="also report the rows of this file whose prompts are in the training data",
+    )  # fmt: skip
+
+
+def add_methods(parser: Parser) -> None:
+    group = parser.group("method")
+    group.add_argument("--train_type", choices=TRAIN_TYPES, default="lora", help="fine-tuning method")
+
+    group = parser.group("freeze", needs="--train_type freeze")
+    group.add_argument(
+        "--freeze_module_name", type=Names(), default="layers.27.,layers.26.,layers.25.,layers.24.",
+        help="train the parameters with one of these in their name, freeze all others; comma-separated",
+    )  # fmt: skip
+
+    group = parser.group("P-Tuning v2", needs="--train_type ptuning")
+    group.add_argument("--pre_seq_len", type=Integer(), default=16, help="length of the prefix in virtual tokens")
+    group.add_argument(
+        "--prefix_projection", **{**SWITCH, "default": True}, help="compute the prefix with a small network"
+    )
+    group.add_argument("--prefix_dropout", type=DROPOUT, default=0.1, help="dropout on the prefix")
+
+    group = parser.group("LoRA", needs="--train_type lora")
+    group.add_argument("--lora_dim", type=Integer(), default=8, help="rank of the update matrices")
+    group.add_argument(
+        "--lora_alpha", type=Number(above=0), default=30, help="scaling: updates are multiplied by alpha / rank"
+    )
+    group.add_argument("--lora_dropout", type=DROPOUT, default=0.1, help="dropout on the input of the update matrices")
+    group.add_argument(
+        "--lora_module_name", type=Names(), default="query_key_value", help="linear layers to adapt; comma-separated"
+    )
+
+
+def add_optimisation(parser: Parser) -> None:
+    group = parser.group("optimization")
+    group.add_argument(
+        "--num_train_epochs", type=Integer(hint="predict.py scores a model without training it"), default=1,
+        help="number of passes over the data",
+    )  # fmt: skip
+    group.add_argument(
+        "--per_device_train_batch_size", type=Integer(), default=1, help="micro-batch size on each device"
+    )
+    group.add_argument(
+        "--gradient_accumulation_steps", type=Integer(), default=1, help="micro-batches per optimizer step"
+    )
+    group.add_argument(
+        "--learning_rate", type=Number(above=0), default=1e-4, help="peak learning rate, reached after warm-up"
+    )
+    group.add_argument(
+        "--weight_decay", type=Number(least=0), default=0.1, help="weight decay; biases and norms have none"
+    )
+    group.add_argument(
+        "--warmup_ratio", type=Number(least=0, below=1), default=0.1, help="share of the steps used for warm-up"
+    )
+    group.add_argument(
+        "--seed", type=Integer(0, 2**32 - 1), default=1234, help="seed of data order, new weights and dropout"
+    )
+
+
+def add_devices(parser: Parser) -> None:
+    group = parser.group("memory and devices")
+    group.add_argument(
+        "--ds_file", type=File(), default="ds_zero2_no_offload.json", may_change=True, help="DeepSpeed config file"
+    )
+    group.add_argument(
+        "--gradient_checkpointing", **SWITCH, may_change=True, help="keep one activation per layer, recompute the rest"
+    )
+    group.add_argument(
+        "--tiled_mlp", **SWITCH, may_change=True, help="for long rows: compute the MLPs for some tokens at a time"
+    )
+    group.add_argument(
+        "--offload_inputs", **SWITCH, needs="--gradient_checkpointing", may_change=True,
+        help="for long rows: keep the activations of gradient checkpointing in main memory",
+    )  # fmt: skip
+    group.add_argument(
+        "--attn_implementation", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa", may_change=True,
+        help="attention: torch's fused kernels, plain operations, or the flash-attn package",
+    )  # fmt: skip
+    group.add_argument("--local_rank", type=Integer(-1), default=-1, may_change=True, help="set by the launcher")
+
+    group = parser.group("memory plan")
+    group.add_argument("--plan", **SWITCH, may_change=True, help="print the memory needed per GPU; do not train")
+    group.add_argument(
+        "--max_memory", type=GiB(), needs="--plan", may_change=True,
+        help="find flags that fit into so much memory per GPU: 24 (GiB), 24GiB or 24GB",
+    )  # fmt: skip
+    group.add_argument(
+        "--plan_gpus", type=Integer(), default_text="the launcher's", needs="--plan", may_change=True,
+        help="number of GPUs to plan for",
+    )  # fmt: skip
+
+
+def add_results(parser: Parser) -> None:
+    group = parser.group("logs and checkpoints")
+    group.add_argument(
+        "--show_loss_step", type=Integer(), default=10, may_change=True, help="optimizer steps between log lines"
+    )
+    group.add_argument(
+        "--save_model_step", type=Integer(), may_change=True,
+        help="optimizer steps between checkpoints, besides the one after each epoch",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep_results", type=Integer(), default_text="all", may_change=True,
+        help="number of checkpoints epoch-*-step-* to keep, the newest; best is kept besides",
+    )  # fmt: skip
+    group.add_argument(
+        "--overwrite_output_dir", **SWITCH, may_change=True,
+        help="remove the results of an earlier run from output_dir once this one starts to train; no other files",
+    )  # fmt: skip
+    group.add_argument("--verbose", **SWITCH, may_change=True, help="show the messages of the libraries")
+
+
+def add_validation(parser: Parser) -> None:
+    group = parser.group("validation")
+    group.add_argument("--eval_path", type=File(), may_change=True, help="validation data")
+    group.add_argument(
+        "--eval_ratio", type=SHARE, help="share of the training data held out for validation, such as 0.1"
+    )
+    group = parser.group("validation settings", needs=EVALUATE)
+    group.add_argument(
+        "--eval_steps", type=Integer(), default_text="each epoch", help="optimizer steps between validations"
+    )
+    group.add_argument("--eval_at_start", **SWITCH, may_change=True, help="validate before the first step too")
+    group.add_argument(
+        "--eval_batch_size", type=Integer(), default=8, may_change=True,
+        help="maximum rows per validation batch on each device",
+    )  # fmt: skip
+    group.add_argument(
+        "--eval_generate", choices=("off", "auto", *HEADLINE), default="off", may_change=best_by_loss,
+        help="generate answers and score them; auto: in the way that fits the references",
+    )  # fmt: skip
+    answers = {"needs": "--eval_generate", "may_change": best_by_loss}
+    group.add_argument(
+        "--eval_generate_rows", type=Integer(), default=200, **answers, help="maximum rows to generate answers for"
+    )
+    group.add_argument(
+        "--eval_max_new_tokens", type=Integer(), default_text="the longest reference and a quarter", **answers,
+        help="maximum tokens per answer",
+    )  # fmt: skip
+    group.add_argument("--best_metric", type=Text(), default="loss", help="metric that selects output_dir/best")
+    group.add_argument(
+        "--early_stopping_patience", type=Integer(), help="stop after so many validations without improvement"
+    )
+
+
+def add_interruptions(parser: Parser) -> None:
+    group = parser.group("stop and resume")
+    group.add_argument(
+        "--save_state_steps", type=Integer(), may_change=True, help="optimizer steps between training states"
+    )
+    group.add_argument(
+        "--save_total_limit", type=Integer(), default=2, may_change=True,
+        help="number of training states to keep; for checkpoints: keep_results",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume_from_checkpoint", type=NewPath(), nargs="?", const="auto", metavar="auto|PATH", may_change=True,
+        help="resume from the training state PATH; auto: the newest one in output_dir, or start if there is none",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume_changed", **SWITCH, needs="--resume_from_checkpoint", may_change=True,
+        help="resume although flags or data have changed",
+    )  # fmt: skip
+    group.add_argument(
+        "--skip_nonfinite", type=Integer(0), default=0, may_change=True,
+        help="number of steps that may be skipped because loss or gradients are not finite",
+    )  # fmt: skip
+
+
+def contradictions(args: argparse.Namespace) -> list[str]:
+    """What is wrong with flags together; see Parser."""
+    wrong = []
+    if args.max_src_len >= args.max_len:
+        wrong.append(f"--max_src_len {args.max_src_len} must be less than --max_len {args.max_len}")
+    if args.plan and args.check_data:
+        wrong.append("--plan and --check_data exclude each other")
+    if args.eval_path and args.eval_ratio is not None:
+        wrong.append("--eval_path and --eval_ratio exclude each other")
+    if args.overwrite_output_dir and args.resume_from_checkpoint == "auto":
+        wrong.append("--overwrite_output_dir (start anew) and --resume_from_checkpoint auto exclude each other")
+    if args.packing and args.group_by_length:
+        wrong.append("--packing and --group_by_length exclude each other: packed rows are all about max_len long")
+    if missing(args.eval_generate):
+        wrong.append(f"--eval_generate {args.eval_generate} needs more packages: {missing(args.eval_generate)}")
+    return wrong

@@ -1,0 +1,329 @@
+"""What is wrong with a ds file, all at once; and what is missing in it."""
+
+import copy
+import difflib
+import importlib.util
+import inspect
+import json
+import os
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+from tuning.engine.ds_keys import (
+    ADAM,
+    COMMENTS,
+    COUNT,
+    EITHER,
+    INTEGER,
+    KEYS,
+    OPTIMIZERS,
+    PLANNED,
+    POSITIVE,
+    REFUSED,
+    SCHEDULERS,
+    UNTESTED,
+    Key,
+    Section,
+    fits,
+    is_one,
+    walk,
+)
+from tuning.errors import UserError
+
+START = "start from one of the ds_zero*.json files"
+# "auto" and a missing key mean these, whatever the command line says; `values` of load_ds_config has the others.
+AUTO = {
+    "gradient_clipping": 1.0,
+    "optimizer.params.betas": [0.9, 0.95],
+    "optimizer.params.eps": 1e-8,
+    "scheduler.params.warmup_min_lr": 0,
+    "scheduler.params.warmup_min_ratio": 0,
+    "scheduler.params.cos_min_ratio": 0.0001,
+    "scheduler.params.warmup_type": "linear",
+}
+# A number in the file that differs from the command line's is refused: the flags that make it.
+FLAGS = {
+    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "train_batch_size": "rows x accumulation x devices",
+    "optimizer.params.lr": "--learning_rate",
+    "optimizer.params.weight_decay": "--weight_decay",
+    "scheduler.params.warmup_max_lr": "--learning_rate",
+    "scheduler.params.warmup_num_steps": "--warmup_ratio of all steps",
+    "scheduler.params.total_num_steps": "all steps and one, for the lr is 0 after the last one",
+}
+OF_ADAM = {"optimizer.params.betas", "optimizer.params.eps"}
+OF_DEEPSPEED = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "max_grad_norm"}  # params that torch never sees
+AUTO_LATER = {"bf16.enabled", "fp16.enabled", "data_types.grad_accum_dtype"}  # depend on the device
+PLACES = (("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file"))
+OF_STEPS = {"scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps"}
+SHOWN = 5  # problems of a file in one message
+
+
+class Check:
+    """Gathers what is wrong with a file, so that all of it comes at once.
+
+    Args:
+        values: see load_ds_config.
+    """
+
+    def __init__(self, path: str, values: dict):
+        self.path, self.values, self.wrong = path, AUTO | values, []
+        self.params: dict[str, dict[str, Key]] = {}  # what optimizer.params and scheduler.params may hold
+
+    def end(self) -> None:
+        """Raise a UserError if there was something wrong."""
+        if self.wrong:
+            more = f"; and {len(self.wrong) - SHOWN} more" if len(self.wrong) > SHOWN else ""
+            raise UserError(f"{self.path}: {'; '.join(self.wrong[:SHOWN])}{more}")
+
+    def sections(self, config: dict) -> None:
+        """Names and kinds of all keys but the params of optimizer and scheduler. Takes out comments, and what
+        DeepSpeed has removed.
+        """
+        for name in ("zero_optimization", "optimizer", "scheduler"):
+            if config.get(name) is None:
+                self.wrong.append(f'"{name}" is missing; {START}')
+        zero = config.get("zero_optimization")
+        if isinstance(zero, dict) and is_one(zero.get("stage"), (0,)):
+            self.wrong.append("zero_optimization.stage 0 is refused: stage 1 trains the same with less memory")
+            zero["stage"] = 1
+        self.keys(config, KEYS, "")
+        for name, key in (("zero_optimization", "stage"), ("optimizer", "type"), ("scheduler", "type")):
+            if isinstance(config.get(name), dict) and not config[name].get(key):
+                self.wrong.append(f"{name}.{key} is missing; {START}")
+
+    def keys(self, section: dict, known: dict, prefix: str) -> None:
+        """All keys of one section."""
+        for name in list(section):
+            key, dotted = known.get(name), prefix + name
+            if name in COMMENTS:
+                del section[name]
+            elif key is None:
+                self.wrong.append(_unknown(dotted, known, prefix))
+            elif isinstance(key, Section):
+                self.section(section, name, key, dotted)
+            else:
+                self.key(section, name, key, dotted)
+
+    def section(self, outer: dict, name: str, known: Section, dotted: str) -> None:
+        """A key that should hold an object."""
+        value = outer[name]
+        if value is None:
+            if dotted not in ("zero_optimization", "optimizer", "scheduler"):  # these are told as missing
+                del outer[name]
+        elif not isinstance(value, dict):
+            self.wrong.append(f'"{dotted}" must be an object, not {shown(value)}')
+        elif not known.why:
+            if not dotted.endswith(".params"):  # what these may hold depends on the type
+                self.keys(value, known.keys, f"{dotted}.")
+        elif _is_on(value, known):
+            self.wrong.append(f"{dotted} is refused: {known.why}")
+        else:
+            other = [one for one in value if one not in known.keys and one not in COMMENTS]
+            self.wrong += [_unknown(f"{dotted}.{one}", known.keys, f"{dotted}.") for one in other]
+            del outer[name]  # it is off: the same as if it were not there
+
+    def key(self, section: dict, name: str, key: Key, dotted: str) -> None:
+        """One value."""
+        value, has_auto = section[name], dotted in self.values or dotted in AUTO_LATER
+        if key.kind == REFUSED:
+            if not is_one(value, key.harmless):
+                self.wrong.append(f"{dotted} {shown(value)} is refused: {key.why}")
+            elif key.removed:
+                del section[name]
+        elif isinstance(value, str) and value == "auto":
+            if not has_auto:
+                self.wrong.append(f'train.py does not know what "auto" means for {shown(dotted)}; give a value')
+        elif value is None and key.default in (None, ...):
+            del section[name]  # as if it were not there
+        elif not fits(value, key.takes):
+            takes = key.takes if isinstance(key.takes, str) else _one_of(key.takes)
+            takes += ' or "auto"' * has_auto
+            self.wrong.append(f"{dotted} must be {takes}, not {shown(value)}")
+        elif key.takes in (COUNT, POSITIVE, INTEGER):
+            section[name] = int(value)
+
+    def optimizer(self, config: dict, as_gpu: bool) -> None:
+        """Name and params of the optimizer, and that this device has it."""
+        section, every = config["optimizer"], OPTIMIZERS + UNTESTED
+        # DeepSpeed takes its own names in any case
+        name = section["type"] = {one.lower(): one for one in OPTIMIZERS}.get(section["type"].lower(), section["type"])
+        if name not in every:
+            self.wrong.append(
+                f"optimizer.type {shown(name)} is none that works on the parts into which ZeRO cuts weights; there are "
+                f"{', '.join(every)}{_near(name, every)}"
+            )
+            return
+        if name in UNTESTED and not config.get("zero_allow_untested_optimizer"):
+            self.wrong.append(f'optimizer.type {name} needs "zero_allow_untested_optimizer": true')
+        offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+        on_cpu = get_accelerator().device_name() == "cpu" and not as_gpu
+        if not offload and (name == "Adagrad" or (name == "Lion" and on_cpu)):
+            why = "DeepSpeed mixes up its groups of parameters" if name == "Adagrad" else "it is not there for a CPU"
+            self.wrong.append(
+                f'optimizer.type {name} goes with "offload_optimizer": {{"device": "cpu"}} alone: without, {why}; '
+                "AdamW works"
+            )
+        params = section.setdefault("params", {})
+        kind = optimizer_class(name, params, offload)
+        taken = inspect.signature(kind).parameters.keys() - {"self", "params", "model_params", "adamw_mode"}
+        if name in ("Adam", "AdamW"):
+            taken |= {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "max_grad_norm"}
+        known = {one: ADAM.get(one, Key(PLANNED, EITHER)) for one in sorted(taken)}
+        self.params["optimizer"] = known
+        self.keys(params, known, "optimizer.params.")
+        if not self.wrong and kind.__module__.startswith("torch."):
+            given = {k: v for k, v in params.items() if k in taken and k not in OF_DEEPSPEED and v != "auto"}
+            try:
+                kind([torch.zeros(1)], **given)
+            except Exception as error:
+                self.wrong.append(f"optimizer: {reason(error)}")
+
+    def scheduler(self, section: dict) -> None:
+        """Name and params of the scheduler."""
+        name, params = section["type"], section.setdefault("params", {})
+        if name in SCHEDULERS:
+            self.params["scheduler"] = SCHEDULERS[name]
+            self.keys(params, SCHEDULERS[name], "scheduler.params.")
+        else:
+            self.wrong.append(
+                f"scheduler.type {shown(name)} is none that follows --learning_rate and --warmup_ratio; there are "
+                f"{', '.join(SCHEDULERS)}{_near(name, tuple(SCHEDULERS))}"
+            )
+
+    def monitors(self, config: dict) -> None:
+        """Packages and folders that the sections for logs need."""
+        for section, package in (("wandb", "wandb"), ("comet", "comet_ml"), ("tensorboard", "tensorboard")):
+            if config.get(section, {}).get("enabled") and importlib.util.find_spec(package) is None:
+                self.wrong.append(f"{section} is enabled and its package is not installed: pip install {package}")
+        for section, name in PLACES:
+            place = config.get(section, {}).get(name)
+            if place and config[section].get("enabled") and not _can_write(place, is_file=name == "output_file"):
+                self.wrong.append(f"{section}.{name} {shown(place)} cannot be written")
+
+    def fill(self, config: dict) -> None:
+        """Give a value to what is "auto", and to what is missing and has an "auto"."""
+        config.setdefault("data_types", {})
+        adam = config["optimizer"]["type"] in ("Adam", "AdamW")
+        for dotted, value in self.values.items():
+            holder, known, name = _place(config, dotted)
+            if dotted.split(".")[-2:-1] == ["params"]:
+                known = self.params[dotted.split(".")[0]]
+            missing = name not in holder
+            if missing and dotted in OF_ADAM and not adam:
+                continue  # another optimizer has a default of its own
+            if name in known and config["zero_optimization"]["stage"] in known[name].stages:
+                if missing or holder[name] == "auto":
+                    holder[name] = copy.copy(value)
+            elif not missing and holder[name] == "auto":
+                del holder[name]  # of another stage, which would not read it
+
+    def contradictions(self, config: dict, without_steps: bool) -> None:
+        """Numbers of the file against those of the command line."""
+        for dotted, flag in FLAGS.items():
+            holder, _, name = _place(config, dotted)
+            if dotted not in self.values or name not in holder or (without_steps and dotted in OF_STEPS):
+                continue
+            if holder[name] != self.values[dotted]:
+                self.wrong.append(
+                    f'"{dotted}" is {shown(holder[name])}, the command line makes it {self.values[dotted]} ({flag}); '
+                    'use "auto"'
+                )
+
+    def groups_of_ranks(self, config: dict) -> None:
+        """hpZeRO's groups have the same number of ranks each."""
+        ranks = config["train_batch_size"] // (
+            config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+        )
+        size = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+        if ranks % size:
+            self.wrong.append(f"zero_optimization.zero_hpz_partition_size {size} does not divide {ranks} devices")
+
+    def types_of_gradients(self, config: dict, precision: str) -> None:
+        """No gradient is rounded to a type that neither the model nor float32 has."""
+        sums, sent = config["data_types"].get("grad_accum_dtype"), config.get("communication_data_type")
+        for dotted, value in (("data_types.grad_accum_dtype", sums), ("communication_data_type", sent)):
+            if value not in (None, "fp32", precision):
+                self.wrong.append(f"{dotted} {value} would round gradients, which are {precision}: fp32 would not")
+
+
+def _place(config: dict, dotted: str) -> tuple[dict, dict, str]:
+    """The object that holds a key, what is known of the keys there, and the key's own name."""
+    *sections, name = dotted.split(".")
+    known = KEYS
+    for one in sections:
+        config, known = config[one], known[one].keys
+    return config, known, name
+
+
+def optimizer_class(name: str, params: dict, offload: bool) -> type:
+    """What DeepSpeed makes of an optimizer's name."""
+    if name in ("Adam", "AdamW") and params.get("torch_adam") is not True:
+        return DeepSpeedCPUAdam if offload else FusedAdam
+    if name == "Lion":
+        return DeepSpeedCPULion if offload else FusedLion
+    if name == "Adagrad" and offload:
+        return DeepSpeedCPUAdagrad
+    if name == "Adam" and params.get("adam_w_mode") is not False:
+        name = "AdamW"  # DeepSpeed's Adam is AdamW, if not told otherwise
+    return getattr(torch.optim, name)
+
+
+def _unknown(dotted: str, known: dict, prefix: str) -> str:
+    """A key that DeepSpeed does not read there, and the nearest one that it does."""
+    name = dotted.removeprefix(prefix)
+    here = _near(name, tuple(known))
+    if not here:
+        elsewhere = [one for one, _ in walk() if one.rpartition(".")[2] == name]
+        here = f"; there is {elsewhere[0]}" if elsewhere else ""
+    return f"{shown(dotted)} is no key of DeepSpeed's{here}"
+
+
+def shown(value) -> str:
+    """A value as the file has it, short."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _near(name: str, names: tuple[str, ...]) -> str:
+    """What may have been meant, as the end of a message."""
+    lower = {one.lower(): one for one in names}
+    found = difflib.get_close_matches(name.lower(), lower, n=1) or [
+        one for one in lower if name and name.lower() in one
+    ]
+    return f"; did you mean {lower[found[0]]}?" if found else ""
+
+
+def _one_of(choices: tuple) -> str:
+    """Values, for a message."""
+    if all(type(one) is int for one in choices) and len(choices) > 3:
+        return f"a whole number from {choices[0]} to {choices[-1]}"
+    return " or ".join(f'"{one}"' if isinstance(one, str) else str(one) for one in choices)
+
+
+def _can_write(place: str, is_file: bool) -> bool:
+    """Whether a file or folder can be made there."""
+    if os.path.exists(place) and is_file:
+        return os.path.isfile(place) and os.access(place, os.W_OK)
+    while place and not os.path.exists(place):
+        place = os.path.dirname(place)
+    return os.path.isdir(place or ".") and os.access(place or ".", os.W_OK)
+
+
+def _is_on(value: dict, known: Section) -> bool:
+    """Whether a section is on: by its switch, or without it, because it is or a section within is."""
+    if known.switch in value:
+        return bool(value[known.switch])
+    inner = [(value[name], one) for name, one in known.keys.items() if isinstance(one, Section) and name in value]
+    return known.is_on or any(isinstance(one, dict) and _is_on(one, section) for one, section in inner)
+
+
+def reason(error: Exception) -> str:
+    """What a library has to say, in one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(" For further information")[0][:300]

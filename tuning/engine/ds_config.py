@@ -1,0 +1,179 @@
+"""The ds file: read, checked key by key (ds_keys.py), and its "auto" values filled in."""
+
+import copy
+import json
+import os
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from glm_models.checkpoint import CheckpointError, read_json
+from tuning import ROOT
+from tuning.engine.ds_check import Check, optimizer_class, reason, shown
+from tuning.engine.ds_keys import IDLE, KEYS, REFUSED, SAID, Section
+from tuning.errors import UserError
+from utils import supports_bf16, supports_fp16
+
+
+def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
+    """Read a DeepSpeed config file, check every key and fill in what is "auto" or missing.
+
+    Args:
+        path: the file; beside the scripts if it is not in the current folder.
+        values: what the command line says of batch, lr and the rest, by the ds file's dotted key, as
+            "optimizer.params.lr".
+        as_gpu: for --plan: resolve precision for a GPU with bf16, whatever this machine has, and do not compare
+            numbers of steps, which --plan does not know.
+
+    Raises:
+        UserError: a key that is unknown or refused, a value that its key does not take or that contradicts the command
+            line, an unknown "auto", a precision that the device cannot do, or whatever else DeepSpeed would trip over.
+        CheckpointError: unreadable.
+    """
+    if not os.path.exists(path):
+        beside = os.path.join(ROOT, os.path.basename(path))
+        path = beside if os.path.dirname(path) == "" and os.path.exists(beside) else path
+    config = _read(path)
+    check = Check(path, values)
+    check.sections(config)
+    check.end()
+    check.optimizer(config, as_gpu)
+    check.scheduler(config["scheduler"])
+    check.monitors(config)
+    check.end()
+    _resolve_precision(config, path, as_gpu)
+    precision = "bf16" if config["bf16"]["enabled"] else "fp16" if config["fp16"]["enabled"] else "fp32"
+    # sums of gradients in half precision would be exact to three digits
+    check.values["data_types.grad_accum_dtype"] = "fp32" if precision != "fp32" else None
+    check.fill(config)
+    check.contradictions(config, as_gpu)
+    check.types_of_gradients(config, precision)
+    check.end()
+    check.groups_of_ranks(config)
+    check.end()
+    # nothing reads DeepSpeed's throughput timer, which waits for the device twice a micro-batch
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
+    _try(config, path)
+    return config
+
+
+def ds_notes(config: dict) -> list[str]:
+    """Lines to be said of a resolved config: what --plan does not count, and what does nothing."""
+    return [f"ds file: {line}" for line in _notes(config, KEYS, "", config["zero_optimization"]["stage"])]
+
+
+def compute_dtype(ds_config: dict) -> torch.dtype:
+    """The type that weights and activations have during training."""
+    if ds_config["bf16"]["enabled"]:
+        return torch.bfloat16
+    return torch.float16 if ds_config["fp16"]["enabled"] else torch.float32
+
+
+def zero_layout(config: dict) -> dict:
+    """What decides where a rank keeps which masters and moments: a training state fits no other layout."""
+    zero = config["zero_optimization"]
+    names = ("round_robin_gradients", "parameter_alignment") if zero["stage"] < 3 else ("sub_group_size",)
+    layout = {name: zero.get(name, KEYS["zero_optimization"].keys[name].default) for name in names}
+    offload = zero.get("offload_optimizer", {})
+    section, is_on = config["optimizer"], offload.get("device", "none") != "none"
+    kind = optimizer_class(section["type"], section["params"], is_on).__name__
+    return layout | {"ratio": offload.get("ratio", 1.0), "optimizer": kind}
+
+
+def _read(path: str) -> dict:
+    """The object in a ds file, with no key twice."""
+    read_json(path)  # errors of all kinds
+
+    def once(pairs: list[tuple]) -> dict:
+        names = [name for name, _ in pairs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"{path}: {shown(twice[0])} is there twice")
+        return dict(pairs)
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, object_pairs_hook=once)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _try(config: dict, path: str) -> None:
+    """Let DeepSpeed read the config and make the scheduler: what is left to be wrong, it finds now."""
+    try:
+        # the batch is checked already, and for --plan of more devices than there are processes
+        DeepSpeedConfig({k: v for k, v in copy.deepcopy(config).items() if k != "train_batch_size"})
+        optimizer, section = torch.optim.SGD([torch.zeros(1)], lr=1.0), config["scheduler"]
+        getattr(lr_schedules, section["type"])(optimizer, **section["params"]).step()
+    except Exception as error:  # DeepSpeed checks by pydantic, by assertions, and by what happens to fail
+        raise UserError(f"{path}: {reason(error)}") from None
+
+
+def _resolve_precision(config: dict, path: str, as_gpu: bool) -> None:
+    """Turn "auto" of bf16 and fp16 into true or false: bf16 where a GPU has it, else fp16, and float32 on a CPU."""
+    on_cpu = get_accelerator().device_name() == "cpu" and not as_gpu
+    can = {"bf16": as_gpu or supports_bf16(), "fp16": as_gpu or supports_fp16()}
+    wish = {kind: config.setdefault(kind, {}).setdefault("enabled", "auto") for kind in can}
+    for kind, enabled in wish.items():
+        if enabled is True and not can[kind]:
+            name = "this CPU" if on_cpu else f"this {get_accelerator().device_name()} device"
+            raise UserError(f'{path}: {kind} is enabled, but {name} cannot do it; set it to "auto" or false')
+    if wish["bf16"] is True and wish["fp16"] is True:
+        raise UserError(f"{path}: bf16 and fp16 are both enabled; choose one")
+    if wish["bf16"] == "auto":
+        wish["bf16"] = can["bf16"] and not on_cpu and wish["fp16"] is not True
+    if wish["fp16"] == "auto":
+        wish["fp16"] = can["fp16"] and not on_cpu and not wish["bf16"]
+    for kind, enabled in wish.items():
+        config[kind]["enabled"] = enabled
+
+
+def _notes(section: dict, known: dict, prefix: str, stage: int):
+    """Lines of ds_notes, for one section."""
+    for name, value in section.items():
+        key, dotted = known[name], prefix + name
+        if isinstance(key, Section):
+            if key.switch and not value.get(key.switch):
+                if key.switch not in value and value:
+                    yield f'{dotted} does nothing without "{key.switch}": true'
+            elif stage not in key.stages:
+                if value.get("device", "none") != "none" or name == "leaf_module":
+                    yield f"{dotted} does nothing at ZeRO stage {stage}"
+            elif not dotted.endswith(".params"):
+                yield from _notes(value, key.keys, f"{dotted}.", stage)
+        elif value == key.default or key.kind == REFUSED:
+            continue
+        elif stage not in key.stages:
+            yield f"{dotted} does nothing at ZeRO stage {stage}"
+        elif dotted.startswith("aio.") or name in IDLE:
+            yield f"{dotted} does nothing: it goes with NVMe or super_offload, which are refused"
+        elif key.kind == SAID:
+            yield f"{dotted} {shown(value)} is obeyed; --plan does not count it"
+
+
+def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict:
+    """What "auto" means in a ds file."""
+    return {
+        "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size,
+        "optimizer.params.lr": args.learning_rate,
+        "optimizer.params.weight_decay": args.weight_decay,
+        "scheduler.params.warmup_max_lr": args.learning_rate,
+        "scheduler.params.warmup_num_steps": max(1, round(total_steps * args.warmup_ratio)),
+        # one more than there are: the lr is 0 after the last step, not in it
+        "scheduler.params.total_num_steps": total_steps + 1,
+        # in numbers, of which a GPU has two buffers; 20 MB are sent well, and alone there is nothing to send
+        "zero_optimization.reduce_bucket_size": 10_000_000 if world_size > 1 else 1_000_000,
+        "zero_optimization.overlap_comm": world_size > 1,  # alone there is nothing to overlap, and it keeps gradients
+        "zero_optimization.allgather_bucket_size": 200_000_000,
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+        "zero_optimization.stage3_prefetch_bucket_size": hidden_size * hidden_size,
+    }
+
+
+def fit_buckets(ds_config: dict, trained: int) -> None:
+    """Make buckets no larger than all gradients together: buffers of their size are allocated."""
+    for bucket in ds_config["zero_optimization"].keys() & {"reduce_bucket_size", "allgather_bucket_size"}:
+        ds_config["zero_optimization"][bucket] = min(int(ds_config["zero_optimization"][bucket]), trained)

@@ -1,0 +1,187 @@
+"""A result of train.py or merge_lora.py, or an official model: loaded to answer, in the right type. From Python:
+
+
+    tokenizer, model = load_result("glm3", "output-glm3/epoch-2-step-750")
+    answer, history = model.chat(tokenizer, "你好")
+
+An adapter is loaded with its base, which its config names.
+"""
+
+import os
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from glm_models import MODE, check_family
+from glm_models.checkpoint import printable, weight_layout
+from glm_models.families import check_ids, how_to_download
+from glm_models.modeling import has_lost_prefix
+from tuning.engine.partitioned import load_partitioned
+from tuning.errors import UserError
+from tuning.lora.adapter import (
+    CONFIG,
+    add_adapter,
+    check_base,
+    find_base,
+    open_adapter,
+    read_config,
+    unread_keys,
+)
+from tuning.lora.verify import skeleton
+from utils import say, supports_bf16
+
+# Of a LoRA config, what cannot be answered with, and why.
+REFUSED = {
+    "megatron_config": "leads to code or files elsewhere",
+    "arrow_config": "leads to code or files elsewhere",
+    "alora_invocation_tokens": "works for a part of each prompt only, which is not known here",
+}
+
+
+def stored_dtype(folder: str) -> torch.dtype | None:
+    """The type of most numbers in a checkpoint's weight files; None if there are no float weights.
+
+    Raises:
+        CheckpointError: a file is missing or broken.
+    """
+    counts: dict[torch.dtype, int] = {}
+    for weights in weight_layout(folder).values():
+        for dtype, shape in weights.values():
+            if dtype.is_floating_point:
+                counts[dtype] = counts.get(dtype, 0) + shape.numel()
+    return max(counts, key=counts.get) if counts else None
+
+
+def prediction_dtype(device_type: str, stored: torch.dtype | None, bf16: bool) -> tuple[torch.dtype, str]:
+    """The type in which a checkpoint answers, and the reason in words.
+
+    Args:
+        device_type: as "cuda" or "cpu".
+        stored: see stored_dtype.
+        bf16: the device computes in bfloat16, see utils.supports_bf16.
+    """
+    if device_type == "cpu":
+        return torch.float32, "as always on a CPU"
+    if stored == torch.float16 or (stored == torch.bfloat16 and bf16):
+        return stored, "the type of the checkpoint"
+    name = str(stored).removeprefix("torch.")
+    if bf16:
+        return torch.bfloat16, f"rounded from {name}"
+    return torch.float16, f"rounded from {name}; this device does not compute in bfloat16"
+
+
+def choose_dtype(folder: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """`prediction_dtype` of a complete model's folder on a device of this machine."""
+    return prediction_dtype(device.type, stored_dtype(folder), supports_bf16())
+
+
+def load_result(
+    mode: str,
+    folder: str,
+    base: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+):
+    """Tokenizer and model of a result of train.py or merge_lora.py, or of an official folder, ready to generate.
+
+    In float32 an adapter is merged, which loses nothing there. In half precision it stays beside the weights: merged,
+    it would be rounded to their steps, which are larger than most of what it adds.
+
+    Args:
+        folder: a full model, a P-Tuning result or a LoRA adapter.
+        base: the base model of an adapter; None for the one that the adapter's config names.
+        device: as "cuda:1" or "cpu"; None for the accelerator, else the CPU.
+        dtype: None for the type of the checkpoint's weights as far as the device can, and for float32 on a CPU.
+
+    Raises:
+        UserError: no such folder, device or base.
+        CheckpointError, FolderError: files are broken, or base and adapter do not belong together.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; {how_to_download(mode)}")
+    whole = find_base(folder, base)
+    device = device if isinstance(device, torch.device) else named_device(device)
+    if whole != folder:
+        check_adapter(mode, folder, whole)
+    tokenizer = load_tokenizer(mode, whole)
+    dtype, reason = (dtype, "as asked") if dtype else choose_dtype(whole, device)
+    model = load_base(mode, whole, dtype) if whole == folder else load_adapted(mode, folder, whole, dtype)
+    print(f"{folder} on {device} in {str(dtype).removeprefix('torch.')} ({reason})")
+    return tokenizer, model.to(device).eval()
+
+
+def check_adapter(mode: str, folder: str, base: str) -> None:
+    """Hold an adapter's config against what can be answered with, and its base against what training recorded of it."""
+    config = read_config(folder)
+    for key, reason in REFUSED.items():
+        if config.get(key):
+            raise UserError(printable(f"{folder}: {key} in {CONFIG} {reason}; not loaded"))
+    said = [f"{folder} is a LoRA adapter; its base model is {base}", check_base(folder, mode, base)]
+    print(*map(printable, said + unread_keys(folder, config)), sep="\n")
+
+
+def load_adapted(mode: str, folder: str, base: str, dtype: torch.dtype):
+    """Base and adapter in one model of the base's class."""
+    weights = open_adapter(folder)  # broken or empty ones end here
+    # an output layer that was tied to the embedding no longer equals it
+    changes = {"tie_word_embeddings": False} if any(".lm_head." in name for name in weights.names) else {}
+    add_adapter(skeleton(mode, base, **changes), folder, weights)  # what does not fit ends before the base is loaded
+    adapted = add_adapter(load_base(mode, base, dtype, **changes), folder, weights)
+    return adapted.merge_and_unload() if dtype == torch.float32 else adapted.get_base_model()
+
+
+def load_tokenizer(mode: str, folder: str):
+    """The tokenizer of a checkpoint folder, its ids held against those of config.json."""
+    check_family(folder, mode)
+    tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
+    for odd in check_ids(MODE[mode].config.from_pretrained(folder), tokenizer, folder):
+        say(f"warning: {odd}")
+    return tokenizer
+
+
+def load_base(
+    mode: str, folder: str, dtype: torch.dtype, ds_config: dict | None = None, attention: str = "sdpa", **config
+):
+    """The model of a checkpoint folder, in `dtype`; partitioned over the ranks while it loads under ZeRO-3.
+
+    Args:
+        ds_config: of the training run; None outside training.
+        attention: implementation in transformers' registry.
+        config: keys of config.json to set differently.
+    """
+    family = MODE[mode]
+    check_family(folder, mode)
+    # On Hopper and Blackwell torch would take cuDNN's attention first, which makes a plan for each new length, of tens
+    # of milliseconds, and keeps all plans; on Blackwell it is wrong for fewer than 8 heads of keys (pytorch #193893).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    zero3 = bool(ds_config) and ds_config["zero_optimization"].get("stage") == 3
+    new_prefix = config.get("pre_seq_len") is not None
+    if new_prefix and has_lost_prefix(folder):
+        say(f"warning: config.json of {folder} names a P-Tuning prefix that its weights lack; a new one is made")
+    config = family.config.from_pretrained(folder, use_cache=ds_config is None, **config)
+    try:
+        if zero3:
+            model = load_partitioned(family.model, folder, config, dtype, attention, ds_config, new_prefix)
+        else:
+            model = family.model.from_pretrained(
+                folder, config=config, new_prefix=new_prefix, dtype=dtype, attn_implementation=attention
+            )
+    except ImportError as error:  # a package that the attention implementation needs
+        raise UserError(f"--attn_implementation {attention}: {error}") from None
+    model.zero3 = zero3
+    return model
+
+
+def named_device(name: str | None) -> torch.device:
+    """The device of a --device flag: as cuda, cuda:1 or cpu, or a number; None for the accelerator, else the CPU.
+
+    Raises:
+        UserError: it is not there.
+    """
+    name = name or get_accelerator().current_device_name()
+    try:
+        found = torch.device(f"{get_accelerator().device_name()}:{name}" if name.isdigit() else name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ValueError):
+        raise UserError(f"--device {name} is not there") from None
+    return found

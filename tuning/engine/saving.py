@@ -1,0 +1,118 @@
+"""Saving results: the whole model or what was trained, from any ZeRO stage."""
+
+import itertools
+import os
+
+import deepspeed
+import torch
+
+from glm_models.checkpoint import write_side_files, write_weights
+from tuning.arguments.train import validates
+from tuning.folders import check_space, free_space, new_folder
+from tuning.lora.adapter import write_adapter
+from tuning.run import results
+from tuning.run.resume import States
+from utils import is_main, on_rank_0, say
+
+
+def result_size(model, dtype) -> int:
+    """Bytes of the weights of one result."""
+    adapter = hasattr(model, "peft_config")
+    # a tied output layer is written beside the embedding
+    parameters = [p for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad or not adapter]
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * dtype.itemsize
+
+
+def count_results(args, epoch_steps: int) -> int:
+    """How many results a run saves, best/ apart: after each epoch, and each --save_model_step."""
+    total, every = args.num_train_epochs * epoch_steps, args.save_model_step or epoch_steps
+    return len({*range(epoch_steps, total + 1, epoch_steps), *range(every, total + 1, every)})
+
+
+def check_room(args, result: int, states: States, count: int) -> None:
+    """Make sure that the disk has room for one result and the states; say what all results will take.
+
+    Args:
+        result: bytes of one.
+        count: how many there will be.
+    """
+    # a new state or result is there before an old one goes
+    kept = states.size() * (args.save_total_limit + 1) if args.save_state_steps else 0
+    freed = results.size_of(results.list_removable(args.output_dir)) if args.overwrite_output_dir else 0
+    what = "a result and the training states" if kept else "a result"
+    check_space(args.output_dir, result + kept - freed, what)
+    all_of_them = f"results: {count} of {shown_size(result)} each"
+    if args.keep_results and args.keep_results < count:
+        say(f"{all_of_them}; the newest {args.keep_results} stay (--keep_results)")
+        count = args.keep_results + 1
+    elif count > 1:
+        say(f"{all_of_them}, {shown_size(count * result)} in all; --keep_results N would keep the newest N")
+    most = count + 2 * validates(args)  # best/
+    if free_space(args.output_dir) + freed < most * result + kept:
+        say(f"warning: the disk of {args.output_dir} has no room for all that this run keeps; see --keep_results")
+
+
+def shown_size(size: int) -> str:
+    """Bytes, for a reader."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+
+
+def save(args, model, tokenizer, name: str, dtype) -> None:
+    """Write the model to a folder of that name in --output_dir; results beyond --keep_results go."""
+    folder = os.path.join(args.output_dir, name)
+    on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype), folder))
+    save_model(model, tokenizer, args.model_name_or_path, folder, dtype)
+    say(f"saved {folder}")
+    if args.keep_results and name != results.BEST:
+        for warning in on_rank_0(lambda: results.prune(args.output_dir, results.step_of(folder), args.keep_results)):
+            say(f"warning: {warning}")
+
+
+def gathered(named_parameters):
+    """Yield (name, whole tensor) of parameters that ZeRO-3 may have partitioned, one at a time; on every rank alike."""
+    for name, parameter in named_parameters:
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter.data
+        else:
+            yield name, parameter.data
+
+
+def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> None:
+    """Write what training made: the adapter alone for LoRA, else a complete model folder. Called on every rank.
+
+    All ZeRO stages write the same files. One tensor is gathered at a time, and rank 0 holds one shard.
+
+    Args:
+        model: beside an adapter goes its `base_record`, see adapter.record_base.
+        base: the checkpoint folder that training started from; config, tokenizer and official code come from there.
+    """
+    if hasattr(model, "peft_config"):
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in gathered(trained)}
+        if is_main():
+            with new_folder(folder) as partial:
+                write_adapter(partial, model, tensors, base, model.base_record)
+    else:
+        save_full_model(model, tokenizer, base, folder, dtype)
+    on_rank_0(lambda: None)  # the others wait, on the CPU: devices would give up before a large file is on a slow disk
+
+
+def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> None:
+    """Write a complete model folder in the official layout."""
+    parameters = list(model.named_parameters(remove_duplicate=False))  # a tied output layer too: other tools want it
+    buffers = model.official_buffers()
+    count = sum(getattr(p, "ds_numel", p.numel()) for _, p in parameters)
+    total = count * dtype.itemsize + sum(b.numel() * b.element_size() for b in buffers.values())
+    whole = gathered(parameters)
+    if not is_main():
+        for _ in whole:  # takes part in gathering, and copies nothing
+            pass
+        return
+
+    tensors = ((name, tensor.to("cpu", dtype)) for name, tensor in whole)
+    keys = ("pre_seq_len", "prefix_projection") if model.config.pre_seq_len else ()
+    prefix = {key: getattr(model.config, key) for key in keys}
+    with new_folder(folder) as partial:
+        write_weights(partial, itertools.chain(tensors, buffers.items()), total)
+        write_side_files(partial, base, model.mode, dtype, tokenizer.stop_token_ids, **prefix)

@@ -1,0 +1,1 @@
+"""Answers and their report, the comparison of methods, forgetting."""

@@ -1,0 +1,167 @@
+"""What report.py reads: predict.py's answers, a training's logs. A line that is none of theirs is named."""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+
+from tuning.errors import DataError, UserError
+from tuning.evaluate.answers import read_record
+from tuning.metrics import AS_WRITTEN, references_of
+from tuning.run.record import read_starts
+from tuning.samples.row_files import RowError, scan_rows
+
+CURVES = {"curve": "log.jsonl", "validation": "validation.jsonl"}
+
+
+def read_lines(path: str, problem: Callable[[dict], str | None], may_be_cut: bool = False) -> list[dict]:
+    """The objects of a file of JSON lines.
+
+    Args:
+        problem: what is wrong with an object; None where nothing is.
+        may_be_cut: the last line may be under way.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not such an object; file and line are named.
+    """
+    try:
+        with open(path, "rb") as file:
+            lines = file.read().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if may_be_cut and lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line)
+            wrong = "it is not a JSON object" if not isinstance(item, dict) else problem(item)
+        except RecursionError:
+            wrong = "it is nested too deeply"
+        except ValueError as error:  # JSON and UTF-8 errors alike
+            wrong = f"it is not JSON: {error}"
+        if wrong:
+            raise UserError(f"{path}, line {number}: {wrong}")
+        found.append(item)
+    return found
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# Answers
+
+
+def _answer_problem(row: dict) -> str | None:
+    """What is wrong with a row that predict.py is said to have answered."""
+    for key in ("instruction", "input", "prediction"):
+        if not isinstance(row.get(key), str):
+            return f"{key} is not a text, as predict.py writes it"
+    if not isinstance(row.get("ended"), bool):
+        return "ended is not true or false, as predict.py writes it"
+    for key in ("output", AS_WRITTEN):
+        texts = row[key] if isinstance(row.get(key), list) else [row.get(key)]
+        if key in row and not (texts and all(isinstance(text, str) for text in texts)):
+            return f"{key} is neither a text nor a list of texts"
+    return None
+
+
+def read_answers(path: str, mode: str | None = None) -> tuple[list[dict], list[str], list[list[str]], list[bool]]:
+    """predict.py's file: rows, predictions, references of each row, whether each prediction ended.
+
+    Args:
+        mode: the family that is said to have answered.
+
+    Raises:
+        UserError: not such a file, or another family's; rows are missing, or answered more than once; there is nothing
+            to compare with.
+    """
+    rows = read_lines(path, _answer_problem)
+    check_count(path, rows, mode)
+    if not rows:
+        raise UserError(f"{path} is empty: it is not a file of answers that predict.py wrote")
+    without = [number for number, row in enumerate(rows, 1) if "output" not in row]
+    if len(without) == len(rows):
+        raise UserError(f"{path} has no references (output) to hold the answers against")
+    if without:
+        raise UserError(f"{path}, line {without[0]}: no reference (output), though other rows have one")
+    predictions, ended = [row["prediction"] for row in rows], [row["ended"] for row in rows]
+    return rows, predictions, [references_of(row) for row in rows], ended
+
+
+def check_count(path: str, rows: list[dict], mode: str | None = None) -> None:
+    """Make sure that each row has one answer, and of this family.
+
+    Raises:
+        UserError: it has not, as far as can be told: the record beside the file has family and number of rows.
+    """
+    made = read_record(path)
+    if made and mode and made.settings.get("--mode", mode) != mode:
+        raise UserError(f"{path} has answers of --mode {made.settings['--mode']}, not of --mode {mode}")
+    if made and len(rows) < made.rows:
+        raise UserError(f"{path} holds {len(rows)} of {made.rows} answers; predict.py's same command goes on with them")
+    if made and len(rows) > made.rows:
+        raise UserError(f"{path} holds {len(rows)} answers to {made.rows} rows: other programs wrote to it as well")
+    asked = Counter(json.dumps([row["instruction"], row["input"], row.get("output")]) for row in rows)
+    if not made and rows and min(asked.values()) > 1:
+        raise UserError(f"{path} answers each row {min(asked.values())} times: two runs wrote to it; answer it anew")
+
+
+# Trainings
+
+
+def _curve_problem(line: dict) -> str | None:
+    """What is wrong with a line of a training's log. A loss that was no finite number is null there."""
+    if not _is_number(line.get("step")):
+        return "step is not a number"
+    if "loss" not in line or not (line["loss"] is None or _is_number(line["loss"])):
+        return "loss is not a number"
+    if not isinstance(line.get("scores", {}), dict):
+        return "scores is not an object"
+    return None
+
+
+def read_curves(training: str) -> dict:
+    """curve: the training's lines (step, loss); validation: its validations (step, loss, scores); empty without files.
+
+    Args:
+        training: the training's output_dir, with log.jsonl and validation.jsonl.
+
+    Raises:
+        UserError: a line of these files is none of theirs.
+    """
+    found = {}
+    for key, name in CURVES.items():
+        path = os.path.join(training, name)
+        found[key] = read_lines(path, _curve_problem, may_be_cut=True) if os.path.isfile(path) else []
+    return found
+
+
+def point(value) -> float:
+    """A value of a curve; NaN for one that was not finite, or is not there."""
+    return float(value) if _is_number(value) else math.nan
+
+
+def read_commands(training: str) -> dict[str, str]:
+    """The command line of a training's last start, as its run.json has it."""
+    starts = read_starts(training)
+    return {"train": str(starts[-1]["command"])} if starts and starts[-1].get("command") else {}
+
+
+def count_seen(training: str, answers: str) -> int | None:
+    """How many answered rows ask what a row of the training file asks; None where no training file can be read.
+
+    Args:
+        training: the training's output_dir, whose run.json names the file.
+        answers: predict.py's file.
+    """
+    starts = read_starts(training)
+    try:
+        path = os.path.join(starts[-1]["folder"], starts[-1]["flags"]["train_path"])
+        rows = [row for _, row in scan_rows(path, empty_outputs=True) if not isinstance(row, RowError)]
+    except (DataError, IndexError, KeyError, TypeError):
+        return None
+    asked = {row["instruction"] + row["input"] for row in rows}
+    return sum(row["instruction"] + row["input"] in asked for row in read_answers(answers)[0])

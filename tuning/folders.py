@@ -1,0 +1,348 @@
+"""Folders that are whole or not there: written beside, flushed to the disk, listed in a manifest, then renamed.
+
+A process may be killed at any instant. Then the folder that had the name before is as it was, and what lies beside it,
+under `PARTIAL` or `REPLACED`, is put right by `sweep` at the next start.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+
+from safetensors import SafetensorError
+
+from tuning.errors import FolderError
+
+MANIFEST = "manifest.json"
+WRITTEN_BY = "chatglm-tuning"  # says in a manifest that this project wrote it
+PARTIAL, REPLACED = ".partial", ".replaced"  # ends of the names of folders on their way in and out
+BLOCK = 1 << 22  # bytes read at once
+
+
+# Writing
+
+
+def start_folder(folder: str) -> str:
+    """An empty folder beside, to be filled and then given to `finish_folder`. Returns its path."""
+    partial = folder.rstrip("/") + PARTIAL
+    _clear(partial)
+    os.makedirs(partial)
+    return partial
+
+
+def _clear(path: str) -> None:
+    """Remove a folder; of a link only the link, since what it points to may be wanted there."""
+    if os.path.islink(path):
+        os.unlink(path)
+    elif os.path.isdir(path):
+        shutil.rmtree(path)
+
+
+def list_files(folder: str) -> list[str]:
+    """Paths of all files below, relative to the folder, but the manifest's; sorted."""
+    found = [
+        os.path.relpath(os.path.join(where, name), folder) for where, _, names in os.walk(folder) for name in names
+    ]
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def seal_files(folder: str, names: list[str]) -> dict[str, dict]:
+    """Flush files to the disk. Returns what a manifest says of each: size in bytes, SHA-256."""
+    return {name: _describe(os.path.join(folder, name), flush=True) for name in names}
+
+
+def _describe(path: str, flush: bool = False) -> dict:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        while block := file.read(BLOCK):
+            digest.update(block)
+        return {"size": file.tell(), "sha256": digest.hexdigest()}
+
+
+def finish_folder(partial: str, folder: str, files: dict[str, dict], replace: bool = True) -> None:
+    """Write the manifest and let the folder take its name.
+
+    Args:
+        files: of `seal_files`, of all files in it.
+        replace: in place of a folder that has the name; else only an empty one may have it.
+
+    Raises:
+        OSError: another folder has the name, and may not be replaced.
+    """
+    write_file(os.path.join(partial, MANIFEST), json.dumps({"written_by": WRITTEN_BY, "files": files}, indent=1))
+    for where, _, _ in os.walk(partial):
+        _flush(where)
+    folder = folder.rstrip("/")
+    if replace and os.path.isdir(folder):
+        _clear(folder + REPLACED)
+        os.rename(folder, folder + REPLACED)
+    os.rename(partial, folder)
+    _flush(os.path.dirname(folder) or ".")
+    if replace:
+        _clear(folder + REPLACED)
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a file in one step, on the disk when this returns."""
+    with open(path + PARTIAL, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + PARTIAL, path)
+    _flush(os.path.dirname(path) or ".")
+
+
+def _flush(folder: str) -> None:
+    """Put a folder's list of names on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str):
+    """Write a folder in one step: the block fills a folder beside it, which takes the name once it is on the disk.
+
+    Raises:
+        FolderError: it cannot be written; then nothing of it is left, and the folder is as it was.
+    """
+    with write_errors(folder):
+        partial = start_folder(folder)
+        yield partial
+        finish_folder(partial, folder, seal_files(partial, list_files(partial)))
+
+
+@contextlib.contextmanager
+def claimed_folder(folder: str):
+    """As `new_folder`, for a name that several processes may want at once: one of them gets it, and nothing that is
+    there is ever replaced.
+
+    Raises:
+        FolderError: another process is writing it, it is not empty, or it cannot be written.
+    """
+    folder = folder.rstrip("/")
+    partial = folder + PARTIAL
+    lock = _lock_partial(partial)
+    try:
+        with write_errors(folder):
+            if os.path.isdir(folder) and os.listdir(folder):
+                raise FolderError(f"{folder} is not empty: another process has just written it")
+            for name in os.listdir(partial):  # of a process that was killed
+                path = os.path.join(partial, name)
+                shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+            yield partial
+            finish_folder(partial, folder, seal_files(partial, list_files(partial)), replace=False)
+    finally:
+        os.close(lock)
+
+
+def _lock_partial(partial: str) -> int:
+    """Make a folder and lock it for this process. Returns the handle that holds the lock.
+
+    Raises:
+        FolderError: another process has it, or it cannot be made.
+    """
+    while True:
+        try:
+            os.makedirs(partial, exist_ok=True)
+            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # between the two its process has finished or removed it
+            continue
+        except OSError as error:
+            raise FolderError(f"cannot write {partial}: {error.strerror}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise FolderError(f"another process is writing {partial.removesuffix(PARTIAL)}; name another") from None
+        except OSError:
+            return handle  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(partial)):
+                return handle
+        os.close(handle)
+
+
+def _is_locked(folder: str) -> bool:
+    """Whether a process is at work in a folder of `claimed_folder`."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # a file system without locks
+    finally:
+        os.close(handle)
+    return False
+
+
+@contextlib.contextmanager
+def write_errors(folder: str):
+    """Turn what may go wrong while `folder` is written into one FolderError, and remove what was written so far."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        _drop(folder)
+        raise FolderError(f"cannot write {folder}: {reason}; what was there before is as it was") from error
+    except BaseException:
+        _drop(folder)
+        raise
+
+
+def _drop(folder: str) -> None:
+    """Remove what was written of a file or a folder, as far as that goes."""
+    partial = folder.rstrip("/") + PARTIAL
+    if os.path.isfile(partial):
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str | None:
+    """What the disk had against it, or None if it was not the disk."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OSError):  # torch's zip writer hides it
+        return cause.strerror
+    if number := re.search(r"os error (\d+)", str(error)):  # safetensors is written in Rust
+        return os.strerror(int(number[1]))
+    if words := re.search(r"failed with strerror: ([\w ]+)", str(error)):  # torch's, where it opens a file
+        return words[1].strip()
+    for kind in ("PytorchStreamWriter failed", "unexpected pos", "I/O error"):
+        if kind in str(error):
+            return f"no space left, a quota or a limit on the size of files, most likely ({error})"
+    return None
+
+
+def remove_folder(folder: str) -> None:
+    """Remove a folder such that nobody ever sees a part of it under its name. Of a link only the link goes."""
+    partial = folder.rstrip("/") + PARTIAL
+    _clear(partial)
+    os.rename(folder.rstrip("/"), partial)
+    _clear(partial)
+
+
+# Before and after
+
+
+def sweep(parent: str) -> list[str]:
+    """Put right what a killed process left below a folder. Returns what was removed or given its name back."""
+    found = []
+    for name in sorted(os.listdir(parent)) if os.path.isdir(parent) else ():
+        path = os.path.join(parent, name)
+        if not name.endswith((PARTIAL, REPLACED)) or not (os.path.isdir(path) or os.path.islink(path)):
+            continue
+        if not os.path.islink(path) and _is_locked(path):
+            continue
+        if name.endswith(REPLACED) and not os.path.lexists(whole := path.removesuffix(REPLACED)):
+            os.rename(path, whole)
+        else:
+            _clear(path)
+        found.append(path)
+    return found
+
+
+def check_folder(folder: str, nothing_else: bool = False) -> None:
+    """Make sure that a folder is as it was written, each byte of it.
+
+    Args:
+        nothing_else: files that came later are an error too.
+
+    Raises:
+        FolderError: it has no manifest of this project, or a file is missing, of another size or content.
+    """
+    expected = _read_manifest(folder)
+    for name, (size, digest) in expected.items():
+        file = os.path.join(folder, name)
+        if not os.path.isfile(file):
+            raise FolderError(f"{folder} is not complete: {name} is missing")
+        if os.path.getsize(file) != size:
+            raise FolderError(f"{file} has {os.path.getsize(file)} bytes instead of {size}: it is broken")
+        if _describe(file)["sha256"] != digest:
+            raise FolderError(f"{file} is not as it was written (SHA-256 differs): it is broken")
+    for name in list_files(folder):
+        if nothing_else and name not in expected:
+            raise FolderError(f"{folder} holds {name}, which is not in its {MANIFEST}")
+
+
+def _read_manifest(folder: str) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file, by name. Raises FolderError: there is no manifest of this project."""
+    path = os.path.join(folder, MANIFEST)
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        if manifest["written_by"] != WRITTEN_BY:
+            raise FolderError(f"{path} was not written by this project")
+        return {str(name): (item["size"], item["sha256"]) for name, item in manifest["files"].items()}
+    except OSError as error:
+        raise FolderError(f"{folder} is not complete: {MANIFEST}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, FolderError):
+            raise
+        raise FolderError(f"{path} is broken: {error!r}") from None
+
+
+def foreign_files(folder: str) -> list[str]:
+    """Files of a folder that came after it was written: those that its manifest does not name.
+
+    Raises:
+        FolderError: it has no manifest of this project.
+    """
+    return sorted(set(list_files(folder)) - _read_manifest(folder).keys())
+
+
+def check_space(folder: str, needed: int, what: str) -> None:
+    """Make sure that a disk has room.
+
+    Args:
+        folder: where it will be written; need not exist yet.
+        needed: bytes.
+
+    Raises:
+        FolderError: it has not.
+    """
+    free = free_space(folder)
+    if free < needed:
+        raise FolderError(
+            f"no room for {what} in {folder}: it takes {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+        )
+
+
+def free_space(folder: str) -> int:
+    """Bytes free on the disk of a folder that need not exist yet."""
+    folder = os.path.abspath(folder)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder).free
+
+
+def lock_folder(folder: str):
+    """Make a folder and keep it for this process, as long as the returned object lives.
+
+    Raises:
+        FolderError: another process has it, or it cannot be made or written to.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, ".lock"), "a")  # noqa: SIM115 - open as long as the lock is held
+    except OSError as error:
+        raise FolderError(f"cannot write to {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FolderError(f"another training is writing to {folder}; name another --output_dir") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock

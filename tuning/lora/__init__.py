@@ -1,0 +1,1 @@
+"""LoRA: layers, adapter folders, and the comparison of a merged model with what it was made of."""

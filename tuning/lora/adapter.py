@@ -1,0 +1,289 @@
+"""LoRA adapters as peft writes them: read as data, checked, and held against the base that they were trained on."""
+
+import dataclasses
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from glm_models.checkpoint import CheckpointError, WeightFile, describe_base, printable, read_json, write_json
+from tuning.errors import UserError
+from tuning.folders import MANIFEST, check_folder
+from tuning.lora.layers import PredictionLinear, more_than_plain, use_own_layers
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there
+BASE_FILE = "base.json"  # beside the adapter: what it was trained on
+PREFIX = "base_model.model."  # what peft puts before the names of the base model
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter: weight `name` of the base becomes weight + scale * B A, where A, B = pairs[name]."""
+
+    folder: str
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]  # A [rank, in], B [out, rank], memory-mapped, as they are saved
+    scale: float
+    targets: list[str]  # names of modules, or ends of names, that the config says it adapts
+    file: WeightFile
+
+
+# The base
+
+
+def record_base(mode: str, folder: str, dtype: torch.dtype) -> dict:
+    """What BASE_FILE says of the model that training starts from: see describe_base, and path and type in training."""
+    return describe_base(mode, folder) | {"path": folder, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def check_base(adapter: str, mode: str, base: str) -> str:
+    """Hold the base folder against what training recorded in the adapter's folder.
+
+    Returns:
+        A sentence on what was found.
+
+    Raises:
+        CheckpointError: it is another base, or the record is broken.
+    """
+    path = os.path.join(adapter, BASE_FILE)
+    if not os.path.isfile(path):
+        return f"{adapter} has no {BASE_FILE}, so only names and shapes tell whether {base} is the base of its training"
+    record = read_json(path)
+    if not isinstance(record.get("config"), dict) or not isinstance(record.get("fingerprint"), str):
+        raise CheckpointError(
+            f"{path} is no record of a base model; without the file, only names and shapes are checked"
+        )
+    trained = f"{adapter} was trained on {record.get('path')} (--mode {record.get('mode')})"
+    if record.get("mode") != mode:
+        raise CheckpointError(f"{trained}, not on a model of --mode {mode}")
+    found = describe_base(mode, base)
+    for key in sorted(found["config"].keys() | record["config"].keys()):
+        there, here = record["config"].get(key), found["config"].get(key)
+        if there != here:
+            raise CheckpointError(f"{trained}, another base than {base}: config.json has {key} {here}, not {there}")
+    if found["fingerprint"] != record["fingerprint"]:
+        raise CheckpointError(
+            f"{trained}, another base than {base}: names, types or values of the weights differ. If that is meant, "
+            f"remove {BASE_FILE} and {MANIFEST} from {adapter}"
+        )
+    return f"{base} has the fingerprint of the base that {adapter} was trained on"
+
+
+# The adapter
+
+
+def read_config(folder: str) -> dict:
+    """adapter_config.json of a LoRA adapter.
+
+    Raises:
+        CheckpointError: there is none, or it is not LoRA.
+    """
+    path = os.path.join(folder, CONFIG)
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"no such adapter folder: {folder}")
+    if not os.path.isfile(path):
+        inside = adapters_inside(folder)
+        hint = f". Adapters are in it: name one of {', '.join(inside)}" if inside else ": not a LoRA result"
+        raise CheckpointError(f"{folder} has no {CONFIG}{hint}")
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}, not LORA")
+    return config
+
+
+def find_base(folder: str, base: str | None) -> str:
+    """The folder of the complete model behind `folder`: itself, or the base of an adapter.
+
+    Args:
+        base: the base of an adapter; None for the one that the adapter's config names.
+
+    Raises:
+        UserError: a folder is not here.
+        CheckpointError: the folder is both, a model and an adapter.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder")
+    if not os.path.isfile(os.path.join(folder, CONFIG)):
+        return folder
+    if os.path.isfile(os.path.join(folder, "config.json")):
+        raise CheckpointError(
+            f"{folder} holds a model and a LoRA adapter ({CONFIG}); move the adapter's files to a folder of their own"
+        )
+    base = base or read_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not os.path.isdir(base):
+        raise UserError(
+            printable(f"{folder} is a LoRA adapter and its base model {base} is not here; name it with --ori_model_dir")
+        )
+    return base
+
+
+def adapters_inside(folder: str) -> list[str]:
+    """The adapters in the folders of a folder, as a training leaves them: the newest last, `best` first."""
+    found = [e for e in os.scandir(folder) if os.path.isfile(os.path.join(e.path, CONFIG))]
+    found.sort(key=lambda entry: (entry.name != "best", entry.stat().st_mtime_ns))
+    return [entry.path for entry in found]
+
+
+def has_patterns(config: dict) -> bool:
+    """Whether peft would run regular expressions from an adapter's config to find its layers."""
+    names = config.get("target_modules"), config.get("exclude_modules")
+    return any(isinstance(value, str) for value in names) or bool(config.get("layers_pattern"))
+
+
+def unread_keys(folder: str, config: dict) -> list[str]:
+    """A line for the user if an adapter's config has keys that say something and that this peft does not know."""
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    keys = sorted(key for key, value in config.items() if key not in known and value)
+    return [f"{folder}: {CONFIG} has keys that mean nothing here: {', '.join(keys)}"] if keys else []
+
+
+def open_adapter(folder: str) -> WeightFile:
+    """The weights of an adapter, safetensors before .bin.
+
+    Raises:
+        FolderError: a file of the folder is not as its manifest says.
+        CheckpointError: there are no weights, they are broken, not finite, or A or B is zero throughout.
+    """
+    if os.path.isfile(os.path.join(folder, MANIFEST)):  # what train.py saved has one
+        check_folder(folder)
+    path = next((path for name in WEIGHTS if os.path.isfile(path := os.path.join(folder, name))), None)
+    if path is None:
+        raise CheckpointError(f"{folder} has no {' or '.join(WEIGHTS)}")
+    file = WeightFile(path)
+    for name in file.names:
+        tensor = file[name]
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, no LoRA weight")
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{path}: {name} holds NaN or infinity; the training went wrong, use an earlier result"
+            )
+    for part in ("lora_A", "lora_B"):
+        parts = (f".{part}.", f".{part.replace('_', '_embedding_')}")
+        if not any(file[name].any() for name in file.names if any(part in name for part in parts)):
+            raise CheckpointError(f"{path}: every {part} is zero; the adapter was never trained, or saved empty")
+    return file
+
+
+def read_adapter(folder: str) -> Adapter:
+    """A plain LoRA adapter.
+
+    Raises:
+        CheckpointError: broken, all zeros, or of a kind that is more than a product added to weights.
+    """
+    config, path = read_config(folder), os.path.join(folder, CONFIG)
+    key = more_than_plain(config)
+    if key == "init_lora_weights":
+        raise CheckpointError(f"{path}: {key} is {config[key]!r}, which changes the base's weights as well")
+    if key is not None:
+        raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be merged here")
+    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
+    if type(rank) is not int or rank < 1:
+        raise CheckpointError(f"{path}: r must be a whole number of at least 1, not {rank!r}")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise CheckpointError(f"{path}: lora_alpha must be a number above 0, not {alpha!r}")
+    if type(config.get("use_rslora", False)) is not bool:
+        raise CheckpointError(f"{path}: use_rslora must be true or false, not {config['use_rslora']!r}")
+    if isinstance(targets, list):
+        if not targets or not all(isinstance(name, str) and name for name in targets):
+            raise CheckpointError(f"{path}: target_modules must be names of modules, not {targets!r}")
+    elif not isinstance(targets, str):  # a regular expression, which is not run
+        raise CheckpointError(f"{path}: target_modules must be names of modules, not {targets!r}")
+
+    file = open_adapter(folder)
+    pairs = {}
+    for name in file.names:
+        part = ".lora_A." if ".lora_A." in name else ".lora_B."
+        other = name.replace(part, ".lora_B." if part == ".lora_A." else ".lora_A.")
+        if not name.startswith(PREFIX) or not name.endswith(part + "weight"):
+            raise CheckpointError(f"{file.path}: {name} is no LoRA weight")
+        if other not in file.names:
+            raise CheckpointError(f"{file.path}: {name} has no {other.rsplit('.', 2)[1]} beside it")
+        if part == ".lora_B.":
+            continue
+        a, b = file[name], file[other]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+            shapes = f"{list(a.shape)} and {list(b.shape)}"
+            raise CheckpointError(f"{file.path}: {name} and its lora_B are {shapes}, not of rank {rank} as {path} says")
+        pairs[name.removeprefix(PREFIX).replace(part, ".")] = (a, b)
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return Adapter(folder, pairs, scale, targets if isinstance(targets, list) else [], file)
+
+
+# The adapter in a model
+
+
+def add_adapter(model: nn.Module, folder: str, file: WeightFile) -> PeftModel:
+    """Put an adapter beside the weights of its base, for prediction, by peft: also kinds that are more than plain LoRA.
+
+    Args:
+        model: the base. Without storage (on the meta device) it is only seen whether all fits.
+        file: see open_adapter.
+
+    Raises:
+        CheckpointError: a weight of the adapter has no place in the model, a layer that the config names has no
+            weights, shapes differ, or peft does not make sense of the config.
+    """
+    reasons = (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ImportError)
+    where = model.name_or_path or "its base"
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = True
+        use_own_layers(config, PredictionLinear)
+        plain = more_than_plain(config.to_dict()) is None
+        if model.device.type == "meta":
+            config.init_lora_weights = False  # some ways compute with the weights
+        # plain: in the model's type; peft's other layers compute in float32, as where they were trained
+        adapted = PeftModel(model, config, autocast_adapter_dtype=not plain)
+        tensors = {name: file[name].to(model.device) for name in file.names}
+        loaded = set_peft_model_state_dict(adapted, tensors)
+    except reasons as error:
+        raise CheckpointError(f"{folder} is no adapter for {where}: {' '.join(str(error).split())[:300]}") from None
+    lost = [name.replace(".default", "") for name in loaded.unexpected_keys]
+    if lost:
+        raise CheckpointError(f"{folder} is no adapter for {where}: {_some(lost)} of its weights have no place there")
+    empty = [name.replace(".default", "") for name in loaded.missing_keys if "default" in name.split(".")]
+    if empty:
+        raise CheckpointError(f"{folder} is no whole adapter for {where}: it lacks {_some(empty)} of the weights")
+    return adapted.eval()
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} (first: {sorted(names)[0]})"
+
+
+# Writing
+
+# Keys of the first peft with which the official code works (0.5). Later ones are written only where they say something:
+# peft 0.6 to 0.13 refuse a config with a key that they do not know.
+KEYS = {"auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights"}
+KEYS |= {"layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r"}
+KEYS |= {"revision", "target_modules", "task_type"}
+
+
+def config_to_write(config: LoraConfig) -> dict:
+    """What adapter_config.json says: a config that peft 0.5 to 0.21 read alike, as far as they can."""
+    default, values = LoraConfig().to_dict(), config.to_dict()
+    kept = {key: value for key, value in values.items() if key in KEYS or value != default.get(key)}
+    kept = {key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
+    return dict(sorted(kept.items())) | {"inference_mode": True}
+
+
+def write_adapter(folder: str, model: PeftModel, tensors: dict[str, torch.Tensor], base: str, record: dict) -> None:
+    """Write an adapter's three files: its weights and config as peft has them, and what it was trained on.
+
+    Args:
+        tensors: what training changed, by the model's own names.
+        base: the base model's folder.
+        record: see record_base.
+    """
+    weights = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
+    path = os.path.join(folder, WEIGHTS[0])
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"})
+    os.chmod(path, 0o644)  # save_file makes files that only their owner may read
+    config = config_to_write(model.peft_config["default"]) | {"base_model_name_or_path": os.path.abspath(base)}
+    write_json(os.path.join(folder, CONFIG), config)
+    write_json(os.path.join(folder, BASE_FILE), record)

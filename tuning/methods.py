@@ -1,0 +1,103 @@
+"""The training methods. `TRAIN_TYPE` has one function each: it gets the arguments and a function that loads the
+base model, and returns a model in which exactly the parameters to train require gradients.
+"""
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tuning.errors import UserError
+from tuning.lora.layers import use_own_layers
+
+
+def freeze(args, load):
+    """Train the parameters whose name holds one of --freeze_module_name, freeze the rest (the original's meaning)."""
+    model = load()
+    wanted = split_names(args.freeze_module_name)
+    names = [name for name, _ in model.named_parameters()]
+    unknown = [part for part in wanted if not any(part in name for name in names)]
+    if unknown:
+        raise UserError(
+            f"--freeze_module_name {', '.join(unknown)}: no parameter has it in its name. Names look like\n  "
+            + "\n  ".join(shorten(names))
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in wanted))
+    return model
+
+
+def ptuning(args, load):
+    """Train keys and values that stand before the tokens' own in every layer (P-Tuning v2); freeze the model."""
+    prefix = {key: getattr(args, key) for key in ("pre_seq_len", "prefix_projection", "prefix_dropout")}
+    model = load(**prefix)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("prefix_encoder." in name)
+    return model
+
+
+def lora(args, load):
+    """Train low-rank additions to the weights of the modules named in --lora_module_name (peft); freeze the model."""
+    model = load()
+    wanted = split_names(args.lora_module_name)
+    paths = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = sorted({path.split(".")[-1] for path in paths})
+    unknown = [name for name in wanted if name not in linear]
+    if unknown:
+        in_blocks = ",".join(sorted({path.split(".")[-1] for path in paths if "layers." in path}))
+        raise UserError(
+            f"--lora_module_name {', '.join(unknown)}: no such linear layer; there are {', '.join(linear)}. "
+            f"All linear layers of the blocks: --lora_module_name {in_blocks}"
+        )
+    config = LoraConfig(
+        r=args.lora_dim,
+        lora_alpha=args.lora_alpha,
+        target_modules=wanted,
+        lora_dropout=args.lora_dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    use_own_layers(config)
+    # in the model's type: DeepSpeed keeps float32 masters, and ZeRO-3 does not cast what differs from it
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def train_all(args, load):
+    """Train every parameter."""
+    return load().requires_grad_(True)
+
+
+TRAIN_TYPE = {"freeze": freeze, "ptuning": ptuning, "lora": lora, "all": train_all}
+
+
+def split_names(text: str) -> list[str]:
+    """A comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def shorten(names: list[str]) -> list[str]:
+    """Parameter names of the first layer stand for those of all."""
+    return [name for name in names if "layers." not in name or "layers.0." in name]
+
+
+def parameter_groups(model, weight_decay: float) -> list[dict]:
+    """The parameters to train, with weight decay but on biases and norms."""
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (rest if name.endswith("bias") or "layernorm" in name else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_model(args, load):
+    """What the method makes of the base model that `load` gives, with the flags that save memory."""
+
+    def load_lean(**config):
+        model = load(**config)
+        model.save_memory(args.tiled_mlp, args.offload_inputs)
+        return model
+
+    model = TRAIN_TYPE[args.train_type](args, load_lean)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # transformers asks for them, and layers below those that train would pay
+    return model

@@ -1,0 +1,1 @@
+"""How much memory a training needs, from a trace on the meta device."""

@@ -1,0 +1,273 @@
+"""What a training step allocates and frees, seen without a GPU, and what CUDA's caching allocator makes of it.
+
+`trace_step` runs the real forward and backward of a model and writes down the life of every tensor storage. On the meta
+device it costs neither memory nor arithmetic. `CachingAllocator` replays such a list.
+"""
+
+import contextlib
+import math
+import weakref
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class Event(NamedTuple):
+    """One line of a trace.
+
+    what: "alloc", "free" (key is the block's number), or a mark of something that DeepSpeed acts on: "gradient" (key
+    is a parameter; its gradient is complete), "forward", "done", "backward" (key is a module).
+    """
+
+    what: str
+    key: object
+    size: int = 0  # bytes, of an allocation
+    tag: str = ""  # what it is counted as
+    block: int | None = None  # number of the block that holds a gradient
+
+
+# The tracker
+
+
+class StorageTracker(TorchDispatchMode):
+    """Writes down when each storage is born and dies. Works on any device, meta included.
+
+    A storage counts once, however many views it has, and only if it was born in here: those of `known` tensors
+    (weights, inputs) and their views count nothing. Storages elsewhere than on the device of `known` count as "host".
+
+    Args:
+        known: tensors that exist already.
+        vocab_size: tensors of so many columns are counted as "loss", all others as "activations".
+    """
+
+    def __init__(self, known, vocab_size: int | None = None):
+        super().__init__()
+        self.events: list[Event] = []
+        self.vocab_size = vocab_size
+        self.numbers: dict[int, int] = {}  # address of a living storage -> its number
+        self.references = {}  # kept, else they would never call back
+        self.tags: dict[int, str] = {}  # better knowledge, come late
+        self.device = known[0].device.type
+        for tensor in known:
+            self._add(tensor, silent=True)
+
+    def _add(self, tensor: torch.Tensor, silent: bool = False) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self.numbers:
+            return
+        number = len(self.references)
+
+        def died(_):
+            if self.numbers.get(address) == number:
+                del self.numbers[address]
+            self.references[number] = None
+            if not silent:
+                self.events.append(Event("free", number))
+
+        self.numbers[address] = number
+        self.references[number] = weakref.ref(storage, died)
+        if not silent:
+            tag = "loss" if tensor.dim() and tensor.shape[-1] == self.vocab_size else "activations"
+            tag = "host" if tensor.device.type != self.device else tag
+            self.events.append(Event("alloc", number, storage.nbytes(), tag))
+
+    def retag(self, tensor: torch.Tensor, tag: str) -> int:
+        """Count a living storage as something else. Returns its number."""
+        number = self.numbers[tensor.untyped_storage()._cdata]
+        self.tags[number] = tag
+        return number
+
+    def mark(self, what: str, key, block: int | None = None) -> None:
+        self.events.append(Event(what, key, block=block))
+
+    def trace(self) -> list[Event]:
+        """The events, with late tags filled in."""
+        return [
+            e._replace(tag=self.tags[e.key]) if e.what == "alloc" and e.key in self.tags else e for e in self.events
+        ]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.device == "meta" and kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}  # here may be no device to pin it for
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            result = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # moved out; never read
+        elif func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            result = args[0]
+        else:
+            result = func(*args, **kwargs)
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor)
+        return result
+
+
+# Kernels that the meta device lacks
+
+
+class FusedAttention(torch.autograd.Function):
+    """What torch's fused attention kernels allocate: the output and one float32 a query and head, never scores.
+
+    On the meta device torch takes the path that spells the scores out. The fused kernels save q, k, v, the mask, the
+    output and the log of the softmax's denominator (aten/src/ATen/native/transformers).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, on_gpu):  # q: [batch, heads, tokens, head_dim]
+        batch, heads, tokens, _ = q.shape
+        out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
+        log_sum = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, mask, out, log_sum)
+        ctx.on_gpu = on_gpu
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, _mask, _out, log_sum = ctx.saved_tensors
+        # the GPU kernel sums the query's gradient in float32, and keeps sum(grad * out) of each query
+        accumulator = torch.empty_like(q, dtype=torch.float32) if ctx.on_gpu else None
+        row_sums = torch.empty_like(log_sum) if ctx.on_gpu else None
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        del accumulator, row_sums
+        return *grads, None, None
+
+
+class FusedDropout(torch.autograd.Function):
+    """Dropout as a GPU does it: output and a bool mask. Elsewhere torch keeps a mask of the input's type."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(torch.empty_like(x, dtype=torch.bool))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        return torch.empty_like(grad + mask)
+
+
+@contextlib.contextmanager
+def meta_kernels(on_gpu: bool):
+    """Put the fused kernels in the place of what the meta device would do. Tensors elsewhere are left alone.
+
+    Functions are replaced, not intercepted by a TorchFunctionMode: that is off while autograd recomputes a checkpoint.
+
+    Args:
+        on_gpu: allocate as kernels on a GPU do; else as those on a CPU.
+    """
+    real_attention, real_dropout = F.scaled_dot_product_attention, F.dropout
+
+    def attention(query, key, value, attn_mask=None, *args, **kwargs):
+        if not query.is_meta:
+            return real_attention(query, key, value, attn_mask, *args, **kwargs)
+        if on_gpu and query.dtype == torch.float32:  # its kernel takes no groups, see glm_models.attention
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            # the kernels add masks: torch turns a bool one into numbers, anew in each layer, rows aligned on a GPU
+            step = 16 if on_gpu else 1
+            keys = -(-attn_mask.shape[-1] // step) * step
+            attn_mask = torch.empty(*attn_mask.shape[:-1], keys, dtype=query.dtype, device="meta")
+        return FusedAttention.apply(query, key, value, attn_mask, on_gpu)
+
+    def dropout(input, p=0.5, training=True, inplace=False):
+        if input.is_meta and on_gpu:
+            return FusedDropout.apply(input) if training and p else input
+        return real_dropout(input, p, training, inplace)
+
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(F, "dropout", dropout),
+    ):
+        yield
+
+
+# A step
+
+
+def trace_step(model, batch: dict, on_gpu: bool = True, engine: bool = True, linear=None) -> list[Event]:
+    """Run forward and backward of one micro-batch and return what happened.
+
+    Args:
+        model: in training mode; on the device of the batch (meta for a plan).
+        batch: the model's arguments.
+        on_gpu: which kernels stand in on the meta device.
+        engine: gradients are handed over as soon as they are complete, as DeepSpeed takes them, and marked, and so is
+            every module that owns parameters; else they stay on the parameters.
+        linear: takes the place of torch's F.linear.
+    """
+    parameters = list(model.parameters())
+    known = [*parameters, *model.buffers(), *(x for x in batch.values() if isinstance(x, torch.Tensor))]
+    tracker = StorageTracker(known, getattr(model.config, "vocab_size", None))
+    with contextlib.ExitStack() as stack:
+        if engine:
+            for hook in _engine_hooks(model, tracker):
+                stack.callback(hook.remove)
+        if parameters[0].is_meta:
+            stack.enter_context(meta_kernels(on_gpu))
+        if linear is not None:
+            stack.enter_context(mock.patch.object(F, "linear", linear))
+        stack.enter_context(tracker)
+        loss = model(**batch).loss
+        loss.backward()
+        del loss
+    trace = tracker.trace()
+    tracker.references.clear()  # what lives on is no longer of interest
+    return trace
+
+
+def _engine_hooks(model, tracker):
+    def gradient_ready(parameter):
+        tracker.mark("gradient", parameter, tracker.retag(parameter.grad, "gradients"))
+        parameter.grad = None
+
+    def before(module, _):
+        tracker.mark("forward", module)
+
+    def after(module, _, output):
+        tracker.mark("done", module)
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(lambda _: tracker.mark("backward", module))
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            yield parameter.register_post_accumulate_grad_hook(gradient_ready)
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            yield module.register_forward_pre_hook(before)
+            yield module.register_forward_hook(after)
+
+
+def peak_bytes(trace: list[Event]) -> int:
+    """The most bytes of the device that live at once, without any allocator's rounding."""
+    return _peak(trace, host=False)
+
+
+def host_bytes(trace: list[Event]) -> int:
+    """The most bytes of main memory, of tensors that the model moved there: pinned, so rounded up to powers of two."""
+    return _peak([e._replace(size=pinned_size(e.size)) for e in trace], host=True)
+
+
+def pinned_size(size: float) -> int:
+    """What torch takes of main memory for a pinned tensor of so many bytes."""
+    return 2 ** math.ceil(math.log2(size)) if size >= 1 else 0
+
+
+def _peak(trace: list[Event], host: bool) -> int:
+    sizes, now, most = {}, 0, 0
+    for event in trace:
+        if event.what == "alloc" and (event.tag == "host") == host:
+            sizes[event.key] = event.size
+            now += event.size
+            most = max(most, now)
+        elif event.what == "free":
+            now -= sizes.pop(event.key, 0)
+    return most
+
+
+# The allocator

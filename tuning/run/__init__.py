@@ -1,0 +1,1 @@
+"""What stands around the training loop: launch, log, validation, stops, training states, results."""

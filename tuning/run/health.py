@@ -1,0 +1,283 @@
+"""Why a training ends before its end, told clearly and by all ranks at once: a signal, numbers that went wrong, memory
+that ran out, a rank that died. Exit codes: see exits.py.
+"""
+
+import contextlib
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from tuning.exits import ENDING, LATER, StopTraining
+from tuning.run.launch import machine
+from tuning.samples.batches import Batch
+from utils import control_group, is_main, say
+
+DIVERGED, OUT_OF_MEMORY = 3, 4
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_REQUEST = 5.0  # seconds: the launcher sends on what a terminal or Slurm has sent to all processes already
+FAR = 5.0  # a loss so many times that of guessing, or of the first step, will not come back
+LINES_SHOWN = 20
+NO_MEMORY = re.compile("can't allocate memory|[Cc]annot allocate memory|can't start new thread")
+
+
+# Signals
+
+
+class Signals:
+    """Takes note of a signal, for the training loop to see; a second one ends the process at once. A context manager:
+    outside it signals do what they did before."""
+
+    def __init__(self):
+        self.number = 0  # of the first one, 0 for none yet
+        self.since = 0.0
+        self.before = {}
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        now = time.monotonic()
+        if not self.number:
+            self.number, self.since = number, now
+            if is_main():  # not print: it may have been interrupted itself
+                text = (
+                    f"{signal.Signals(number).name}: a state is saved after this step; a second signal ends at once\n"
+                )
+                text = "\n" * sys.stderr.isatty() + text  # the bar stands in that line
+                with contextlib.suppress(OSError):  # nobody reads it
+                    os.write(sys.stderr.fileno(), text.encode())
+        elif now - self.since > SAME_REQUEST:
+            os._exit(128 + number)
+
+
+class Peers:
+    """Ends this process when another one of this machine is gone: one that waits for it may wait for long.
+
+    Gloo notices that a process is gone, NCCL does not.
+    """
+
+    def __init__(self):
+        mine = (machine(), os.getpid())
+        everyone = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, mine, control_group())
+        me = torch.distributed.get_rank()
+        self.others = {rank: pid for rank, (host, pid) in enumerate(everyone) if host == mine[0] and rank != me}
+        self.over = False
+        if self.others:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self):
+        while not self.over:
+            for rank, pid in self.others.items():
+                if not _runs(pid):
+                    time.sleep(2)  # what the wait for it may have raised in this process is the better message
+                    if self.over or ENDING.is_set():
+                        return
+                    with contextlib.suppress(OSError):
+                        text = f"error: process {pid}, rank {rank}, is gone; this one ends too"
+                        print(text, file=sys.stderr, flush=True)
+                    os._exit(1)
+            time.sleep(1)
+
+    def close(self):
+        """Others may go now."""
+        self.over = True
+        torch.distributed.barrier(control_group())
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as file:  # one that nobody has waited for yet is gone too
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # no /proc, or somebody else's: it is there
+
+
+# Losses
+
+
+class Step(NamedTuple):
+    """An optimiser step that has ended.
+
+    loss: mean over its answer tokens, all ranks together; NaN if the step was skipped.
+    batches: of this rank.
+    """
+
+    loss: float
+    batches: list[Batch]
+
+
+class Watch:
+    """Follows the micro-batches of this rank, and stops all ranks where going on is no use.
+
+    Args:
+        engine: DeepSpeed's; it leaves the weights alone in a step whose gradients are not finite.
+        files: path and lines [samples] of each file that rows come from; a row's number counts on from file to file.
+        guess: loss of guessing: log of the vocabulary's size.
+        may_skip: so many steps that are not finite are passed over.
+    """
+
+    def __init__(self, engine, files: list[tuple[str, Sequence[int]]], guess: float, may_skip: int = 0):
+        self.engine, self.files, self.may_skip = engine, files, may_skip
+        self.signals, self.interrupted = Signals(), False
+        self.steps, self.skipped, self.limit = engine.global_steps, 0, FAR * guess
+        self.batches: list[Batch] = []  # of the step under way
+        self.losses: list[torch.Tensor] = []  # on the device: to read one is to wait for it
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a training state keeps."""
+        return {"skipped": torch.tensor(self.skipped), "limit": torch.tensor(self.limit, dtype=torch.float64)}
+
+    def set_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Undo `state`, after the engine has gone to its place."""
+        self.skipped, self.limit = int(tensors["skipped"]), float(tensors["limit"])
+        self.steps = self.engine.global_steps
+
+    def __enter__(self):
+        self.signals.__enter__()
+
+    def __exit__(self, kind, error, traceback):
+        self.signals.__exit__()
+        if error is not None and not isinstance(error, StopTraining):
+            error.add_note(self.shape())
+
+    def begin(self, batch: Batch) -> Batch:
+        """Take note of a micro-batch before the model has it."""
+        self.batches.append(batch)
+        return batch
+
+    def end(self, loss: torch.Tensor) -> Step | None:
+        """Take note of its loss, after the engine's step. Returns the optimiser step, if one has just ended.
+
+        Raises:
+            StopTraining: loss or gradients are not finite, or the loss is beyond reason.
+        """
+        self.losses.append(loss.detach())
+        if self.engine.global_steps == self.steps:
+            return None
+        losses = torch.stack(self.losses).double().cpu()
+        batches, self.batches, self.losses = self.batches, [], []
+        self.steps = self.engine.global_steps
+
+        broken = ~losses.isfinite()
+        # one message for all: mean loss, broken micro-batches, signals
+        totals = torch.stack((losses.mean(), broken.double().sum(), torch.tensor(float(self.signals.number > 0))))
+        torch.distributed.all_reduce(totals, group=control_group())
+        mean, any_broken, interrupted = totals.tolist()
+        mean /= torch.distributed.get_world_size()
+        self.interrupted = interrupted > 0
+
+        # the same on all ranks; with float16 it may just mean: once more, with a smaller loss scale
+        norm = self.engine.get_global_grad_norm()
+        overflow = bool(getattr(self.engine.optimizer, "overflow", False)) or not math.isfinite(norm or 0)
+        if any_broken:
+            self._give_up(f"the loss is {mean}", batches, broken)
+        elif overflow and not self.engine.fp16_enabled():
+            self._give_up("gradients are not finite, though the loss is", batches, losses.isfinite())
+        elif mean > self.limit:
+            high = losses > self.limit
+            self._give_up(f"the loss is {mean:.4g}: above {self.limit:.4g} there is no way back", batches, high, False)
+        else:
+            if self.steps == 1:
+                self.limit = max(self.limit, FAR * mean)
+            return Step(mean, batches)
+        return Step(math.nan, batches)
+
+    def _give_up(self, what: str, batches: list[Batch], bad: torch.Tensor, skippable: bool = True) -> None:
+        """Stop, or go on if so many steps may be skipped."""
+        rows = [row for batch, is_bad in zip(batches, bad.tolist(), strict=True) if is_bad for row in batch.rows]
+        everyone = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, self._lines(rows), control_group())
+        text = f"step {self.steps}: {what}."
+        for (path, _), ranks in zip(self.files, zip(*everyone, strict=True), strict=True):
+            where = "; ".join(f"rank {rank}: line {_list(some)}" for rank, some in enumerate(ranks) if some)
+            text += f" Rows of {path}, {where}." if where else ""
+        self.skipped += skippable
+        if skippable and self.skipped <= self.may_skip:
+            say(f"warning: {text} Step skipped ({self.skipped} of at most {self.may_skip}, --skip_nonfinite)")
+            return
+        hint = "a lower --learning_rate or more warm-up often helps; look at the rows"
+        if skippable and self.may_skip:
+            hint = f"{self.may_skip} such steps were skipped (--skip_nonfinite); {hint}"
+        elif skippable:
+            hint += "; --skip_nonfinite N passes over N such steps"
+        raise StopTraining(DIVERGED, f"{text} Stopped; folders saved before are as they were: {hint}")
+
+    def _lines(self, rows: list[int]) -> list[list[int]]:
+        """Lines of some rows, by file."""
+        found = []
+        for _, lines in self.files:
+            found.append(sorted({int(lines[row]) for row in rows if row < len(lines)}))
+            rows = [row - len(lines) for row in rows if row >= len(lines)]
+        return found
+
+    def end_if_interrupted(self, state: str) -> None:
+        """End all ranks after a signal to any of them.
+
+        Args:
+            state: the folder to go on from.
+
+        Raises:
+            StopTraining: there was one.
+        """
+        if self.interrupted:
+            name = signal.Signals(self.signals.number).name if self.signals.number else "a signal to another rank"
+            raise StopTraining(
+                LATER, f"stopped by {name} after step {self.steps}; --resume_from_checkpoint goes on from {state}"
+            )
+
+    def shape(self) -> str:
+        """The micro-batch under way, in words."""
+        if not self.batches:
+            return f"after step {self.steps}" if self.steps else "before the first batch"
+        lengths = [tokens for tokens, _ in self.batches[-1]["segments"]]
+        return f"in a micro-batch of {len(lengths)} samples, {sum(lengths)} tokens, the longest {max(lengths)}"
+
+
+def _list(lines: list[int]) -> str:
+    more = f" and {len(lines) - LINES_SHOWN} more" if len(lines) > LINES_SHOWN else ""
+    return ", ".join(map(str, lines[:LINES_SHOWN])) + more
+
+
+# Errors of the libraries
+
+
+@contextlib.contextmanager
+def told_clearly(advice: Callable[[], str]):
+    """Say what a user can do where memory runs out, or the float16 loss scale is at its end.
+
+    Args:
+        advice: what would need less memory.
+
+    Raises:
+        StopTraining: in place of these errors.
+    """
+    try:
+        yield
+    except Exception as error:
+        text, where = str(error), " ".join(getattr(error, "__notes__", ["before the first step"]))
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(text):
+            first = (text.splitlines() or [type(error).__name__])[0]
+            raise StopTraining(OUT_OF_MEMORY, f"out of memory {where} ({first})\n{advice()}", everyone=False) from error
+        if "loss scale already at minimum" in text:
+            raise StopTraining(
+                DIVERGED,
+                f"float16 gradients overflow at the smallest loss scale, {where}. Stopped; folders saved before are as "
+                "they were: use bf16 where the GPU has it, or a lower --learning_rate",
+            ) from error
+        raise

@@ -1,0 +1,375 @@
+"""Which process this is among those of a training: the variables that launchers set, the process group, the devices.
+
+deepspeed, torchrun, torch.distributed.launch and accelerate set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT. Platforms set some of them, srun and mpirun variables of their own: what is missing is derived where
+that is safe, and named where it is not. A training that quietly ran alone beside its like would be worse.
+"""
+
+import contextlib
+import errno
+import fcntl
+import importlib
+import ipaddress
+import json
+import os
+import socket
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+import deepspeed
+import psutil
+import torch
+import torch.utils.cpp_extension
+from deepspeed.accelerator import get_accelerator
+
+from tuning.errors import UserError
+from utils import control_group, on_rank_0
+
+# What srun and mpirun tell each task: its number, how many there are, its number on this machine.
+TASKS = {
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+}
+TORCH_BACKEND = importlib.import_module("deepspeed.comm.torch")  # as an attribute of deepspeed.comm it is torch itself
+VISIBLE_WITHIN = 15.0  # seconds until a file is seen on another node; network file systems look again now and then
+
+
+# The variables of a launcher
+
+
+def rank_variables(environ: Mapping[str, str], devices: int, local_rank: int = -1) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process.
+
+    Args:
+        environ: the environment.
+        devices: that this process sees.
+        local_rank: of the flag --local_rank, by which old launchers tell it; -1 without.
+
+    Raises:
+        UserError: they are there in part, and the rest cannot be derived; or they contradict each other.
+    """
+    found = {name: environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if environ.get(name)}
+    address = {name: environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if environ.get(name)}
+    if "RANK" not in found and found.get("WORLD_SIZE", "1") == "1":
+        found |= _task(environ, address)
+    numbers = {name: _number(name, text) for name, text in found.items()}
+    size = numbers.get("WORLD_SIZE", 1)
+    single = size == 1 and ("RANK" not in numbers or "WORLD_SIZE" in numbers)
+    if single and not any(numbers.get(name) for name in ("RANK", "LOCAL_RANK")):
+        numbers |= {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        # any free port, chosen when it is taken: another training may start at the same moment
+        address = address if len(address) == 2 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "LOCAL_RANK" not in numbers and local_rank >= 0:
+        numbers["LOCAL_RANK"] = local_rank
+    if {"RANK", "WORLD_SIZE"} <= numbers.keys() and "LOCAL_RANK" not in numbers and devices <= 1:
+        numbers["LOCAL_RANK"] = 0  # the only device here, whoever else is here
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in numbers]
+    missing += [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in address]
+    if missing:
+        there = ", ".join(f"{name}={value}" for name, value in (found | address).items())
+        raise UserError(
+            f"{there} {'is' if len(found | address) == 1 else 'are'} set, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not: start with deepspeed or torchrun, which set all of them, "
+            "or set them yourself (LOCAL_RANK: number of the process on its machine; 0 if it is the only one there)"
+        )
+    if not 0 <= numbers["RANK"] < size:
+        raise UserError(f"RANK={numbers['RANK']} is none of WORLD_SIZE={size} processes, which count from 0")
+    if not 0 <= _number("MASTER_PORT", address["MASTER_PORT"]) < 2**16:
+        raise UserError(f"MASTER_PORT={address['MASTER_PORT']} is no port: 1024 to 65535")
+    return {name: str(number) for name, number in numbers.items()} | address
+
+
+def _task(environ: Mapping[str, str], address: dict[str, str]) -> dict[str, str]:
+    """What srun or mpirun say, if this is one of several tasks. Raises UserError: where rank 0 listens is not known."""
+    for program, names in TASKS.items():
+        if not environ.get(names[1], "").isdecimal() or int(environ[names[1]]) < 2:
+            continue
+        values = dict(zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), map(environ.get, names), strict=True))
+        if len(address) == 2 and all(values.values()):
+            return values
+        raise UserError(
+            f"{program} started {environ[names[1]]} tasks, which do not know of each other: set MASTER_ADDR (the first "
+            "node's name) and MASTER_PORT (a free port) for all of them, or start one task a node with torchrun in it"
+        )
+    return {}
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"{name}={text} is not a number of 0 or above")
+    return int(text)
+
+
+# The process group
+
+
+def start_distributed(verbose: bool, local_rank: int = -1) -> tuple[int, int]:
+    """Join the launcher's other processes, or be a group of one without a launcher. Returns rank and world size.
+
+    Raises:
+        UserError: see `rank_variables`; or the others cannot be reached, or there are fewer devices than processes.
+    """
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    os.environ |= rank_variables(os.environ, 0 if on_cpu else accelerator.device_count(), local_rank)
+    torch.utils.cpp_extension.FileBaton = CompileLock
+    # Sums through shared memory, which only inference with tensor parallelism asks for. They need 66 MiB of /dev/shm a
+    # process, and crash where it has less.
+    TORCH_BACKEND.build_shm_op = lambda: None
+    if not on_cpu:
+        local_rank, count = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
+        if local_rank >= count:
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU: there are {count} "
+                "(CUDA_VISIBLE_DEVICES and the launcher's number of processes must agree)"
+            )
+        accelerator.set_device(local_rank)
+    choose_interface()
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
+    except (torch.distributed.DistError, ValueError, OSError) as error:
+        raise UserError(_start_problem(error)) from None
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    _check_addresses(rank, size)
+    _check_nodes(rank, size)
+    return rank, size
+
+
+def _start_problem(error: Exception) -> str:
+    """What a user can do about an error of the start."""
+    if isinstance(error, OSError) and error.filename:
+        return (
+            f"cannot write {error.filename}: {error.strerror}; operations are compiled there, TORCH_EXTENSIONS_DIR "
+            "names another folder"
+        )
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return "too many open files for this process's limit: raise it (ulimit -n 1024)"
+    return _connection(str(error))
+
+
+INTERFACE = "GLOO_SOCKET_IFNAME"  # names the network interface of gloo, by which ranks talk on the CPU
+
+
+def choose_interface() -> None:
+    """Let gloo take the interface by which this node reaches MASTER_ADDR, unless the user has named one.
+
+    It would take the address of the host's own name, on Debian and Ubuntu 127.0.1.1, where other nodes reach nothing.
+    """
+    if os.environ.get(INTERFACE) or int(os.environ["WORLD_SIZE"]) == 1:
+        return
+    try:
+        kind, _, _, _, where = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # asks for the way; nothing is sent
+            address = probe.getsockname()[0]
+    except OSError:
+        return  # the process group will say so
+    if ipaddress.ip_address(address).is_loopback:
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            os.environ[INTERFACE] = name
+
+
+def gloo_address() -> str:
+    """The address at which gloo listens in this process."""
+    with contextlib.suppress(OSError):
+        if not (name := os.environ.get(INTERFACE)):
+            return socket.gethostbyname(socket.gethostname())
+        addresses = psutil.net_if_addrs().get(name.split(",")[0], [])
+        return next((one.address for one in addresses if one.family == socket.AF_INET), "")
+    return "127.0.0.1"
+
+
+def _check_addresses(rank: int, size: int) -> None:
+    """Make sure that ranks of other nodes can be reached on the CPU, before they wait for each other without end.
+
+    Raises:
+        UserError: one listens where only its own node reaches it.
+    """
+    if size == 1:
+        return
+    store = torch.distributed.distributed_c10d._get_default_store()
+    store.set(f"address-{rank}", json.dumps([machine()[1] or machine()[0], socket.gethostname(), gloo_address()]))
+    everyone = [json.loads(store.get(f"address-{number}")) for number in range(size)]
+    store.set(f"has-read-{rank}", "")
+    if rank == 0:  # it holds the store, and may be about to end
+        store.wait([f"has-read-{number}" for number in range(size)])
+    if len({node for node, _, _ in everyone}) == 1:
+        return
+    for number, (_, host, address) in enumerate(everyone):
+        if address and ipaddress.ip_address(address).is_loopback:
+            raise UserError(
+                f"rank {number} on {host} listens at {address}, where other nodes do not reach it: set {INTERFACE} and "
+                "NCCL_SOCKET_IFNAME on each node to the network interface that the nodes share (see `ip addr`; for "
+                "deepspeed's launcher in a file .deepspeed_env), or give the host its real address in /etc/hosts"
+            )
+
+
+def _connection(reason: str) -> str:
+    """What a user can do where the process group cannot be made."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    first = " ".join(reason.split())[:200]
+    if "EADDRINUSE" in reason or "already in use" in reason:
+        return (
+            f"port {os.environ['MASTER_PORT']} is in use, perhaps by another training: name another with the "
+            "launcher's --master_port (scripts: PORT), or MASTER_PORT"
+        )
+    if "EACCES" in reason or "ermission denied" in reason:
+        return f"port {os.environ['MASTER_PORT']} needs root: name one of 1024 or above with --master_port"
+    return f"the processes of this training cannot reach each other at {where} (MASTER_ADDR:MASTER_PORT): {first}"
+
+
+def machine() -> tuple[str, str, int]:
+    """What processes have in common that see each other's process ids: host, its start, and process id namespace.
+
+    Hostname alone does not tell: containers and cloned machines share one.
+    """
+    boot, namespace = "", 0
+    with contextlib.suppress(OSError):  # no Linux
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    return socket.gethostname(), boot, namespace
+
+
+def _check_nodes(rank: int, size: int) -> None:
+    """Make sure that the processes of a node follow each other, as `utils.once_per_node` takes for granted.
+
+    Raises:
+        UserError: they do not.
+    """
+    if size == 1:
+        return
+    everyone: list = [None] * size
+    torch.distributed.all_gather_object(everyone, (machine(), int(os.environ["LOCAL_RANK"])), control_group())
+    for number, (where, local_rank) in enumerate(everyone):
+        first = number - local_rank
+        if first < 0 or everyone[first] != (where, 0):
+            raise UserError(
+                f"rank {number} is process {local_rank} of its node, but rank {first} is not the first one there: RANK "
+                "must count the processes node by node, as deepspeed and torchrun do (srun: --distribution=block)"
+            )
+
+
+@contextlib.contextmanager
+def leaving_distributed():
+    """Take the process group apart after the block; of a process alone also where the block fails.
+
+    With others a failed process ends by itself: it could hang here, as the others may wait in a collective.
+    """
+    try:
+        yield
+    except BaseException:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
+            with contextlib.suppress(Exception):  # a broken device; the error before it is the one to tell
+                end_distributed()
+        raise
+    end_distributed()
+
+
+def end_distributed() -> None:
+    """Take the process group apart: NCCL warns of one that is left."""
+    deepspeed.comm.destroy_process_group()
+    control_group.cache_clear()
+
+
+class CompileLock:
+    """In the place of torch's FileBaton, which keeps processes from compiling the same operation at once.
+
+    Torch's is a file that is there or not: a process that is killed while it loads DeepSpeed's operations leaves it,
+    and every later one waits for ever. This one is a lock on that file, which ends with the process that has it.
+    """
+
+    def __init__(self, path: str, *_, **__):
+        self.path, self.handle = path, None
+
+    def _acquire(self, wait: bool) -> bool:
+        while True:
+            handle = os.open(self.path, os.O_CREAT | os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                os.close(handle)
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(self.path)):
+                    self.handle = handle
+                    return True
+            os.close(handle)  # the one before has just removed it
+
+    def try_acquire(self) -> bool:
+        """Whether this process has it now."""
+        return self._acquire(wait=False)
+
+    def wait(self) -> None:
+        """Return when nobody has it."""
+        self._acquire(wait=True)
+        self.release()
+
+    def release(self) -> None:
+        """Give it back, and remove the file, for programs that use torch's."""
+        os.remove(self.path)
+        os.close(self.handle)
+
+
+# What the processes share, and what they compute on
+
+
+def check_shared(folder: str) -> None:
+    """Make sure that all ranks see the same folder: that of a node without a common disk would be found out late.
+
+    Raises:
+        UserError: they do not.
+    """
+    if torch.distributed.get_world_size() == 1:
+        return
+    mark = on_rank_0(lambda: _make_mark(folder))
+    end = time.monotonic() + VISIBLE_WITHIN
+    while not (seen := os.path.exists(mark)) and time.monotonic() < end:
+        time.sleep(0.2)
+    everyone = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, (seen, socket.gethostname()), control_group())
+    on_rank_0(lambda: os.unlink(mark))
+    if blind := sorted({host for seen, host in everyone if not seen}):
+        raise UserError(
+            f"--output_dir {folder} is not the same folder on all nodes ({', '.join(blind)} does not see what rank 0 "
+            "writes): name one on a disk that they share"
+        )
+
+
+def _make_mark(folder: str) -> str:
+    handle, path = tempfile.mkstemp(prefix=".seen-by-all-", dir=folder)
+    os.close(handle)
+    return path
+
+
+def describe_devices(dtype: torch.dtype) -> str:
+    """The line that says what a training computes on, and in which type; loud where that is a CPU. On every rank."""
+    accelerator, kind = get_accelerator(), str(dtype).removeprefix("torch.")
+    size = torch.distributed.get_world_size()
+    if accelerator.device_name() == "cpu":
+        processes = f"{size} process" + "es" * (size > 1)
+        return f"device: CPU (NO GPU IS USED: {why_no_gpu()}), {processes}, {kind}; fit for tiny models only"
+    mine = "device"
+    with contextlib.suppress(AttributeError, RuntimeError):
+        mine = torch.cuda.get_device_properties(accelerator.current_device_name()).name
+    everyone: list = [None] * size
+    memory = accelerator.total_memory() / 2**30
+    torch.distributed.all_gather_object(everyone, f"{mine} ({memory:.1f} GiB)", control_group())
+    found = ", ".join(f"{count} x {name}" for name, count in Counter(everyone).items())
+    return f"device: {found}, {kind}"
+
+
+def why_no_gpu() -> str:
+    """The likeliest reason why torch has no GPU here."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return "DS_ACCELERATOR is cpu"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built for CPUs"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}"
+    return "torch found none; does nvidia-smi work, and is its CUDA version that of torch or newer?"

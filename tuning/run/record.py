@@ -1,0 +1,233 @@
+"""output_dir/run.json: what each start of a training was, so that its results can be explained and made again.
+
+    {"format": 1, "starts": [{command, flags, run, ds_config, versions, git, devices, ..., ended, exit, best}, ...]}
+
+A run that goes on from a state adds a start. One without `ended` was killed, or is still at work.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from glm_models.checkpoint import CheckpointError, read_json
+from tuning import ROOT
+from tuning.arguments.train import fixed_flags
+from tuning.errors import FolderError, UserError
+from tuning.folders import sweep, write_errors, write_file
+from tuning.run import results
+from tuning.run.results import shorten
+from tuning.run.resume import LAYOUT, Run, find_state
+from utils import control_group, is_main, say
+
+FILE = "run.json"
+FORMAT = 1
+PACKAGES = ("torch", "transformers", "deepspeed", "peft", "safetensors", "sentencepiece", "numpy")
+
+
+# What a start is
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that figures depend on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def describe_git() -> dict | None:
+    """Commit of this project's code, and whether it was changed since; None where that cannot be told."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def ask(*command: str) -> str:
+        run = subprocess.run(
+            ["git", "-C", ROOT, *command], env=environment, capture_output=True, text=True, timeout=20, check=True
+        )
+        return run.stdout.strip()
+
+    try:
+        if os.path.realpath(ask("rev-parse", "--show-toplevel")) != os.path.realpath(ROOT):
+            return None  # a copy inside another project
+        changed = ask("status", "--porcelain", "--untracked-files=no")
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def describe_devices() -> list[str]:
+    """Host and device of each rank. Called on every rank."""
+    name = get_accelerator().device_name()
+    module = getattr(torch, name, None)
+    model = module.get_device_name() if hasattr(module, "get_device_name") else platform.machine()
+    mine = f"{socket.gethostname()}: {get_accelerator().current_device_name()} ({model})"
+    everyone = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine, group=control_group())
+    return everyone
+
+
+def describe_start(args, run: Run, ds_config: dict, state: str | None) -> dict:
+    """A start as FILE has it. Called on every rank.
+
+    Args:
+        args: of train.py.
+        run: what its losses depend on: hashes of data and base among it.
+        ds_config: as it is given to DeepSpeed, without "auto".
+        state: the folder that the run goes on from.
+    """
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "folder": os.getcwd(),
+        "flags": vars(args),
+        "run": run._asdict(),
+        "ds_config": ds_config,
+        "versions": describe_versions(),
+        "git": describe_git() if is_main() else None,
+        "devices": describe_devices(),
+        "state": state,
+        "started": now(),
+        "ended": None,
+        "exit": None,
+        "best": None,
+    }
+
+
+def now() -> str:
+    """As 2024-05-31T08:15:00+00:00."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+# The file
+
+
+def read_starts(output_dir: str) -> list[dict]:
+    """The starts of a folder's run, the first one first; none if no file tells."""
+    path = os.path.join(output_dir, FILE)
+    try:
+        content = read_json(path) if os.path.isfile(path) else {}
+    except CheckpointError:
+        return []
+    starts = content.get("starts") if content.get("format") == FORMAT else []
+    return starts if isinstance(starts, list) and all(isinstance(start, dict) for start in starts) else []
+
+
+def check_restart(output_dir: str, traces: list[str], run: Run) -> None:
+    """Make sure that a run that is to go on, but has no state yet, is the one whose results are in its folder.
+
+    Args:
+        traces: of `results.find_traces`.
+
+    Raises:
+        UserError: it is another one, or that is not known.
+    """
+    if not traces:
+        return
+    starts = read_starts(output_dir)
+    before = starts[-1].get("run") if starts else None
+    if isinstance(before, dict) and before.get("settings") == json.loads(json.dumps(run.settings)):
+        return
+    what = "of a run with other settings" if before else f"of a run that left no {FILE}"
+    raise UserError(
+        f"--output_dir {output_dir} holds results {what} ({shorten(traces)}), and no training state to go on from: "
+        "name another folder; --overwrite_output_dir, in place of --resume_from_checkpoint, removes them"
+    )
+
+
+class RunRecord:
+    """Writes FILE for one start, on rank 0.
+
+    Args:
+        start: of `describe_start`.
+    """
+
+    def __init__(self, output_dir: str, start: dict):
+        self.output_dir, self.start = output_dir, start
+        goes_on = start["flags"]["resume_from_checkpoint"] and not start["flags"]["overwrite_output_dir"]
+        self.starts = [*(read_starts(output_dir) if goes_on else []), start]
+
+    def write(self) -> None:
+        """Write the file as it is now. Raises FolderError: it cannot be written."""
+        path = os.path.join(self.output_dir, FILE)
+        text = json.dumps({"format": FORMAT, "starts": self.starts}, ensure_ascii=False, indent=1, default=str)
+        with write_errors(path):
+            write_file(path, text + "\n")
+
+    @contextlib.contextmanager
+    def until_the_end(self):
+        """Record how the block ends. It names another end than "done" by setting `start["exit"]`."""
+        try:
+            yield
+        except BaseException as error:
+            self.start["exit"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            try:
+                self._end()
+            except (FolderError, CheckpointError) as second:  # the first error is the one to be told
+                say(f"warning: {second}")
+            raise
+        self.start["exit"] = self.start["exit"] or "done"
+        self._end()
+
+    def _end(self) -> None:
+        if is_main():
+            path = os.path.join(self.output_dir, "best.json")
+            self.start |= {"ended": now(), "best": read_json(path) if os.path.isfile(path) else None}
+            self.write()
+
+
+def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, layout: dict, world_size: int) -> Run:
+    """What losses depend on: flags, and the content of what flags name; contents are SHA-256 of data, by flag, and base
+    is of `adapter.record_base`.
+    """
+    settings = fixed_flags(args)
+    # micro-batches count, whoever has them: so the number of processes may change
+    del settings["--gradient_accumulation_steps"]
+    settings |= {f"SHA-256 of {flag}": content for flag, content in contents.items()}
+    settings |= {
+        "--gradient_accumulation_steps x processes": args.gradient_accumulation_steps * world_size,
+        "weights of --model_name_or_path": base["fingerprint"],
+        "config.json of --model_name_or_path": base["config"],
+        "tokenizer of --model_name_or_path": tokenizer.fingerprint(),
+    }
+    for section in ("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"):
+        settings[f"{section} of --ds_file"] = ds_config.get(section)
+    settings[LAYOUT] = layout
+    return Run(settings, world_size, ds_config["zero_optimization"]["stage"])
+
+
+def open_output(args) -> str | None:
+    """Make --output_dir ready, on rank 0. Returns the state to go on from, if there is one.
+
+    Raises:
+        FolderError, UserError: see `folders.sweep`, `states.find_state` and `results.check_second_run`.
+    """
+    for folder in (args.output_dir, os.path.join(args.output_dir, "states")):
+        for path in sweep(folder):
+            say(f"{path}: tidied up after a run that was killed")
+    state = None
+    if args.resume_from_checkpoint:
+        state, broken = find_state(args.resume_from_checkpoint, args.output_dir)
+        for problem in broken:
+            say(f"warning: a newer state cannot be used: {problem}")
+        say(f"going on from {state}" if state else f"no training state in {args.output_dir} yet: from the start")
+    results.check_second_run(args.output_dir, state, args.resume_from_checkpoint == "auto", args.overwrite_output_dir)
+    return state
+
+
+def begin_output(args, state: str | None, record: RunRecord) -> None:
+    """Give --output_dir to this run, on rank 0: all that can be refused was refused before.
+
+    Raises:
+        FolderError: something cannot be removed or written.
+    """
+    if args.overwrite_output_dir:
+        results.remove(results.list_removable(args.output_dir))
+    if not state:
+        results.remove_events(args.output_dir)
+    results.remove_summary(args.output_dir)
+    record.write()

@@ -1,0 +1,339 @@
+"""Training states: all that a run needs to go on as if it had never been stopped.
+
+    output_dir/states/latest             name of the newest whole state
+    output_dir/states/step-00000120/
+        deepspeed/                       DeepSpeed's own files: trained weights, masters, moments, lr, loss scale
+        rank-0.safetensors ...           of each rank: random generators, sums of the log
+        run.json                         what the run is: see `Run`
+        manifest.json                    size and SHA-256 of all of these
+
+The place in the data is the number of optimiser steps done: each epoch's plan follows from data, seed and batch alone
+(data_set.plan_epoch), so going there reads nothing. Frozen weights come from the base model, and are not in a state.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tuning.errors import FolderError, UserError
+from tuning.folders import (
+    PARTIAL,
+    check_folder,
+    check_space,
+    finish_folder,
+    list_files,
+    remove_folder,
+    seal_files,
+    start_folder,
+    write_errors,
+    write_file,
+)
+from utils import control_group, on_rank_0, say
+
+FORMAT = 1  # of run.json and the rank files
+LATEST = "latest"
+ENGINE = "deepspeed"  # folder of DeepSpeed's own files in a state
+
+
+class Run(NamedTuple):
+    """What a run is, as far as its losses depend on it.
+
+    settings: by name, as the user knows it: flags, ds file sections, hashes of data and base.
+    ranks: processes.
+    stage: of ZeRO.
+    """
+
+    settings: dict
+    ranks: int
+    stage: int
+
+
+# Random generators
+
+
+def pack_generators() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The state of every random generator of this process, as tensors and as texts."""
+    _, keys, *rest = np.random.get_state()
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
+    if get_accelerator().device_name() != "cpu":
+        tensors["device"] = get_accelerator().get_rng_state().cpu()
+    return tensors, {"python": json.dumps(random.getstate()), "numpy": json.dumps(rest)}
+
+
+def unpack_generators(tensors: dict[str, torch.Tensor], texts: dict[str, str]) -> None:
+    """Undo `pack_generators`."""
+    version, state, gauss = json.loads(texts["python"])
+    random.setstate((version, tuple(state), gauss))
+    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *json.loads(texts["numpy"])))
+    torch.set_rng_state(tensors["torch"])
+    if "device" in tensors:
+        get_accelerator().set_rng_state(tensors["device"])
+
+
+# Finding
+
+
+def step_of(folder: str) -> int:
+    """Optimiser steps done when a state was saved, by its name; -1 if it is no state's name."""
+    match = re.fullmatch(r"step-(\d+)", os.path.basename(folder.rstrip("/")))
+    return int(match[1]) if match else -1
+
+
+def list_states(output_dir: str) -> list[str]:
+    """Folders of an output folder's states, the newest first; whole or not."""
+    parent = os.path.join(output_dir, "states")
+    names = os.listdir(parent) if os.path.isdir(parent) else []
+    found = [os.path.join(parent, name) for name in names if step_of(name) >= 0]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def find_state(wish: str, output_dir: str) -> tuple[str | None, list[str]]:
+    """The state to go on from.
+
+    Args:
+        wish: a state's folder, an output folder with states, or "auto" for that of this run.
+
+    Returns:
+        The newest whole state, or None if there is none at all and the wish is "auto"; and why newer ones were not
+        taken, a line each.
+
+    Raises:
+        FolderError: the one that was named is not whole, or there are some and none is.
+        UserError: there is none where one was named.
+    """
+    if wish != "auto" and step_of(wish) >= 0:
+        check_folder(wish, nothing_else=True)
+        return wish, []
+    folder = output_dir if wish == "auto" else wish
+    broken = []
+    for state in list_states(folder):
+        try:
+            check_folder(state, nothing_else=True)
+            return state, broken
+        except FolderError as error:
+            broken.append(str(error))
+    if broken:
+        raise FolderError("\n       ".join(["no state can be used:", *broken]))
+    if wish != "auto":
+        raise UserError(f"--resume_from_checkpoint {wish}: no training state is there, nor in states/ below it")
+    return None, []
+
+
+def read_run(state: str) -> Run:
+    """What the run of a state was.
+
+    Raises:
+        FolderError: written by another version.
+    """
+    with open(os.path.join(state, "run.json"), encoding="utf-8") as file:
+        content = json.load(file)
+    if content["format"] != FORMAT:
+        raise FolderError(f"{state} has the format {content['format']} of another version of this project")
+    return Run(content["settings"], content["ranks"], content["stage"])
+
+
+LAYOUT = "layout of ZeRO in --ds_file"  # a setting of a run; see ds_config.zero_layout
+
+
+def check_layout(state: str, old: Run, run: Run) -> None:
+    """Refuse what DeepSpeed would load into the wrong places without a word, or could not convert.
+
+    Raises:
+        UserError: another layout, or another number of processes with a layout or an optimizer that fits only one.
+    """
+    layout, kind = run.settings.get(LAYOUT, {}), (run.settings.get("optimizer of --ds_file") or {}).get("type")
+    before = old.settings.get(LAYOUT, layout)
+    # DeepSpeed's conversion for another number of processes brings moments into the form of another optimizer, too
+    free = {"optimizer"} if old.ranks != run.ranks else set()
+    if other := [f"{name} {before[name]}" for name in before if before[name] != layout.get(name) and name not in free]:
+        raise UserError(f"{state} was saved with {', '.join(other)} in the ds file; take one that says the same")
+    needs = "round_robin_gradients" if layout.get("round_robin_gradients") else kind
+    if old.ranks != run.ranks and needs not in (None, "Adam", "AdamW", "Lion"):
+        raise UserError(f"{state} was saved by {old.ranks} processes; with {needs} only as many can go on from it")
+
+
+def check_run(state: str, run: Run, allow_changes: bool) -> list[str]:
+    """Compare the run of a state with the one that is to go on from it.
+
+    Returns:
+        What changed, a line each; none unless changes are allowed.
+
+    Raises:
+        UserError: something changed that cannot, or may not unless allowed.
+    """
+    old = read_run(state)
+    if old.stage != run.stage:
+        raise UserError(f"{state} was saved under ZeRO stage {old.stage}; take a ds file of that stage")
+    check_layout(state, old, run)
+    changed = []
+    for name in [name for name in old.settings | run.settings if name != LAYOUT]:
+        before, now = old.settings.get(name), run.settings.get(name)
+        changed += _differences(name, before, now)
+    if changed and not allow_changes:
+        raise UserError(
+            "\n       ".join(
+                [f"{state} belongs to a run with other settings:", *changed]
+                + ["start with the same ones, or go on nevertheless with --resume_changed True"]
+            )
+        )
+    return changed
+
+
+def _differences(name: str, before, now) -> list[str]:
+    """A line each where two settings differ; of dicts the parts that do."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+        keys = dict.fromkeys([*before, *now])
+        return [line for key in keys for line in _differences(f"{name}, {key}", before.get(key), now.get(key))]
+    return [f"{name}: {before} before, {now} now"] if before != now else []
+
+
+# Saving and loading
+
+
+class States:
+    """Saves the states of one run, and goes on from one. Each method is called on every rank.
+
+    Args:
+        engine: DeepSpeed's.
+        parts: by name, what else has a state: `state()` gives tensors, `set_state(tensors)` takes them back.
+        output_dir: shared by all ranks.
+        every: optimiser steps between two states; None for none but those that `save` is called for.
+        keep: how many to keep.
+    """
+
+    def __init__(self, engine, parts: dict, run: Run, output_dir: str, every: int | None, keep: int):
+        self.engine, self.parts, self.run, self.every, self.keep = engine, parts, run, every, keep
+        self.parent = os.path.join(output_dir, "states")
+        self.rank = torch.distributed.get_rank()
+
+    def due(self) -> bool:
+        """Whether it is time for one."""
+        return bool(self.every) and self.engine.global_steps % self.every == 0
+
+    def size(self) -> int:
+        """Bytes of one, about: weights that train, and their masters and two moments in float32."""
+        parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
+        return sum(getattr(p, "ds_numel", p.numel()) * (p.element_size() + 12) for p in parameters) + 2**20
+
+    def save(self) -> str:
+        """Save one; older ones go when it is whole. Returns its folder.
+
+        Raises:
+            FolderError: it cannot be written; earlier ones are as they were.
+        """
+        step = self.engine.global_steps
+        folder = os.path.join(self.parent, f"step-{step:08d}")
+        with write_errors(folder):
+            on_rank_0(lambda: check_space(self.parent, self.size(), "a training state"))
+            partial = on_rank_0(lambda: start_folder(folder))
+            if not os.path.isdir(partial):
+                raise FolderError(f"rank {self.rank} does not see {partial}: --output_dir must be shared by all nodes")
+            self.engine.save_checkpoint(partial, tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
+            tensors, texts = pack_generators()
+            for part, owner in self.parts.items():
+                tensors |= {f"{part}.{name}": tensor for name, tensor in owner.state().items()}
+            save_file(tensors, os.path.join(partial, f"rank-{self.rank}.safetensors"), metadata=texts)
+            on_rank_0(lambda: self._finish(partial))
+            # all ranks together: a full state of a large model is tens of gigabytes to read again
+            mine = seal_files(partial, list_files(partial)[self.rank :: self.run.ranks])
+            files = [None] * self.run.ranks
+            torch.distributed.all_gather_object(files, mine, control_group())
+            on_rank_0(lambda: self._publish(partial, folder, {n: f for part in files for n, f in part.items()}))
+        say(f"state saved: {folder}")
+        return folder
+
+    def _finish(self, partial: str) -> None:
+        for name in os.listdir(partial):
+            if name.endswith(".py"):  # DeepSpeed's scripts that make whole weights of its files
+                os.unlink(os.path.join(partial, name))
+        write_file(os.path.join(partial, "run.json"), json.dumps({"format": FORMAT, **self.run._asdict()}, indent=1))
+
+    def _publish(self, partial: str, folder: str, files: dict) -> None:
+        finish_folder(partial, folder, files)
+        write_file(os.path.join(self.parent, LATEST), os.path.basename(folder) + "\n")
+        here = step_of(folder)
+        others = list_states(os.path.dirname(self.parent))
+        past = [state for state in others if step_of(state) <= here]
+        # later ones are damaged, or of a course that was left when the run went back to an earlier state
+        for old in [*past[self.keep :], *(state for state in others if step_of(state) > here)]:
+            if os.path.islink(old):
+                say(f"{old} is a link: only that is removed, what it points to stays")
+            remove_folder(old)
+
+    def load(self, state: str) -> None:
+        """Go on from a state whose content was checked: weights, optimiser, schedule, generators, place, log.
+
+        Where another number of processes saved it (see `ds_section`), further losses are the same but for rounding, and
+        for dropout, whose random numbers each process draws for itself.
+        """
+        decay = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
+        ranks = read_run(state).ranks
+        if ranks == self.run.ranks:
+            self._load_engine(state)
+        else:
+            converted = state.rstrip("/") + f".for-{self.run.ranks}-ranks{PARTIAL}"  # swept away if this is killed
+            on_rank_0(lambda: _make_universal(state, converted))
+            self._load_engine(converted)
+            separate_steps(self.engine.optimizer.optimizer)
+            on_rank_0(lambda: None)  # all have read it
+            on_rank_0(lambda: shutil.rmtree(converted))
+        # what the flags say now, where that was allowed to change; else these are the state's own values once more
+        for group, value in zip(self.engine.optimizer.param_groups, decay, strict=True):
+            group["weight_decay"] = value
+        self.engine.lr_scheduler.step(self.engine.lr_scheduler.last_batch_iteration)
+        with safe_open(os.path.join(state, f"rank-{self.rank % ranks}.safetensors"), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            texts = file.metadata()
+        for part, owner in self.parts.items():
+            mine = [name for name in tensors if name.startswith(f"{part}.")]
+            owner.set_state({name.removeprefix(f"{part}."): tensors[name] for name in mine})
+        unpack_generators(tensors, texts)
+
+    def _load_engine(self, folder: str) -> None:
+        # weights_only=False inside: pickles of DeepSpeed's, each byte as this project wrote it
+        path, _ = self.engine.load_checkpoint(folder, tag=ENGINE, load_module_strict=False)
+        if path is None:
+            raise FolderError(f"{folder} holds no files of DeepSpeed's")
+
+
+def separate_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter a step count of its own, where Adam looks for it.
+
+    DeepSpeed's universal format hands out one tensor on the CPU. Parameters that share it are counted up once for each
+    of them in every step, and fused kernels take none that lies elsewhere than the parameter.
+    """
+    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
+        if isinstance(state.get("step"), torch.Tensor):
+            place = parameter.device if fused else "cpu"
+            state["step"] = state["step"].detach().to(place, torch.float32, copy=True)
+
+
+def ds_section(state: str | None, ranks: int) -> dict:
+    """What the ds config needs for going on from a state: DeepSpeed's universal format if its number of processes is
+    another."""
+    return {"checkpoint": {"load_universal": True}} if state and read_run(state).ranks != ranks else {}
+
+
+def _make_universal(state: str, folder: str) -> None:
+    """Write DeepSpeed's files of a state in the format that any number of processes can load."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", os.path.join(state, ENGINE), "--output_folder", os.path.join(folder, ENGINE)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        raise FolderError(
+            f"{state} was saved by {read_run(state).ranks} processes, and DeepSpeed's conversion for another number "
+            f"failed: {last}; start as many as before"
+        )

@@ -1,0 +1,50 @@
+"""Samples put together to the tensors of a micro-batch."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from tuning.samples.encoding import IGNORE_INDEX, Sample
+
+
+class MicroBatch(NamedTuple):
+    """The rows that one rank takes through the model at once."""
+
+    rows: list[int]
+    num_items: float  # divisor of the summed loss, see plan_epoch
+    is_filler: bool = False  # keeps the ranks in step and adds nothing: its rows have no labels
+
+
+class Batch(dict):
+    """Arguments of the model: whole samples end to end in one row, nothing is padding.
+
+    input_ids and labels [1, tokens]; segments, each sample's tokens and how many of them are context;
+    answer_positions [answer tokens], where labels are; num_items_in_batch.
+    """
+
+    tokens: int  # that are learnt from or read: none in a filler
+    samples: int
+    rows: list[int]  # their numbers in the data; none in a filler
+
+    def to(self, device) -> dict:
+        """The arguments with their tensors on `device`."""
+        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in self.items()}
+
+
+def collate(samples: list[Sample], context_length: Callable[[list[int]], int], micro_batch: MicroBatch) -> Batch:
+    """Put samples end to end; context_length is the tokenizer's."""
+    labels = [label for sample in samples for label in sample.labels]
+    if micro_batch.is_filler:
+        labels = [IGNORE_INDEX] * len(labels)
+    batch = Batch(
+        input_ids=torch.tensor([[i for sample in samples for i in sample.input_ids]]),
+        labels=torch.tensor([labels]),
+        segments=[(len(sample.input_ids), context_length(sample.input_ids)) for sample in samples],
+        # counted here, since to count on a GPU is to wait for it
+        answer_positions=torch.tensor([i for i, label in enumerate(labels) if label != IGNORE_INDEX], dtype=torch.long),
+        num_items_in_batch=micro_batch.num_items,
+    )
+    batch.tokens, batch.samples = (0, 0) if micro_batch.is_filler else (len(labels), len(samples))
+    batch.rows = [] if micro_batch.is_filler else micro_batch.rows
+    return batch

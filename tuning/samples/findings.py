@@ -1,0 +1,194 @@
+"""What is worth a word in rows that can be trained, found in one pass: rows that repeat or contradict others, text that
+the tokenizer does not keep. Which rows cannot be trained is said by data_set.py, whose findings are counted here too.
+
+A tokenizer is known here by these only: `special_texts`, `lost_characters` and `changed_characters`.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tuning.samples.formats import count_unused
+
+FIRST = 3  # lines that are named of each kind
+
+# Kinds of findings. Rows of the first few cannot be trained.
+BROKEN = {
+    "encoding": "not UTF-8 text",
+    "json": "not valid JSON",
+    "format": "rows of another format",
+    "keys": "keys that mean something and are not read",
+    "type": "a key missing or of a wrong type",
+    "empty": "empty fields",
+    "no_room": "no room for an answer after the prompt",
+}
+WARNINGS = {
+    "duplicate": "repeats of an earlier row",
+    "contradiction": "an earlier row's prompt with another answer",
+    "lost_characters": "characters that the tokenizer cannot represent",
+    "special_tokens": "special tokens written out in the text",
+    "list_text": "outputs that are a Python list written as text, as ['a']",
+}
+CHANGED = "changed_characters"  # the kind of finding that --check_data alone looks for
+
+
+class Findings:
+    """Counts findings by kind, and finds those of WARNINGS in the rows that it is given.
+
+    Texts are kept as hashes of 8 bytes: 24 bytes a row in all.
+
+    Args:
+        record: gets each finding as it is made: kind, line and what else is known of it.
+        changed: also look for characters that the tokenizer writes otherwise.
+    """
+
+    def __init__(self, tokenizer, record: Callable[[str, int, dict], None] | None = None, changed: bool = False):
+        self.tokenizer, self.record = tokenizer, record
+        self.tally: dict[str, list] = {}  # kind -> [how many, the first lines]
+        self.problems: dict[str, str] = {}  # kind -> what is wrong with the first row of it
+        self.unused: Counter[str] = Counter()  # rows with each key that nothing reads
+        self.changed = Changed(tokenizer) if changed else None
+        special = sorted(tokenizer.special_texts, key=len, reverse=True)
+        self.special, self.special_starts = re.compile("|".join(map(re.escape, special))), {text[0] for text in special}
+        self.kept = np.zeros(0x110000, bool)  # [characters], those known to be represented
+        self.lost: set[str] = set()
+        self.lines: list[np.ndarray] = []
+        self.hashes: list[np.ndarray] = []  # [rows, 2] each: of the prompt, of prompt and answer
+
+    def note(self, kind: str, line: int, **details) -> None:
+        """Count a finding."""
+        entry = self.tally.setdefault(kind, [0, []])
+        entry[0] += 1
+        if "problem" in details:
+            self.problems.setdefault(kind, details["problem"])
+        if len(entry[1]) < FIRST:
+            entry[1].append(line)
+        if self.record:
+            self.record(kind, line, details)
+
+    def feed(self, lines: Sequence[int], rows: Sequence[dict]) -> None:
+        """Take some rows that can be trained, in the order of the file."""
+        count_unused(rows, self.unused)
+        prompts = [row["instruction"] + row["input"] for row in rows]
+        answers = [row["output"] for row in rows]
+        self.lines.append(np.array(lines, np.int64))
+        # those of str are of 64 bits, with a seed that nobody outside knows
+        hashes = (map(hash, prompts), map(hash, zip(prompts, answers, strict=True)))
+        self.hashes.append(np.stack([np.fromiter(some, np.int64, len(rows)) for some in hashes], 1))
+
+        text = "\n".join((*prompts, *answers))  # what is in none of the texts is looked for once
+        if self._holds_lost(text):
+            for line, prompt, answer in zip(lines, prompts, answers, strict=True):
+                if found := sorted(self.lost.intersection(prompt + answer)):
+                    self.note("lost_characters", line, characters=[f"U+{ord(c):04X}" for c in found])
+        if self.changed:
+            self.changed.feed(lines, text, [*map(len, prompts), *map(len, answers)])
+        for line, answer in zip(lines, answers, strict=True) if "['" in text else ():
+            if answer.startswith("['") and answer.rstrip().endswith("']"):
+                self.note("list_text", line)
+        starts = [start for start in self.special_starts if start in text]
+        for line, prompt, answer in zip(lines, prompts, answers, strict=True) if starts else ():
+            if any(start in prompt or start in answer for start in starts) and (
+                found := {*self.special.findall(prompt), *self.special.findall(answer)}
+            ):
+                self.note("special_tokens", line, tokens=sorted(found))
+
+    def _holds_lost(self, text: str) -> bool:
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        kept = self.kept.take(codes)
+        if kept.all():
+            return False
+        others = np.zeros_like(self.kept)
+        others[codes[~kept]] = True
+        characters = "".join(map(chr, np.flatnonzero(others)))
+        new = "".join(c for c in characters if c not in self.lost)
+        self.lost |= self.tokenizer.lost_characters(new)
+        for character in new:
+            self.kept[ord(character)] = character not in self.lost
+        return not self.lost.isdisjoint(characters)
+
+    def finish(self) -> dict[str, list]:
+        """Find rows that repeat or contradict others, and record characters that changed. Returns `tally`."""
+        if self.changed and self.changed.rows:
+            self.tally[CHANGED] = [self.changed.rows, self.changed.lines]
+            for character, line in self.changed.first.items() if self.record else ():
+                details = {"character": character, "becomes": self.changed.becomes[character]}
+                self.record(CHANGED, line, details | {"times": self.changed.times[character]})
+        if self.lines:
+            lines, hashes = np.concatenate(self.lines), np.concatenate(self.hashes)
+            same_prompt, same_row = (_first_with(hashes[:, i]) for i in (0, 1))
+            place = np.arange(len(lines))
+            repeats = same_row != place
+            for kind, those, first in (
+                ("duplicate", repeats, same_row),
+                ("contradiction", (same_prompt != place) & ~repeats, same_prompt),
+            ):
+                for i in np.flatnonzero(those).tolist():
+                    self.note(kind, int(lines[i]), earlier_line=int(lines[first[i]]))
+        return self.tally
+
+    def prompts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of all rows so far: lines, and the values of `hash` of their prompts."""
+        if not self.lines:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        return np.concatenate(self.lines), np.concatenate(self.hashes)[:, 0]
+
+
+class Changed:
+    """Characters that come back from the tokenizer as others, as ， comes back as , from ChatGLM-6B's."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.seen = np.zeros(0x110000, bool)  # [characters]
+        self.is_changed = np.zeros(0x110000, bool)  # [characters]
+        self.becomes: dict[str, str] = {}
+        self.times: Counter[str] = Counter()
+        self.first: dict[str, int] = {}  # character -> the first line that has it
+        self.rows, self.lines = 0, []  # how many rows have any of them, the first lines
+
+    def feed(self, lines: Sequence[int], text: str, lengths: list[int]) -> None:
+        """Take the prompts and then the answers of some rows.
+
+        Args:
+            text: all of them, one character between two.
+            lengths: of each, in characters.
+        """
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        if not (seen := self.seen.take(codes)).all():
+            new = np.unique(codes[~seen])
+            self.seen[new] = True
+            changes = self.tokenizer.changed_characters("".join(map(chr, new)))
+            self.is_changed[[ord(character) for character in changes]] = True
+            self.becomes |= changes
+        places = np.flatnonzero(self.is_changed.take(codes))
+        if not len(places):
+            return
+        ends = np.cumsum(np.array(lengths) + 1)
+        rows = np.searchsorted(ends, places, "right") % len(lines)
+        found, first, times = np.unique(codes[places], return_index=True, return_counts=True)
+        for code, place, count in zip(found.tolist(), first.tolist(), times.tolist(), strict=True):
+            self.times[chr(code)] += count
+            self.first.setdefault(chr(code), lines[int(rows[place])])
+        which = np.unique(rows).tolist()
+        self.rows += len(which)
+        self.lines += [lines[i] for i in which[: FIRST - len(self.lines)]]
+
+    def text(self, most: int = 6) -> str:
+        """As `，-> , (3201 times)`, the most frequent ones."""
+        shown = [f"{one!r} -> {self.becomes[one]!r} ({times} times)" for one, times in self.times.most_common(most)]
+        return ", ".join(shown) + (", ..." if len(self.times) > most else "")
+
+
+def _first_with(values: np.ndarray) -> np.ndarray:
+    """For each value the place of the first that equals it."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def lines_text(count: int, lines: list[int]) -> str:
+    """As `1 row (line 3)` or `9 rows (lines 3, 9, 12, ...)`."""
+    if count == 1:
+        return f"1 row (line {lines[0]})"
+    return f"{count} rows (lines {', '.join(map(str, lines))}{', ...' if count > len(lines) else ''})"
