@@ -19,7 +19,7 @@ import train
 from glm_models import MODE, ops
 from glm_models.chat import generate_answers
 from tuning import folders
-from tuning.errors import DataError
+from tuning.errors import DataError, UserError
 from tuning.run import validation as evaluation
 from tuning.run.log import JsonLines
 from tuning.run.validation import deal_batches, spread
@@ -306,7 +306,7 @@ def test_flags_that_need_rows_or_each_other_are_refused(held_out):
     needed = ["--mode", "glm3", "--model_name_or_path", ".", "--train_path", __file__]
 
     def refused(flags):
-        with pytest.raises(train.UserError) as error:
+        with pytest.raises(UserError) as error:
             train.parse_args([*needed, *flags.split()])
         return str(error.value)
 

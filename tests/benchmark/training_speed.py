@@ -82,13 +82,11 @@ def run_ours(argv: list[str]) -> dict:
 
     import train
     import utils
-    from tuning import methods
-    from tuning.engine import saving
     from tuning.run import flops as throughput
     from tuning.run.log import RunLog
 
     clock = Clock()
-    groups, add = methods.parameter_groups, RunLog.add
+    groups, add = train.parameter_groups, RunLog.add
     flops, peaks = [], []
 
     def loaded(*args):
@@ -103,9 +101,9 @@ def run_ours(argv: list[str]) -> dict:
             peaks.append(throughput.matmul_peak.__wrapped__(torch.float32, seconds=0.2))
         return add(log, step, epoch)
 
-    methods.parameter_groups, RunLog.add = loaded, timed
+    train.parameter_groups, RunLog.add = loaded, timed
     utils.quiet(verbose=False)
-    saving.save = lambda *_: None
+    train.save = lambda *_: None
     train.train(train.parse_args(argv))
     result = clock.result()
     peak = statistics.median(peaks[WARM_UP:])
