@@ -22,6 +22,7 @@ from glm_models.tools import (
     write_observation,
     write_parameters,
 )
+from tuning.errors import UserError
 from tuning.tool_metrics import NAMES, same_json, tool_rows, tool_scores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -340,6 +341,22 @@ def test_example_data_is_what_the_script_makes(make_tools, capsys):
     assert "tools_1: 100 rows" in capsys.readouterr().out
     more = make_tools.make_more(300)
     assert not make_tools.calls_of(more) & make_tools.calls_of(make_tools.read_rows("tools_1.json"))
+
+
+def test_flags_of_the_script_that_makes_them(make_tools):
+    for flags, message in (
+        (["--check", "--text", "x"], "--check and --text exclude each other"),
+        (["--more", "3"], "--more takes a count and a file"),
+        (["--more", "many", "x"], "--more many"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_tools.parse_args(flags)
+    rows = make_tools.read_rows("tools_1.json")
+    text = make_tools.tokenizer_text(rows)
+    assert "tool_call(city='0', day=" in text and make_tools.SYSTEM in text
+    for message in (m for row in rows for m in row["conversations"] if m["role"] == "tool"):
+        for key in ("city", "name"):
+            assert message["parameters"].get(key, "\0") not in text
 
 
 def test_every_example_call_can_be_written(make_tools):
