@@ -7,8 +7,8 @@
 
 The rows have the official form of ChatGLM3: `tools`, and `conversations` with user, tool and assistant messages, a tool
 message holding name, parameters and observation. All text is put together from the lists below with a fixed seed;
-places, people, orders and number plates are invented. Calls of tools_1 are new: no call occurs in both files, and none of
-their places and people is one of tools_0. Only the standard library and the project's own modules are used.
+places, people, orders and number plates are invented. Calls of tools_1 are new: no call occurs in both files, and none
+of their places and people is one of tools_0. Only the standard library and the project's own modules are used.
 """
 
 import json
