@@ -20,9 +20,8 @@ use_large_pages()
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 
-from data_set import Sources, epoch_loader, load_sources
+from data_set import load_sources, training_steps
 from glm_models import MODE
 from glm_models.ops import TiledMLP
 from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config, zero_layout
@@ -38,15 +37,16 @@ from tuning.plan import planner
 from tuning.plan.planner import memory_advice, plan_setup
 from tuning.run import results
 from tuning.run.flops import matmul_peak, needed_flops
-from tuning.run.health import Peers, Watch, told_clearly
+from tuning.run.health import NO_HOOKS, Peers, StepHooks, Watch, told_clearly
 from tuning.run.launch import check_shared, describe_devices, leaving_distributed, start_distributed
 from tuning.run.log import RunLog, next_steps
 from tuning.run.record import RunRecord, begin_output, check_restart, describe_run, describe_start, open_output
 from tuning.run.resume import States, check_run, ds_section
 from tuning.run.validation import Validation
+from tuning.samples.batches import Batch
 from tuning.samples.check import check_data
-from tuning.samples.epochs import count_steps, plan_epoch
-from utils import device, is_main, on_rank_0, quiet, say, set_seed
+from tuning.samples.epochs import count_steps
+from utils import data_parallel_size, is_main, on_rank_0, quiet, say, set_seed
 
 
 def check(args) -> None:
@@ -56,10 +56,21 @@ def check(args) -> None:
     check_data(args.train_path, tokenizer, *limits, args.test_path, args.output_dir)
 
 
-def train(args) -> list[tuple[int, float]]:
+def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
+    """One optimiser step of this rank. The engine accumulates, scales, clips and counts. Returns each batch's loss."""
+    losses = []
+    for batch in batches:
+        loss = engine(**batch.to(engine.device)).loss
+        engine.backward(loss)
+        engine.step()  # changes the weights after the last batch only
+        losses.append(loss.detach())
+    return losses
+
+
+def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     """The whole run. Returns (step, loss) of every line it showed."""
     trim_deepspeed()
-    _, world_size = start_distributed(args.verbose, args.local_rank)
+    start_distributed(args.verbose, args.local_rank)
     peers = Peers()
     set_seed(args.seed)
     locks = []  # held until this function returns
@@ -70,20 +81,20 @@ def train(args) -> list[tuple[int, float]]:
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     # the ds file first without the number of steps, which only the data tells: reading that may take long
-    dtype = compute_dtype(load_ds_config(args.ds_file, ds_values(args, world_size, 1, config.hidden_size)))
+    dtype = compute_dtype(load_ds_config(args.ds_file, ds_values(args, data_parallel_size(), 1, config.hidden_size)))
     say(describe_devices(dtype))
     sources = load_sources(args, tokenizer)
-    split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
+    split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, data_parallel_size())
     epoch_steps = count_steps(len(sources.packs(1)), *split)
     total_steps = args.num_train_epochs * epoch_steps
 
-    ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
+    ds_config = load_ds_config(args.ds_file, ds_values(args, data_parallel_size(), total_steps, config.hidden_size))
     for line in ds_notes(ds_config):
         say(line)
     dtype = compute_dtype(ds_config)
     base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
     layout = zero_layout(ds_config)
-    run = describe_run(args, sources.contents, tokenizer, base, ds_config, layout, world_size)
+    run = describe_run(args, sources.contents, tokenizer, base, ds_config, layout)
     for change in check_run(state, run, args.resume_changed) if state else ():
         say(f"warning: changed since {state}: {change}")
     if args.resume_from_checkpoint and not state:
@@ -102,14 +113,14 @@ def train(args) -> list[tuple[int, float]]:
     say(f"model: {trained:,} of {every:,} parameters train ({trained / every:.2%}), in {dtype}")
 
     fit_buckets(ds_config, trained)
-    ds_config |= ds_section(state, world_size)
+    ds_config |= ds_section(state, run.ranks)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     engine.lr_scheduler.step(1)  # else the first two steps would have lr 0: DeepSpeed's schedulers count from -1
     log = RunLog(
         engine, args.output_dir, args.num_train_epochs, total_steps, args.show_loss_step, needed_flops(model),
         matmul_peak(dtype),
     )  # fmt: skip
-    watch = Watch(engine, sources.data.files, math.log(config.vocab_size), args.skip_nonfinite)
+    watch = Watch(engine, sources.data.files, math.log(config.vocab_size), args.skip_nonfinite, hooks)
     parts = {"log": log, "watch": watch}
 
     def keep(name):
@@ -135,15 +146,10 @@ def train(args) -> list[tuple[int, float]]:
     with record.until_the_end(), watch:
         if validation:
             validation.begin()
-        for epoch, batch in training_batches(args, engine, sources, split, epoch_steps):
-            loss = engine(**watch.begin(batch).to(device())).loss
-            engine.backward(loss)
-            engine.step()
-
-            step = watch.end(loss)  # None until all micro-batches of an optimiser step are through
-            if step is None:
-                continue
-            log.add(step, epoch)
+        for epoch, batches in training_steps(engine, sources, args, epoch_steps):
+            watch.begin_step(batches)
+            losses = train_step(engine, batches)
+            log.add(watch.end_step(losses), epoch)
             done, result = engine.global_steps, f"epoch-{epoch}-step-{engine.global_steps}"
             wanted = done % epoch_steps == 0 or (args.save_model_step and done % args.save_model_step == 0)
             if wanted:
@@ -154,7 +160,8 @@ def train(args) -> list[tuple[int, float]]:
                 record.start["exit"] = "stopped early"
                 break
             if done < total_steps and (states.due() or watch.interrupted):
-                watch.end_if_interrupted(states.save())
+                state = states.save()
+                watch.exit_if_interrupted(state)
     peers.close()
     if validation:
         validation.close()
@@ -165,18 +172,7 @@ def train(args) -> list[tuple[int, float]]:
     return log.history
 
 
-def training_batches(args, engine, sources: Sources, split, epoch_steps: int):
-    """Yield epoch and batch, each of this rank from where the engine is to the end of the run."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    pin = get_accelerator().device_name() != "cpu"
-    for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
-        plan = plan_epoch(sources.data, sources.packs(epoch), *split, args.seed, epoch, args.group_by_length)
-        todo = plan[engine.global_steps % epoch_steps :]
-        for batch in epoch_loader(sources.data, todo, rank, world_size, pin):
-            yield epoch, batch
-
-
-def main(argv=None) -> None:
+def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
     with clear_errors(DataError):
         args = parse_args(argv)
     quiet(args.verbose)
@@ -189,7 +185,7 @@ def main(argv=None) -> None:
                 check(args)
         else:
             with leaving_distributed():
-                train(args)
+                train(args, hooks)
 
 
 if __name__ == "__main__":

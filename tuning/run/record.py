@@ -27,7 +27,7 @@ from tuning.folders import sweep, write_errors, write_file
 from tuning.run import results
 from tuning.run.results import shorten
 from tuning.run.resume import LAYOUT, Run, find_state
-from utils import control_group, is_main, say
+from utils import control_group, data_parallel_size, is_main, say
 
 FILE = "run.json"
 FORMAT = 1
@@ -180,7 +180,7 @@ class RunRecord:
             self.write()
 
 
-def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, layout: dict, world_size: int) -> Run:
+def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, layout: dict) -> Run:
     """What losses depend on: flags, and the content of what flags name; contents are SHA-256 of data, by flag, and base
     is of `adapter.record_base`.
     """
@@ -189,7 +189,7 @@ def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, l
     del settings["--gradient_accumulation_steps"]
     settings |= {f"SHA-256 of {flag}": content for flag, content in contents.items()}
     settings |= {
-        "--gradient_accumulation_steps x processes": args.gradient_accumulation_steps * world_size,
+        "--gradient_accumulation_steps x processes": args.gradient_accumulation_steps * data_parallel_size(),
         "weights of --model_name_or_path": base["fingerprint"],
         "config.json of --model_name_or_path": base["config"],
         "tokenizer of --model_name_or_path": tokenizer.fingerprint(),
@@ -197,7 +197,7 @@ def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, l
     for section in ("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"):
         settings[f"{section} of --ds_file"] = ds_config.get(section)
     settings[LAYOUT] = layout
-    return Run(settings, world_size, ds_config["zero_optimization"]["stage"])
+    return Run(settings, torch.distributed.get_world_size(), ds_config["zero_optimization"]["stage"])
 
 
 def open_output(args) -> str | None:

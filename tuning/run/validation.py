@@ -21,7 +21,7 @@ from tuning.samples.batches import MicroBatch
 from tuning.samples.dataset import InstructionData
 from tuning.samples.encoding import encode_sample
 from tuning.samples.row_files import RowError, scan_rows
-from utils import control_group, device, is_main, on_rank_0, say
+from utils import control_group, data_parallel_rank, data_parallel_size, device, is_main, on_rank_0, say
 
 LOWER_IS_BETTER = {"loss", "perplexity", "repeating", "empty"}
 NO_DIRECTION = {"mean_length", "reference_length"}
@@ -55,9 +55,8 @@ def deal_batches(rows: list[int], lengths, batch_size: int, rank: int, world_siz
 @torch.no_grad()
 def mean_loss(model, data: InstructionData, rows: list[int], batch_size: int) -> float:
     """Cross entropy a token, over all answer tokens of the rows on all ranks together, summed in float64."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     total = torch.zeros((), dtype=torch.float64, device=device())
-    for batch in deal_batches(rows, data.lengths, batch_size, rank, world_size):
+    for batch in deal_batches(rows, data.lengths, batch_size, data_parallel_rank(), data_parallel_size()):
         total += model(**data[batch].to(device())).loss  # a sum: num_items_in_batch is 1
     total = total.cpu()
     torch.distributed.all_reduce(total, group=control_group())
