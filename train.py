@@ -24,9 +24,9 @@ import torch
 from data_set import load_sources, training_steps
 from glm_models import MODE
 from glm_models.ops import TiledMLP
+from tuning.engine import patches
 from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config, zero_layout
 from tuning.engine.loading import load_base, load_tokenizer
-from tuning.engine.patches import keep_freed_memory, trim_deepspeed
 from tuning.engine.saving import check_room, count_results, result_size, save
 from tuning.errors import DataError
 from tuning.exits import clear_errors
@@ -69,7 +69,7 @@ def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
 
 def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     """The whole run. Returns (step, loss) of every line it showed."""
-    trim_deepspeed()
+    patches.apply()
     start_distributed(args.verbose, args.local_rank)
     peers = Peers()
     set_seed(args.seed)
@@ -104,8 +104,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
         return load_base(args.mode, args.model_name_or_path, dtype, ds_config, args.attn_implementation, **config)
 
     model = build_model(args, load)
-    model.base_record = base
-    if args.tiled_mlp and model.zero3:
+    if args.tiled_mlp and run.stage == 3:
         deepspeed.utils.set_z3_leaf_modules(model, [TiledMLP])  # see there
     groups = parameter_groups(model, args.weight_decay)
     trained = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
@@ -124,7 +123,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     parts = {"log": log, "watch": watch}
 
     def keep(name):
-        save(args, model, tokenizer, name, dtype)
+        save(args, model, tokenizer, name, dtype, base)
 
     validation = None
     if validates(args):
@@ -139,7 +138,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     say(f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows")
 
     on_rank_0(lambda: begin_output(args, state, record))
-    keep_freed_memory()
+    patches.keep_freed_memory()
     engine.train()
     result = f"epoch-{args.num_train_epochs}-step-{total_steps}"
     log.begin()
@@ -178,7 +177,6 @@ def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
     quiet(args.verbose)
     with clear_errors(DataError), told_clearly(lambda: memory_advice(args)):
         if args.plan:
-            trim_deepspeed()
             planner.plan(args, plan_setup)
         elif args.check_data:
             if is_main():

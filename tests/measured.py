@@ -137,8 +137,8 @@ def main() -> None:
     stage, results, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or SETTINGS
     torch.set_num_threads(1)
     utils.quiet(verbose=False)
+    patches.apply()
     rank, ranks = launch.start_distributed(verbose=False)
-    patches.trim_deepspeed()
     gc.freeze()  # what was imported stays, and is not looked through each time
     measured = {}
     for name in names:

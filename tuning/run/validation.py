@@ -64,7 +64,7 @@ def mean_loss(model, data: InstructionData, rows: list[int], batch_size: int) ->
 
 
 def gather_answers(
-    model, tokenizer, data: InstructionData, rows: list[int], batch_size: int, max_new_tokens: int
+    engine, tokenizer, data: InstructionData, rows: list[int], batch_size: int, max_new_tokens: int
 ) -> list[tuple[str, bool]] | None:
     """Greedy answers to the rows' prompts, made by all ranks: on rank 0 each in its place, None on the others.
 
@@ -73,12 +73,13 @@ def gather_answers(
     """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     lengths = data.lengths - data.answer_lengths
+    model = engine.module
     base = model.get_base_model() if hasattr(model, "peft_config") else model
+    # under ZeRO-3 a rank whose answers are complete goes on until those of all are
+    synced = engine.zero_optimization_stage() == 3 and world_size > 1
     mine: dict[int, tuple[str, bool]] = {}
     for batch in deal_batches(rows, lengths, batch_size, rank, world_size):
         prompts = [data.samples.prompt(i).tolist() for i in batch.rows]
-        # under ZeRO-3 a rank whose answers are complete goes on until those of all are
-        synced = model.zero3 and world_size > 1
         answers = generate_answers(base, tokenizer, prompts, [max_new_tokens] * len(prompts), synced_gpus=synced)
         if not batch.is_filler:
             mine |= zip(batch.rows, answers, strict=True)
@@ -246,7 +247,7 @@ class Validation:
                 values = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
                 if self.kind:
                     sizes = (self.args.eval_batch_size, self.max_new_tokens)
-                    answers = gather_answers(model, self.tokenizer, self.data, self.generated, *sizes)
+                    answers = gather_answers(self.engine, self.tokenizer, self.data, self.generated, *sizes)
                     values |= on_rank_0(lambda: self._score(answers, step))
             except Exception as error:
                 error.add_note(f"in the validation after step {step} (--eval_batch_size {self.args.eval_batch_size})")
