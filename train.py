@@ -22,7 +22,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from data_set import Sources, epoch_loader, load_sources
+from data_set import Sources, data_settings, epoch_loader, load_sources
 from glm_models import MODE
 from glm_models.ops import TiledMLP
 from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config, zero_layout
@@ -45,15 +45,14 @@ from tuning.run.record import RunRecord, begin_output, check_restart, describe_r
 from tuning.run.resume import States, check_run, ds_section
 from tuning.run.validation import Validation
 from tuning.samples.check import check_data
-from tuning.samples.epochs import count_steps, plan_epoch
+from tuning.samples.epochs import BatchShape, plan_epoch
 from utils import device, is_main, on_rank_0, quiet, say, set_seed
 
 
 def check(args) -> None:
     """--check_data: needs the tokenizer, and neither other processes nor the model."""
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
-    limits = (args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output, args.on_bad_row == "skip")
-    check_data(args.train_path, tokenizer, *limits, args.test_path, args.output_dir)
+    check_data(data_settings(args, args.train_path), tokenizer, args.test_path, args.output_dir)
 
 
 def train(args) -> list[tuple[int, float]]:
@@ -73,8 +72,8 @@ def train(args) -> list[tuple[int, float]]:
     dtype = compute_dtype(load_ds_config(args.ds_file, ds_values(args, world_size, 1, config.hidden_size)))
     say(describe_devices(dtype))
     sources = load_sources(args, tokenizer)
-    split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
-    epoch_steps = count_steps(len(sources.packs(1)), *split)
+    shape = BatchShape(args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
+    epoch_steps = shape.count_steps(len(sources.packs(1)))
     total_steps = args.num_train_epochs * epoch_steps
 
     ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
@@ -117,9 +116,10 @@ def train(args) -> list[tuple[int, float]]:
 
     validation = None
     if validates(args):
-        rows = (sources.held_out, sources.held_out_rows, args.eval_path or args.train_path)
         steps = (args.eval_steps or epoch_steps, total_steps)
-        validation = parts["validation"] = Validation(engine, tokenizer, *rows, args, *steps, log, lambda: keep("best"))
+        validation = parts["validation"] = Validation(
+            engine, tokenizer, sources.held_out, args, *steps, log, lambda: keep("best")
+        )
     states = States(engine, parts, run, args.output_dir, args.save_state_steps, args.save_total_limit)
     on_rank_0(lambda: check_room(args, result_size(model, dtype), states, count_results(args, epoch_steps)))
     if state:
@@ -135,7 +135,7 @@ def train(args) -> list[tuple[int, float]]:
     with record.until_the_end(), watch:
         if validation:
             validation.begin()
-        for epoch, batch in training_batches(args, engine, sources, split, epoch_steps):
+        for epoch, batch in training_batches(args, engine, sources, shape, epoch_steps):
             loss = engine(**watch.begin(batch).to(device())).loss
             engine.backward(loss)
             engine.step()
@@ -165,14 +165,13 @@ def train(args) -> list[tuple[int, float]]:
     return log.history
 
 
-def training_batches(args, engine, sources: Sources, split, epoch_steps: int):
+def training_batches(args, engine, sources: Sources, shape: BatchShape, epoch_steps: int):
     """Yield epoch and batch, each of this rank from where the engine is to the end of the run."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
     pin = get_accelerator().device_name() != "cpu"
     for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
-        plan = plan_epoch(sources.data, sources.packs(epoch), *split, args.seed, epoch, args.group_by_length)
-        todo = plan[engine.global_steps % epoch_steps :]
-        for batch in epoch_loader(sources.data, todo, rank, world_size, pin):
+        plan = plan_epoch(sources.data, sources.packs(epoch), shape, args.seed, epoch, args.group_by_length)
+        for batch in epoch_loader(sources.data, plan, rank, engine.global_steps % epoch_steps, pin):
             yield epoch, batch
 
 

@@ -18,7 +18,7 @@ from tuning.folders import write_errors, write_file
 from tuning.metrics import AS_WRITTEN, FROM_LOSS, HEADLINE, kind_of, missing, references_of, score, with_references
 from tuning.run.log import JsonLines
 from tuning.samples.batches import MicroBatch
-from tuning.samples.dataset import InstructionData
+from tuning.samples.dataset import HeldOut, InstructionData
 from tuning.samples.encoding import encode_sample
 from tuning.samples.row_files import RowError, scan_rows
 from utils import control_group, device, is_main, on_rank_0, say
@@ -99,8 +99,7 @@ class Validation:
 
     Args:
         engine: DeepSpeed's.
-        data, rows: where the held-out samples are.
-        path: their file.
+        held_out: the samples to validate on.
         args: of train.py: its group "validation", and output_dir.
         every, total_steps: optimiser steps between two validations, and of the run, whose last one is validated too.
         log: the run's (log.RunLog).
@@ -114,25 +113,24 @@ class Validation:
         self,
         engine,
         tokenizer,
-        data: InstructionData,
-        rows: list[int],
-        path: str,
+        held_out: HeldOut,
         args,
         every: int,
         total_steps: int,
         log,
         save_best: Callable[[], None],
     ):
-        self.engine, self.tokenizer, self.data, self.rows, self.args = engine, tokenizer, data, rows, args
+        self.engine, self.tokenizer, self.args = engine, tokenizer, args
+        self.data, self.rows = held_out.data, held_out.rows
         self.every, self.total_steps, self.log, self.save_best = every, total_steps, log, save_best
         self.kind, names = None, list(FROM_LOSS)
         if args.eval_generate != "off":
-            self.generated = spread(rows, args.eval_generate_rows)
-            longest = max(data.answer_tokens([i]) for i in self.generated)
+            self.generated = spread(self.rows, args.eval_generate_rows)
+            longest = max(self.data.answer_tokens([i]) for i in self.generated)
             self.max_new_tokens = args.eval_max_new_tokens or math.ceil(1.25 * longest)
             self.asked: list[dict] = []  # rank 0: the rows of the file, as `generated`
             self.references: list[list[str]] = []
-            self.kind, more = on_rank_0(lambda: self._read_references(path))
+            self.kind, more = on_rank_0(lambda: self._read_references(held_out.path))
             names += more
         if args.best_metric not in names:
             raise UserError(f"--best_metric {args.best_metric}: there are {', '.join(names)}; {self._more_names()}")

@@ -14,7 +14,7 @@ import numpy as np
 
 from tuning.errors import DataError
 from tuning.samples.cache import sweep, whole_file
-from tuning.samples.dataset import Chunk, encode_file
+from tuning.samples.dataset import Chunk, DataSettings, encode_file
 from tuning.samples.encoding import ANSWER_CUT, IGNORE_INDEX, PROMPT_CUT, Sample, encode_samples
 from tuning.samples.findings import BROKEN, CHANGED, WARNINGS, Findings, lines_text
 from tuning.samples.formats import few_unused, to_dialogue, unused_text
@@ -41,6 +41,7 @@ class Lengths:
         self.prompts: list[np.ndarray] = []
         self.answers: list[np.ndarray] = []
         self.prompt_lost = self.answer_lost = 0
+        self.rows = 0
         self.whole = 0  # samples that are not cut
 
     def feed(self, tokenizer, chunk: Chunk, findings: Findings) -> None:
@@ -66,6 +67,7 @@ class Lengths:
                     findings.note("answer_cut", int(records["line"][i]), tokens=int(answers[i]), lost=from_answer)
             self.prompt_lost += int(prompt_lost.sum())
             self.answer_lost += int(answer_lost.sum())
+        self.rows += len(chunk.rows)
         self.whole += len(samples) - len(cut)
         self.prompts.append(prompts)
         self.answers.append(answers)
@@ -108,13 +110,8 @@ def sample_lines(tokenizer, sample: Sample) -> list[str]:
 
 
 def check_data(
-    path: str,
+    settings: DataSettings,
     tokenizer,
-    max_len: int,
-    max_src_len: int,
-    is_skip: bool,
-    empty_outputs: bool,
-    skip_bad: bool,
     test_path: str | None,
     output_dir: str,
     say: Callable[[str], None] = print,
@@ -122,8 +119,7 @@ def check_data(
     """Read the whole file, print what was found, and write each finding to FILE in `output_dir`.
 
     Args:
-        path to skip_bad: as for `data_set.prepare`.
-        test_path: a file whose prompts should not stand in `path`; its rows may have several outputs, or an empty one.
+        test_path: a file whose prompts should not be in the data; its rows may have several outputs, or an empty one.
 
     Raises:
         DataError: a training would not start with this file: it cannot be read, a row is broken and `skip_bad` is
@@ -139,7 +135,7 @@ def check_data(
                 file.write(json.dumps({"line": line, "kind": kind, **details}, ensure_ascii=False) + "\n")
 
             findings, lengths = Findings(tokenizer, record, changed=True), Lengths()
-            first, ends = _read(path, tokenizer, max_len, max_src_len, empty_outputs, findings, lengths)
+            first, ends = _read(settings, tokenizer, findings, lengths)
             findings.finish()
             if test_path:
                 _find_test_rows(test_path, findings)
@@ -148,8 +144,8 @@ def check_data(
 
     tally = findings.tally
     broken = sum(tally[kind][0] for kind in BROKEN if kind in tally)
-    usable = sum(map(len, lengths.prompts))
-    say(f"{path}: {usable + broken} rows, {usable} of them usable")
+    usable = lengths.rows
+    say(f"{settings.path}: {usable + broken} rows, {usable} of them usable")
     for kinds, title in ((BROKEN, "broken"), (LENGTHS | WARNINGS, "to look at"), (TEST, "test file")):
         there = [kind for kind in kinds if kind in tally]
         if there:
@@ -167,28 +163,30 @@ def check_data(
     if first:
         prompts, answers = (np.concatenate(some) for some in (lengths.prompts, lengths.answers))
         total = int(prompts.sum() + answers.sum())
-        dropped = "; --is_skip leaves such rows out" if is_skip and {*LENGTHS} & {*tally} else ""
+        dropped = "; --is_skip leaves such rows out" if settings.skip_cut and {*LENGTHS} & {*tally} else ""
         say(
             f"tokens: {total} (prompts {prompts.sum()}, answers {answers.sum()}); the cuts take {lengths.prompt_lost} "
             f"of the prompts (--max_src_len) and {lengths.answer_lost} of the answers (--max_len){dropped}"
         )
         # the prompt's special tokens are not counted by max_src_len, so that its mark may lie a bar too early
-        say("\n".join(("tokens of prompts:", *histogram(prompts, max_src_len, "--max_src_len"))))
+        say("\n".join(("tokens of prompts:", *histogram(prompts, settings.max_src_len, "--max_src_len"))))
         say("\n".join(("tokens of answers:", *histogram(answers))))
-        say("\n".join(("tokens of both:", *histogram(prompts + answers, max_len, "--max_len"))))
+        say("\n".join(("tokens of both:", *histogram(prompts + answers, settings.max_len, "--max_len"))))
         say("\n".join((f"first sample (line {first[0]}), token by token:", *sample_lines(tokenizer, first[1]))))
     say(f"all findings: {report}")
     if not usable:
-        raise DataError(f"{path}: every row is broken")
+        raise DataError(f"{settings.path}: every row is broken")
     if ends:
         raise DataError(str(ends))
-    if broken and not skip_bad:
-        raise DataError(f"{path}: {broken} rows are broken; mend them, or train without them: --on_bad_row skip")
-    if is_skip and not lengths.whole:
-        raise DataError(f"{path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
+    if broken and not settings.skip_bad:
+        raise DataError(
+            f"{settings.path}: {broken} rows are broken; mend them, or train without them: --on_bad_row skip"
+        )
+    if settings.skip_cut and not lengths.whole:
+        raise DataError(f"{settings.path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
 
 
-def _read(path, tokenizer, max_len, max_src_len, empty_outputs, findings, lengths):
+def _read(settings, tokenizer, findings, lengths):
     """Fill findings and lengths. Returns line and sample of the first usable row, and the error that ended the file."""
     first = ends = None
 
@@ -198,7 +196,7 @@ def _read(path, tokenizer, max_len, max_src_len, empty_outputs, findings, length
             ends = error
         findings.note(error.flaw.kind, error.line, problem=error.flaw.problem)
 
-    for chunk in encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, leave_out):
+    for chunk in encode_file(settings, tokenizer, leave_out):
         findings.feed(chunk.lines, chunk.rows, chunk.dialogues)
         lengths.feed(tokenizer, chunk, findings)
         if len(chunk.samples) and not first:

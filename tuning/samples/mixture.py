@@ -3,12 +3,12 @@
 Each epoch has all rows of the training file, and some of the replay file: other ones each time.
 """
 
-import random
-
 import numpy as np
 from torch.utils.data import ConcatDataset
 
 from tuning.samples.dataset import InstructionData
+from tuning.samples.epochs import Packs, stable_order
+from tuning.samples.shuffle import Shuffler
 
 
 class Mixture(InstructionData):
@@ -27,9 +27,9 @@ class Mixture(InstructionData):
     def __init__(
         self,
         task: InstructionData,
-        task_packs: list[list[int]],
+        task_packs: Packs,
         general: InstructionData,
-        general_packs: list[list[int]],
+        general_packs: Packs,
         ratio: float,
         longest: int,
         seed: int,
@@ -40,8 +40,9 @@ class Mixture(InstructionData):
         self.answer_lengths = np.concatenate((task.answer_lengths, general.answer_lengths))
         self.files = task.files + general.files
         self.task_packs = task_packs
-        self.packs = sorted(([row + len(task) for row in some] for some in general_packs), key=self.tokens)
-        task_rows = sum(map(len, task_packs))
+        general_packs = general_packs.moved(len(task))
+        self.packs = general_packs.select(stable_order(general_packs.sums(self.lengths)))  # the longest last
+        task_rows = len(task_packs.samples)
         wanted = task_rows * ratio / (1 - ratio)  # general rows of an epoch
         self.drawn = max(1, round(wanted * len(self.packs) / len(general)))  # packs of an epoch
         self.longest, self.seed = min(longest, self.drawn // 2), seed
@@ -53,13 +54,14 @@ class Mixture(InstructionData):
         """One line on the replay file, and what an epoch has of it."""
         return self.text
 
-    def epoch_packs(self, epoch: int) -> list[list[int]]:
+    def epoch_packs(self, epoch: int) -> Packs:
         """All packs of the task, and some general ones: the same number in each epoch, counted from 1.
 
         None comes twice before each has come once.
         """
-        rng = random.Random(f"replay {self.seed} {epoch}")
         whole, some = divmod(self.drawn, len(self.packs))
         first = self.longest if epoch == 1 and not whole else 0
         rest = len(self.packs) - first
-        return self.task_packs + self.packs * whole + self.packs[rest:] + rng.sample(self.packs[:rest], some - first)
+        drawn = Shuffler(f"replay {self.seed} {epoch}").sample(rest, some - first)
+        every = np.tile(np.arange(len(self.packs)), whole)
+        return self.task_packs + self.packs.select(np.concatenate((every, np.arange(rest, len(self.packs)), drawn)))
