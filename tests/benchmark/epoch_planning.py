@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from measured import status
+from process import forget_peak, status
 
 from tuning.samples.epochs import BatchShape, Packs, pack_rows, plan_epoch
 from tuning.samples.mixture import Mixture
@@ -83,7 +83,7 @@ def measure(action, rows: int, results) -> None:
     """Send seconds and MiB of an action."""
     action(Data(1000))  # what is imported and compiled at the first use
     data = Data(rows)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    forget_peak()
     before, start = status("VmRSS"), time.perf_counter()
     action(data)
     results.put((time.perf_counter() - start, (status("VmHWM") - before) / 2**20))

@@ -1,7 +1,7 @@
-"""`train.py --check_data`: one pass over an instruction file that says all that is wrong or odd in it, row by row.
+"""`train.py --check_data`: one pass over a data file that reports everything wrong or unusual in it, row by row.
 
-The terminal gets counts and first lines; every finding is a line of JSON in FILE. What is counted before each training
-too is in findings.py.
+The terminal shows counts and the first lines; every finding is a line of JSON in FILE. findings.py has what is also
+counted before each training.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from tuning.samples.formats import few_unused, to_dialogue, unused_text
 from tuning.samples.row_files import RowError, scan_rows
 
 FILE = "data_check.jsonl"
-LENGTHS = {  # kinds of findings that only --check_data counts, and what is said of them
+LENGTHS = {  # kinds of findings that only --check_data counts, and their titles
     "prompt_cut": "queries that lose their end to --max_src_len",
     "answer_cut": "answers that lose their end and the end token to --max_len",
 }
@@ -74,7 +74,7 @@ class Lengths:
 
 
 def histogram(lengths: np.ndarray, limit: int | None = None, limit_name: str = "") -> list[str]:
-    """Lines of a histogram; the bar in which `limit` lies is marked."""
+    """Lines of a histogram; the bar that contains `limit` is marked."""
     top = max(int(np.percentile(lengths, 99.5)), 1)
     width = next(w for power in range(12) for w in (10**power, 2 * 10**power, 5 * 10**power) if top / w <= 12)
     bins = np.minimum(lengths // width, top // width)  # the last one has no upper end
@@ -94,7 +94,7 @@ def histogram(lengths: np.ndarray, limit: int | None = None, limit_name: str = "
 
 
 def sample_lines(tokenizer, sample: Sample) -> list[str]:
-    """A sample token by token: place, piece, id and label; the middle of long parts is left out."""
+    """A sample token by token: position, id, label and piece; the middle of long parts is left out."""
     pieces = tokenizer.convert_ids_to_tokens(sample.input_ids)
     labels = sample.labels
     lines = [f"  {'place':>6} {'id':>7} {'label':>7}  piece"]
@@ -123,7 +123,7 @@ def check_data(
 
     Raises:
         DataError: a training would not start with this file: it cannot be read, a row is broken and `skip_bad` is
-            false, or none is left; or the report cannot be written. All but the last are said after the report.
+            false, or none is left; or the report cannot be written. All but the last are raised after the report.
     """
     report = os.path.join(output_dir, FILE)
     try:
@@ -168,7 +168,7 @@ def check_data(
             f"tokens: {total} (prompts {prompts.sum()}, answers {answers.sum()}); the cuts take {lengths.prompt_lost} "
             f"of the prompts (--max_src_len) and {lengths.answer_lost} of the answers (--max_len){dropped}"
         )
-        # the prompt's special tokens are not counted by max_src_len, so that its mark may lie a bar too early
+        # max_src_len does not count the prompt's special tokens, so its mark may be one bar too early
         say("\n".join(("tokens of prompts:", *histogram(prompts, settings.max_src_len, "--max_src_len"))))
         say("\n".join(("tokens of answers:", *histogram(answers))))
         say("\n".join(("tokens of both:", *histogram(prompts + answers, settings.max_len, "--max_len"))))

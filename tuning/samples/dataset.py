@@ -33,10 +33,10 @@ from tuning.samples.findings import BROKEN, FIRST, WARNINGS, Findings, lines_tex
 from tuning.samples.formats import ROW_FORMAT, Flaw, few_unused, unused_text
 from tuning.samples.row_files import RowError, scan_rows
 
-COUNTS = ("prompts_cut", "answers_cut", "skipped", "content", "findings", "unused")  # of a cache file, see prepare
+COUNTS = ("prompts_cut", "answers_cut", "skipped", "content", "findings", "unused")  # in a cache file, see prepare
 
 
-MOST = 0.5  # share of rows above which their being cut is a warning of its own
+MOST = 0.5  # share of cut rows above which there is an extra warning
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class DataSettings:
 def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, progress: bool = False) -> str:
     """Encode a data file into a cache file, unless that is there already.
 
-    Memory is that of a few chunks, whatever the size of the file; but a JSON array is read as a whole.
+    Memory is that of a few chunks, for files of any size; but a JSON array is read as a whole.
 
     Args:
         cache_dir: where cache files are kept; with None it is a temporary file, for the caller to delete.
@@ -84,7 +84,7 @@ def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, pro
             left; the file changed meanwhile; or the cache cannot be written.
     """
     path = settings.path
-    if problem := path_problem(path):  # to open a pipe would be to wait for its writer
+    if problem := path_problem(path):  # opening a pipe would wait for a writer
         raise DataError(f"{path}: {problem}")
     try:
         before = os.stat(path)
@@ -118,7 +118,7 @@ def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, pro
             raise
     after = os.stat(path)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        os.unlink(file)  # it may hold other rows than its name says
+        os.unlink(file)  # its rows may not be those of its key
         raise DataError(f"{path} changed while it was read")
     return file
 
@@ -220,9 +220,9 @@ class InstructionData(Dataset):
         file = prepared or prepare(settings, tokenizer)
         ids, spans, records, counts = cache.open_cache(file)
         if prepared is None:
-            os.unlink(file)  # what is mapped stays
+            os.unlink(file)  # a mapped file stays readable
         self.samples = Samples(ids, spans, records)
-        self.lengths = self.samples.lengths  # int64 [samples], tokens of each
+        self.lengths = self.samples.lengths  # int64 [samples], tokens per sample
         self.answer_lengths = np.array(records["learnt"], np.int64)  # [samples], of these with a label
         self.lines = records["line"]  # [samples], where each comes from
         self.files = [(settings.path, self.lines)]  # the same, for messages: rows of several files count on
@@ -254,7 +254,7 @@ class InstructionData(Dataset):
         return f"{text}; {unused}" if unused else text
 
     def warnings(self) -> list[str]:
-        """Lines on what makes the whole training doubtful: most of its samples are cut."""
+        """Lines about what puts the whole training in doubt: most of its samples are cut."""
         lines = []
         for count, what, flag in (
             (self.prompts_cut, "prompts lose their end to", "--max_src_len"),
@@ -305,8 +305,8 @@ def split_rows(data: InstructionData, ratio: float) -> tuple[np.ndarray, np.ndar
         DataError: one side is empty.
     """
     held_out = np.zeros(len(data), bool)
-    for i in range(len(data)):
-        digest = hashlib.blake2b(data.samples.prompt(i).tobytes(), digest_size=8).digest()
+    for i, prompt in enumerate(data.samples.prompts()):
+        digest = hashlib.blake2b(prompt, digest_size=8).digest()
         held_out[i] = int.from_bytes(digest, "big") < ratio * 2**64
     sides = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     if not all(map(len, sides)):
