@@ -77,7 +77,7 @@ def echo(monkeypatch):
     monkeypatch.setattr(
         predict,
         "answer",
-        lambda model, _, questions, args: [(f"{model}:{question.prompt}", True) for question in questions],
+        lambda model, _, questions, args: [(f"{model}:{one.prompt}", True) for one in questions],
     )
     return loaded
 
