@@ -28,14 +28,12 @@ if __name__ == "__main__":
     answer_early(parse_args)
 
 from glm_models.checkpoint import read_json
-from tuning.errors import DataError, UserError
+from tuning.errors import DataError, ExitCode, UserError
 from tuning.evaluate import report
 from tuning.exits import clear_errors
 from tuning.folders import write_errors, write_file
 from tuning.samples.formats import question_of, unused_keys
 from tuning.samples.row_files import read_rows
-
-INTERRUPTED = 75  # exit code of a training that saved its state and can go on
 
 # Data
 
@@ -116,7 +114,7 @@ class Runner:
             with self.lock:
                 self.children.remove(child)
                 self.ports.append(port)
-        if self.stopped.is_set() or code == INTERRUPTED:
+        if self.stopped.is_set() or code == ExitCode.RESUMABLE:
             raise Interrupted
         if code:
             raise RuntimeError(
@@ -368,7 +366,7 @@ def main(argv=None) -> None:
             path = compare(args)
         except (KeyboardInterrupt, Interrupted):
             print("stopped; the same command goes on", file=sys.stderr)
-            os._exit(INTERRUPTED)  # no waiting for threads
+            os._exit(ExitCode.RESUMABLE)  # no waiting for threads
         print(f"report: {path}")
 
 
