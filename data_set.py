@@ -4,19 +4,21 @@ A tokenizer is known here by these only: `encode_prompts`, `encode_answers`, `co
 `eos_token_id`, and by what findings.py asks of it. Where the ids lie on disk is the matter of cache.py.
 """
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader
 
 from tuning.samples import cache
-from tuning.samples.batches import MicroBatch
+from tuning.samples.batches import Batch, MicroBatch
 from tuning.samples.dataset import InstructionData, prepare, split_rows
-from tuning.samples.epochs import pack_rows
+from tuning.samples.epochs import pack_rows, plan_epoch
 from tuning.samples.mixture import Mixture
-from utils import is_main, on_rank_0, once_per_node, say
+from utils import data_parallel_rank, data_parallel_size, is_main, on_rank_0, once_per_node, say
 
 # Batches
 
@@ -88,3 +90,21 @@ def load_sources(args, tokenizer) -> Sources:
     if general.content == task.content:
         say("warning: --replay_path has the very rows of --train_path")
     return Sources(mixture, mixture.epoch_packs, held_out, held_out_rows, contents)
+
+
+def training_steps(engine, sources: Sources, args, epoch_steps: int) -> Iterator[tuple[int, list[Batch]]]:
+    """Yield epoch and micro-batches of this rank for each optimiser step, from where the engine is to the end.
+
+    Args:
+        engine: DeepSpeed's; its `global_steps` are the steps done.
+        epoch_steps: optimiser steps of an epoch.
+    """
+    rank, size, accumulation = data_parallel_rank(), data_parallel_size(), args.gradient_accumulation_steps
+    split = (args.per_device_train_batch_size, accumulation, size)
+    pin = get_accelerator().device_name() != "cpu"
+    for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
+        plan = plan_epoch(sources.data, sources.packs(epoch), *split, args.seed, epoch, args.group_by_length)
+        left = plan[engine.global_steps % epoch_steps :]
+        batches = iter(epoch_loader(sources.data, left, rank, size, pin))
+        while step := list(itertools.islice(batches, accumulation)):
+            yield epoch, step

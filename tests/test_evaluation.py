@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEXT
-from runs import STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
+from runs import BEFORE_STEP, STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
 from test_stops import before_step, errors
 
 import train
@@ -80,7 +80,7 @@ def plain_loss(mode: str, folder: Path, path: Path) -> float:
         sample = data.samples[i]
         with torch.no_grad():
             logits = model(torch.tensor([sample.input_ids])).logits[0]
-        for position in range(sample.answer_start, len(sample.input_ids)):
+        for position in range(len(sample.prompt), len(sample.input_ids)):
             total -= logits[position - 1].log_softmax(-1)[sample.input_ids[position]].item()
             tokens += 1
     return total / tokens
@@ -355,14 +355,11 @@ def test_held_out_rows_are_not_trained_on(tmp_path, bases, rows):
     flags = ["--eval_ratio", "0.3", "--eval_generate", "auto", "--num_train_epochs", "1", "--eval_max_new_tokens", "2"]
 
     def prepare():
-        begin = train.Watch.begin
-
-        def recorded(self, batch):
+        def record(watch, batches):
             with open(tmp_path / "trained", "a") as file:
-                file.write("".join(f"{self.files[0][1][row]}\n" for row in batch.rows))
-            return begin(self, batch)
+                file.write("".join(f"{watch.files[0][1][row]}\n" for batch in batches for row in batch.rows))
 
-        train.Watch.begin = recorded
+        BEFORE_STEP.append(record)
 
     codes, text = start(tmp_path, [*argv, *flags], prepare=prepare)
     assert codes == {0: 0}, text

@@ -2,7 +2,7 @@
 
 Read in runtime/zero/stage_1_and_2.py, stage3.py and partitioned_param_coordinator.py, and played into a model of CUDA's
 caching allocator: partitions, float32 masters and moments, gradient buckets, gathered parameters, the temporaries of a
-step, offload. DeepSpeed is taken as `utils.trim_deepspeed` leaves it. Nothing here was measured on a GPU.
+step, offload. DeepSpeed is taken as `tuning.engine.patches.apply` leaves it. Nothing here was measured on a GPU.
 """
 
 from typing import NamedTuple
