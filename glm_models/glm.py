@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GenerationMixin
 
 from .attention import LayerInputs, attention_forward, default_attention_mask, split_heads, visible_mask
-from .chat import ChatMixin
+from .chat import OFFICIAL, ChatMixin
 from .checkpoint import CheckpointError, short_repr
 from .config import ChatGLMConfigBase
 from .families import FAMILIES
@@ -205,7 +205,7 @@ class GLMTokenizer(ChatGLMTokenizerBase):
     def _convert_id_to_token(self, index: int) -> str:
         if index < self.num_image_tokens:
             return f"<image_{index}>"
-        if index >= self.vocab_size:  # rows of the padded embedding that mean nothing
+        if index >= self.vocab_size:  # an unused row of the padded embedding
             return ""
         return self.sp_model.IdToPiece(index - self.num_image_tokens)
 
@@ -326,9 +326,7 @@ class GLMModel(TransformerMixin, GLMPreTrainedModel):
         from 1. Padding on the left is not counted.
         """
         config = self.config
-        pad = (attention_mask.cumsum(1) == 0).sum(
-            1, keepdim=True
-        )  # on the left; padding on the right changes no position
+        pad = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)  # on the left; on the right it changes no position
         sop = self.context_lengths(input_ids)[:, None] - pad
         index = torch.arange(input_ids.shape[1], device=input_ids.device)[None] - pad
         is_gmask, is_mask = (input_ids == i for i in (config.gmask_token_id, config.mask_token_id))
@@ -408,15 +406,24 @@ class GLMForConditionalGeneration(ChatMixin, LanguageModelMixin, GLMPreTrainedMo
         ids[max(0, max_src_len - 2) : max_src_len] = [config.gmask_token_id, config.bos_token_id]
         return ids, max_src_len - 1
 
-    def stream_chat(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None, *official, **kwargs):
-        """See ChatMixin; but no cache of an earlier turn: its tokens have not seen the context behind them.
-
-        Args:
-            official: max_length, do_sample, top_p, temperature, logits_processor, in the official order.
-        """
+    def stream_chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_length: int | None = OFFICIAL,
+        do_sample: bool = True,
+        top_p: float = OFFICIAL,
+        temperature: float = OFFICIAL,
+        logits_processor=None,
+        **kwargs,
+    ):
+        """See ChatMixin; but no cache of an earlier turn, whose tokens have not seen the context that follows them."""
         if refused := {"past_key_values", "return_past_key_values"} & kwargs.keys():
             raise ValueError(f"{min(refused)}: ChatGLM-6B cannot continue from the cache of an earlier turn")
-        return super().stream_chat(tokenizer, query, history, None, *official, **kwargs)
+        return super().stream_chat(
+            tokenizer, query, history, None, max_length, do_sample, top_p, temperature, logits_processor, **kwargs
+        )
 
     @staticmethod
     def process_response(response: str) -> str:

@@ -136,8 +136,7 @@ class TransformerMixin:
         """The P-Tuning prefix of every layer: [layers, 2, batch, heads, pre_seq_len, head_dim], or None."""
         if self.config.pre_seq_len is None:
             return None
-        head_dim = getattr(self.config, "kv_channels", self.config.hidden_size // self.config.num_attention_heads)
-        return self.prefix_encoder(batch, self.config.num_layers, head_dim)
+        return self.prefix_encoder(batch, self.config.num_layers, self.blocks[0].get_attention().head_dim)
 
     def run_layers(
         self, hidden_states: torch.Tensor, inputs: LayerInputs, output_hidden_states: bool = False
