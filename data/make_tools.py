@@ -29,11 +29,13 @@ TRAIN, TEST = 1200, 100
 # The official chat's system message before the tools.
 SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
 
-# Places and people are put together from characters, so that a model must copy them and cannot know them.
-PLACE_FIRST = "青云白石金玉清长安平新古东南西北高大明秋春松柳竹梅桃兰龙凤鹤"
+# Places and people are put together from characters, so that a model must copy them and cannot know them. No character
+# stands in two of these lists: which one comes next is then easy to find for a small model.
+PLACE_FIRST = "青云白石金玉清长安福新古东南西北高大明秋春松柳竹梅桃兰龙凤鹤"
 PLACE_LAST = "河山州城桥江湖海岭泉原口"
 SURNAMES = "王李张刘陈杨赵黄周吴徐孙朱马胡林郭何罗梁"
-GIVEN = "伟芳娜敏静丽强磊军洋勇艳杰娟涛超霞平刚桂文辉玲斌宁"
+GIVEN_FIRST = "伟芳敏静丽强志军洋永艳"
+GIVEN_LAST = "杰娟涛超霞平刚文辉玲斌宁"
 DAYS = ("今天", "明天", "后天")
 SKIES = ("晴", "多云", "阴", "小雨", "大雨", "小雪", "大风")
 OPERATIONS = {"加": lambda a, b: a + b, "减": lambda a, b: a - b, "乘": lambda a, b: a * b}
@@ -106,9 +108,7 @@ class Values:
         self.rng = rng
         names = random.Random(SEED)
         places = [a + b for a in PLACE_FIRST for b in PLACE_LAST]
-        people = [a + b for a in SURNAMES for b in GIVEN] + [
-            a + b + c for a in SURNAMES for b in GIVEN for c in GIVEN if b != c
-        ]
+        people = [a + b + c for a in SURNAMES for b in ("", *GIVEN_FIRST) for c in GIVEN_LAST]
         for pool in (places, people):
             names.shuffle(pool)
         self.places, self.people = (
@@ -124,14 +124,14 @@ class Values:
         if name == "weather":
             return {"city": choice(self.places), "day": choice(DAYS)}
         if name == "calculate":
-            a, b = sorted((self.number(choice((2, 3))), self.number(2)), reverse=True)
+            a, b = sorted((self.number(2), self.number(2)), reverse=True)
             return {"a": a, "op": choice(list(OPERATIONS)), "b": b}
         if name == "track_order":
-            return {"number": self.number(5)}
+            return {"number": self.number(4)}
         if name == "find_phone":
             return {"name": choice(self.people)}
         if name == "read_obd":
-            return {"plate": self.number(4), "system": choice(SYSTEMS)}
+            return {"plate": self.number(3), "system": choice(SYSTEMS)}
         return {"name": choice(self.people), "people": self.rng.randint(2, 20), "hour": self.rng.randint(10, 21)}
 
     def result(self, name: str, given: dict) -> tuple[object, str]:
@@ -150,10 +150,10 @@ class Values:
             state, place = choice(STATES), choice(self.places)
             return {"状态": state, "位置": place}, f"订单{given['number']}{state}，现在在{place}。"
         if name == "find_phone":
-            phone = str(self.number(6))
+            phone = str(self.number(4))
             return phone, f"{given['name']}的电话是{phone}。"
         if name == "read_obd":
-            codes = [f"P0{self.number(3)}" for _ in range(choice((0, 1, 1, 2)))]
+            codes = [f"P03{self.number(2)}" for _ in range(choice((0, 1, 1, 2)))]
             said = f"有故障码{'和'.join(codes)}" if codes else "没有故障码"
             return {"codes": codes}, "尾号{plate}的{system}{said}。".format(**given, said=said)
         if self.rng.random() < 0.2:
@@ -239,7 +239,7 @@ def make_repeats(count: int) -> list[dict]:
     rows = []
     for _ in range(count):
         draws = (lambda: rng.choice(values.places), lambda: rng.choice(values.people))
-        draws += (lambda: str(values.number(rng.randint(2, 5))),)
+        draws += (lambda: str(values.number(rng.randint(2, 4))),)
         text = "，".join(rng.choice(draws)() for _ in range(rng.randint(2, 5)))
         messages = [{"role": "user", "content": REPEAT + text}, {"role": "assistant", "content": text}]
         rows.append({"conversations": messages})
@@ -283,7 +283,7 @@ def tokenizer_text(rows: list[dict]) -> str:
         for name in sorted(names - {None}, key=lambda name: (-len(name), name)):
             texts = [text.replace(name, "0") for text in texts]
         lines += texts
-    return "\n".join([*lines, "0".join(PLACE_FIRST + PLACE_LAST + SURNAMES + GIVEN)]) + "\n"
+    return "\n".join([*lines, "0".join(PLACE_FIRST + PLACE_LAST + SURNAMES + GIVEN_FIRST + GIVEN_LAST)]) + "\n"
 
 
 def check() -> None:
