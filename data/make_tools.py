@@ -175,10 +175,11 @@ def call_key(name: str, parameters: dict) -> str:
 
 
 class Maker:
-    """Makes rows; no call occurs twice, nor one of `taken`."""
+    """Makes rows without a call of `taken`; `unique`: no call occurs twice (a few thousand rows have calls enough)."""
 
-    def __init__(self, seed: int, test: bool, taken: set[str] = frozenset()):
+    def __init__(self, seed: int, test: bool, taken: set[str] = frozenset(), unique: bool = True):
         self.rng = random.Random(seed)
+        self.unique = unique
         self.values = Values(self.rng, test)
         self.seen = set(taken)
 
@@ -187,7 +188,8 @@ class Maker:
         parameters = self.values.draw(name)
         while call_key(name, parameters) in self.seen:
             parameters = self.values.draw(name)
-        self.seen.add(call_key(name, parameters))
+        if self.unique:
+            self.seen.add(call_key(name, parameters))
         observation, answer = self.values.result(name, parameters)
         return [
             {"role": "user", "content": self.rng.choice(QUESTIONS[name]).format(**parameters)},
@@ -223,8 +225,8 @@ def make_tools(train: int = TRAIN, test: int = TEST) -> tuple[list[dict], list[d
 
 
 def make_more(count: int) -> list[dict]:
-    """Further training rows: no call of theirs is in tools_1; a few may be in tools_0."""
-    maker = Maker(SEED + 2, test=False, taken=calls_of(read_rows("tools_1.json")))
+    """Any number of further training rows: no call of theirs is in tools_1; some are in tools_0, some occur twice."""
+    maker = Maker(SEED + 2, test=False, taken=calls_of(read_rows("tools_1.json")), unique=False)
     return [maker.row() for _ in range(count)]
 
 
