@@ -158,13 +158,13 @@ class GLMTokenizer(ChatGLMTokenizerBase):
         texts = [self._to_pieces_text(text) for text in texts]
         return [ids + self.num_image_tokens for ids in self._encode_pieces(texts, threads)]
 
-    def encode_prompts(self, queries, history=None, max_src_len=None, threads=1) -> list[Prompt]:
-        before, after = map(self._to_pieces_text, self._template(history))
+    def _encode_each(self, queries, histories, max_src_len=None, threads=1) -> list[Prompt]:
+        templates = [tuple(map(self._to_pieces_text, self._template(history))) for history in histories]
         queries = [self._to_pieces_text(query) for query in queries]
         end = np.array([self.gmask_token_id, self.bos_token_id], np.int32)
         return [
             Prompt(NO_IDS, ids + self.num_image_tokens, end, cut)
-            for ids, cut in self._fit_queries(before, queries, after, max_src_len, threads)
+            for ids, cut in self._fit_queries(templates, queries, max_src_len, threads)
         ]
 
     def context_length(self, ids: list[int]) -> int:

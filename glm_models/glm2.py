@@ -150,12 +150,11 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
         # `sop` and `eop` are also words
         return sorted({*super().special_texts, *(token for token in self.special_tokens if token[0] in "[<")})
 
-    def encode_prompts(self, queries, history=None, max_src_len=None, threads=1) -> list[Prompt]:
-        before, after = self._template(history)
+    def _encode_each(self, queries, histories, max_src_len=None, threads=1) -> list[Prompt]:
+        templates = [self._template(history) for history in histories]
         begin = np.array(self.get_prefix_tokens(), np.int32)
         return [
-            Prompt(begin, ids, NO_IDS, cut)
-            for ids, cut in self._fit_queries(before, queries, after, max_src_len, threads)
+            Prompt(begin, ids, NO_IDS, cut) for ids, cut in self._fit_queries(templates, queries, max_src_len, threads)
         ]
 
     @staticmethod

@@ -3,6 +3,7 @@
 import ast
 import copy
 import functools
+import itertools
 import json
 from typing import ClassVar
 
@@ -11,7 +12,10 @@ from transformers import BatchEncoding
 
 from .checkpoint import CheckpointError, shown
 from .glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer
-from .tokenization import Prompt
+from .tokenization import Encoded, Prompt
+
+# what the official example has in the system message before the tools
+TOOLS_SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
 
 
 class ChatGLM3Config(ChatGLM2Config):
@@ -119,6 +123,96 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     def encode_answers(self, answers, threads=1) -> list[np.ndarray]:
         line_break = np.array(self.line_break, np.int32)  # no metadata: the line break that ends it comes first
         return [np.concatenate((line_break, ids)) for ids in self.encode_texts(answers, threads)]
+
+    def encode_dialogues(self, dialogues, max_src_len=None, threads=1) -> list[Encoded]:
+        """Samples of conversations: one each, in which every learnt answer is a span.
+
+        An answer is learnt with the token that ends it: the role of the next message, as in the official chat, or the
+        end token. max_src_len counts what is before the first learnt answer.
+        """
+        encoded = []
+        for number, messages, contents in self._encode_messages(dialogues, threads):
+            first = next((i for i, message in enumerate(messages) if message.learn), None)
+            if first is None:
+                continue
+            parts, length, cut = self._lay_out(messages[:first], contents, max_src_len)
+            spans = []
+            for place in range(first, len(messages)):
+                role, head = self._head(messages[place].role, messages[place].metadata)
+                if spans and messages[place - 1].learn:
+                    spans[-1] = (spans[-1][0], length + 1)
+                if messages[place].learn:
+                    spans.append((length + 1, length + 1))  # its end is known with the next message
+                parts += (role, head, contents[place])
+                length += len(role) + len(head) + len(contents[place])
+            parts.append(self._frame[1])
+            length += 1
+            if messages[-1].learn:
+                spans[-1] = (spans[-1][0], length)
+            encoded.append(Encoded(number, tuple(parts), length, tuple(spans), cut))
+        return encoded
+
+    def encode_questions(self, dialogues, max_src_len=None, threads=1) -> list[Prompt]:
+        prompts = []
+        for _, messages, contents in self._encode_messages(dialogues, threads):
+            parts, _, cut = self._lay_out(messages, contents, max_src_len)
+            prompts.append(Prompt(np.concatenate(parts[:-1]), parts[-1], self._head("assistant", "")[0], cut))
+        return prompts
+
+    def _encode_messages(self, dialogues, threads):
+        """Yield number, messages and the ids of their contents of each dialogue; its tools are in a system message."""
+        each = [self._with_tools(dialogue) for dialogue in dialogues]
+        ids = iter(self.encode_texts([message.content for messages in each for message in messages], threads))
+        for number, messages in enumerate(each):
+            yield number, messages, list(itertools.islice(ids, len(messages)))
+
+    @staticmethod
+    def _with_tools(dialogue):
+        """The messages, tools written into the system message as in the official chat."""
+        if dialogue.tools is None:
+            return dialogue.messages
+        first, rest = dialogue.messages[0], dialogue.messages[1:]
+        if first.role != "system":
+            first, rest = (
+                first._replace(role="system", content=TOOLS_SYSTEM, metadata="", learn=False),
+                dialogue.messages,
+            )
+        tools = json.dumps(list(dialogue.tools), indent=4, ensure_ascii=False)
+        return (first._replace(content=f"{first.content}\n{tools}"), *rest)
+
+    def _lay_out(self, messages, contents, max_src_len):
+        """Parts and length of the messages before an answer, the last one cut to max_src_len, and whether it was."""
+        parts, counted = [self._frame[0]], 0
+        for message, content in zip(messages, contents, strict=False):
+            parts += (*self._head(message.role, message.metadata), content)
+            counted += sum(map(len, parts[-3:]))
+        template = counted - len(parts[-1]) * (len(parts) > 1)
+        if max_src_len is not None and max_src_len < template:
+            raise ValueError(f"max_src_len {max_src_len} is less than the {template} ids of the prompt's template")
+        cut = max_src_len is not None and counted > max_src_len
+        if cut:
+            parts[-1] = parts[-1][: max_src_len - template]
+            counted = max_src_len
+        return parts, len(parts[0]) + counted, cut
+
+    def _head(self, role: str, metadata: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the role, and of metadata with its line break."""
+        if role not in self.roles:
+            raise ValueError(f"role {role!r} is not one of {', '.join(self.roles)}")
+        if metadata:
+            return self._bare_heads[role][0], np.array(self.encode_text(f"{metadata}\n"), np.int32)
+        return self._bare_heads[role]
+
+    @functools.cached_property
+    def _bare_heads(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """`_head` of each role without metadata."""
+        line_break = np.array(self.line_break, np.int32)
+        return {role: (np.array([self.get_command(f"<|{role}|>")], np.int32), line_break) for role in self.roles}
+
+    @functools.cached_property
+    def _frame(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of what a sample begins with, and of its end token."""
+        return np.array(self.get_prefix_tokens(), np.int32), np.array([self.eos_token_id], np.int32)
 
     def decode_answer(self, ids: list[int]) -> str:
         return self.decode(ids).removeprefix("\n").removeprefix(" ")  # the line break, and what begins a text

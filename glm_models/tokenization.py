@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,23 @@ class Prompt(NamedTuple):
     @property
     def ids(self) -> np.ndarray:
         return np.concatenate((self.begin, self.text, self.end))
+
+
+class Encoded(NamedTuple):
+    """One sample of a dialogue, of any length.
+
+    dialogue: the number of the dialogue in the list that was encoded.
+    parts: its ids in order, int32 [tokens] each; arrays may be shared between samples.
+    length: tokens of all parts together.
+    spans: the learnt pieces, as (first position, position after the last); at least one.
+    cut: the question before the first learnt piece lost its end to max_src_len.
+    """
+
+    dialogue: int
+    parts: tuple[np.ndarray, ...]
+    length: int
+    spans: tuple[tuple[int, int], ...]
+    cut: bool
 
 
 def check_pairs(history) -> None:
@@ -133,9 +151,9 @@ def add_pieces(vocabulary: sentencepiece.SentencePieceProcessor, controls: tuple
 class ChatGLMTokenizerBase(PreTrainedTokenizer):
     """A SentencePiece vocabulary with the special tokens of one family.
 
-    Subclasses give `mode`, the special ids, and what differs: `encode_prompts`, `stop_token_ids`, and for some
-    `encode_texts` and `encode_answers`. The methods for one text call those for many, so that there is one home for
-    what they do.
+    Subclasses give `mode`, the special ids, and what differs: `_encode_each` or `encode_prompts`, `stop_token_ids`, and
+    for some `encode_texts`, `encode_answers`, `encode_dialogues` and `encode_questions`. The methods for one text call
+    those for many, so that there is one home for what they do.
     """
 
     mode: str  # the key in MODE, for messages
@@ -213,7 +231,62 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
             ValueError: a template alone is longer than max_src_len; the history has another form; or as
                 `encode_texts`.
         """
+        return self._encode_each(queries, [history] * len(queries), max_src_len, threads)
+
+    def _encode_each(
+        self, queries: list[str], histories: list, max_src_len: int | None = None, threads: int = 1
+    ) -> list[Prompt]:
+        """`encode_prompts` of queries that have a history each."""
         raise NotImplementedError
+
+    def encode_dialogues(self, dialogues: Sequence, max_src_len: int | None = None, threads: int = 1) -> list[Encoded]:
+        """Samples of conversations, in order. Here each learnt answer is a sample, with the turns before it as history.
+
+        Args:
+            dialogues: each has `messages` (with role, content, metadata and learn) and `tools`.
+            max_src_len, threads: as for `encode_prompts`.
+
+        Raises:
+            ValueError: the family has no such messages; or as `encode_prompts`.
+        """
+        numbers, queries, histories, answers = [], [], [], []
+        for number, dialogue in enumerate(dialogues):
+            pairs = self._pairs(dialogue)
+            for turn in [i for i, message in enumerate(dialogue.messages[1::2]) if message.learn]:
+                query, answer = pairs[turn]
+                numbers.append(number)
+                queries.append(query)
+                histories.append(pairs[:turn])
+                answers.append(answer)
+        prompts = self._encode_each(queries, histories, max_src_len, threads)
+        end = np.array([self.eos_token_id], np.int32)
+        encoded = []
+        answer_ids = self.encode_answers(answers, threads)
+        for number, (before, text, after, cut), answer in zip(numbers, prompts, answer_ids, strict=True):
+            start = len(before) + len(text) + len(after)
+            length = start + len(answer) + 1
+            encoded.append(Encoded(number, (before, text, after, answer, end), length, ((start, length),), cut))
+        return encoded
+
+    def encode_questions(self, dialogues: Sequence, max_src_len: int | None = None, threads: int = 1) -> list[Prompt]:
+        """Prompts for the answer to the last message of each dialogue. Arguments and errors: see `encode_dialogues`."""
+        pairs = [self._pairs(dialogue) for dialogue in dialogues]
+        queries = [dialogue.messages[-1].content for dialogue in dialogues]
+        return self._encode_each(queries, pairs, max_src_len, threads)
+
+    def _pairs(self, dialogue) -> list[tuple[str, str]]:
+        """Question and answer of each whole turn.
+
+        Raises:
+            ValueError: there are other messages than questions and answers in turn.
+        """
+        if dialogue.tools or any(message.metadata for message in dialogue.messages):
+            raise ValueError(f"{self.mode} has no tools; glm3 has")
+        roles = [message.role for message in dialogue.messages]
+        if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+            raise ValueError(f"a conversation of {self.mode} is user and assistant in turn, not {', '.join(roles)}")
+        texts = [message.content for message in dialogue.messages]
+        return list(zip(texts[::2], texts[1::2], strict=False))
 
     def encode_answers(self, answers: list[str], threads: int = 1) -> list[np.ndarray]:
         """Ids of answers as the model is to write them after the prompt, int32 [tokens] each, without the end token."""
@@ -308,17 +381,21 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
             raise ValueError("a text holds half a surrogate pair, which is no character") from None
 
     def _fit_queries(
-        self, before: str, queries: list[str], after: str, max_src_len: int | None, threads: int
+        self, templates: list[tuple[str, str]], queries: list[str], max_src_len: int | None, threads: int
     ) -> list[tuple[np.ndarray, bool]]:
         """Ids of before + query + after, with the end of `query` dropped to fit max_src_len, and whether it was.
+
+        Args:
+            templates: what stands before and after each query.
 
         The string is encoded whole because pieces may reach across the seams, as they do in the official chat. A piece
         that holds any character of the template counts as template.
         """
         fitted = []
         find = functools.cache(self._find_template)  # many queries begin and end alike
-        texts = [before + query + after for query in queries]
-        for query, ids in zip(queries, self._encode_pieces(texts, threads), strict=True):
+        texts = [before + query + after for (before, after), query in zip(templates, queries, strict=True)]
+        encoded = self._encode_pieces(texts, threads)
+        for (before, after), query, ids in zip(templates, queries, encoded, strict=True):
             cut = max_src_len is not None and len(ids) > max_src_len
             if cut:
                 head, tail = self._template_pieces(before, query, after, ids, find)

@@ -15,6 +15,7 @@ from tuning.errors import DataError
 from tuning.samples import cache, dataset, encoding
 from tuning.samples.dataset import InstructionData, prepare
 from tuning.samples.encoding import encode_sample, encode_samples
+from tuning.samples.formats import to_dialogue
 
 modes = pytest.mark.parametrize("mode", MODE)
 
@@ -69,13 +70,14 @@ def plain_sample(tokenizer, row, max_len, max_src_len):
     prompt = tokenizer.encode_prompt(query, max_src_len=max_src_len)
     answer = [*tokenizer.encode_answer(row["output"]), tokenizer.eos_token_id]
     room = max_len - len(prompt)
-    return prompt + answer[:room], len(prompt), prompt != tokenizer.encode_prompt(query), len(answer) > room
+    ids = prompt + answer[:room]
+    return ids, ((len(prompt), len(ids)),), prompt != tokenizer.encode_prompt(query), len(answer) > room
 
 
 @modes
 def test_many_rows_at_once_are_what_each_alone_is(tokenizers, mode):
     tokenizer, rows = tokenizers[mode], odd_rows(150)
-    samples = encode_samples(tokenizer, rows, 70, 40, threads=2)
+    samples = encode_samples(tokenizer, [to_dialogue(row) for row in rows], 70, 40, threads=2)
     assert [tuple(sample) for sample in samples] == [plain_sample(tokenizer, row, 70, 40) for row in rows]
     assert list(samples) == [encode_sample(tokenizer, row, 70, 40) for row in rows]
     for kind in ("prompt_cut", "answer_cut"):
@@ -121,7 +123,7 @@ def test_a_prepared_file_holds_what_the_rows_give_in_any_chunks(
     assert 0 < cut < len(rows)
     assert list(zip(data.lines.tolist(), data.samples, strict=True)) == kept
     assert data.lengths.tolist() == [len(sample.input_ids) for _, sample in kept]
-    assert data.answer_tokens([0, 3]) == sum(len(s.input_ids) - s.answer_start for _, s in (kept[0], kept[3]))
+    assert data.answer_tokens([0, 3]) == sum(len(s.learnt) for _, s in (kept[0], kept[3]))
     assert f"{len(kept)} samples, {data.lengths.sum()} tokens" in data.summary()
     # and with one chunk, not kept on disk
     monkeypatch.setattr(encoding, "CHUNK_ROWS", 1000)
@@ -131,7 +133,7 @@ def test_a_prepared_file_holds_what_the_rows_give_in_any_chunks(
 def test_long_texts_make_short_chunks(monkeypatch):
     monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", 10)
     rows = [(i, {"instruction": "a" * n, "input": "", "output": "b"}) for i, n in enumerate((4, 4, 4, 50, 1))]
-    assert [[line for line, _ in chunk] for chunk in encoding._chunks(iter(rows))] == [[0, 1, 2], [3], [4]]
+    assert [[line for line, *_ in chunk] for chunk in encoding._chunks(iter(rows))] == [[0, 1, 2], [3], [4]]
 
 
 # The cache

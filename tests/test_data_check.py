@@ -22,7 +22,7 @@ from tuning.samples.check import FILE, check_data, histogram, sample_lines
 from tuning.samples.dataset import InstructionData, prepare
 from tuning.samples.encoding import encode_sample
 from tuning.samples.findings import BROKEN, WARNINGS, Findings
-from tuning.samples.formats import Flaw
+from tuning.samples.formats import Flaw, to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,7 +234,8 @@ def test_warnings_stay_with_the_prepared_file(tokenizers, write, tmp_path):
 
 def test_memory_of_the_check_is_24_bytes_a_row(tokenizers):
     findings = Findings(tokenizers["glm3"])
-    findings.feed(range(1, 1001), [row(i, input="x" * 1000 + str(i)) for i in range(1000)])
+    rows = [row(i, input="x" * 1000 + str(i)) for i in range(1000)]
+    findings.feed(range(1, 1001), rows, list(map(to_dialogue, rows)))
     assert sum(array.nbytes for array in (*findings.lines, *findings.hashes)) == 24 * 1000
     assert findings.finish() == {}
 
@@ -247,7 +248,7 @@ def test_the_special_tokens_of_each_family(tokenizers, mode):
     tokenizer, plain = tokenizers[mode], ["sop", "eop", "[n]", "a < b", "<|blank_81|>"]
     rows = [row(i, output=text) for i, text in enumerate([*texts[mode], *plain])]
     findings = Findings(tokenizer)
-    findings.feed(range(len(rows)), rows)
+    findings.feed(range(len(rows)), rows, list(map(to_dialogue, rows)))
     assert findings.tally["special_tokens"][0] == len(texts[mode])
 
 
@@ -280,7 +281,7 @@ def test_lengths_and_what_the_cuts_take(tokenizers, mode, write, tmp_path):
     check(write(rows), tokenizer, tmp_path / "out", said)
     kept = [encode_sample(tokenizer, one, MAX_LEN, MAX_SRC_LEN) for one in rows]
     whole = [encode_sample(tokenizer, one, 10**6, 10**5) for one in rows]
-    prompt_lost = sum(b.answer_start - a.answer_start for a, b in zip(kept, whole, strict=True))
+    prompt_lost = sum(len(b.prompt) - len(a.prompt) for a, b in zip(kept, whole, strict=True))
     answer_lost = sum(len(b.input_ids) - len(a.input_ids) for a, b in zip(kept, whole, strict=True)) - prompt_lost
     assert prompt_lost > 0 and answer_lost > 0
     text = "\n".join(said)
@@ -295,8 +296,8 @@ def test_lengths_and_what_the_cuts_take(tokenizers, mode, write, tmp_path):
         if one["kind"] == "answer_cut"
     ):
         a, b = kept[line - 1], whole[line - 1]
-        assert tokens == len(b.input_ids) - b.answer_start
-        assert lost == tokens - (len(a.input_ids) - a.answer_start)
+        assert tokens == len(b.learnt)
+        assert lost == tokens - (len(a.learnt))
 
 
 def test_a_histogram_counts_all_and_marks_the_limit():

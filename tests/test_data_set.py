@@ -79,7 +79,7 @@ def test_an_empty_output_can_be_an_answer(tiny, mode, write):
     tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
     path = write(line() + line(output=""))
     data = InstructionData(path, tokenizer, 120, 60, empty_outputs=True)
-    *answer, end = data.samples[1].input_ids[data.samples[1].answer_start :]
+    *answer, end = data.samples[1].learnt
     assert end == tokenizer.eos_token_id
     assert tokenizer.decode_answer(answer) == ""
     with pytest.raises(DataError, match="line 2: output is empty; --allow_empty_output"):
@@ -98,11 +98,11 @@ def test_exactly_the_answer_and_its_end_are_learnt(tiny, mode):
     tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
     sample = encode_sample(tokenizer, GOOD, 100, 80)
     prompt = tokenizer.encode_prompt(GOOD["instruction"] + GOOD["input"])
-    assert sample.input_ids[: sample.answer_start] == prompt
+    assert sample.prompt == prompt
     learnt = [label for label in sample.labels if label != IGNORE_INDEX]
     assert learnt[-1] == tokenizer.eos_token_id
     assert tokenizer.decode_answer(learnt[:-1]) == GOOD["output"]
-    assert sample.labels[: sample.answer_start] == [IGNORE_INDEX] * len(prompt)
+    assert sample.labels[: len(prompt)] == [IGNORE_INDEX] * len(prompt)
     assert not sample.prompt_cut
     assert not sample.answer_cut
 
@@ -126,9 +126,7 @@ def test_limits_are_reported_and_impossible_ones_refused(tiny, mode, write):
     assert (data.prompts_cut, data.answers_cut) == (1, 1)
     skipping = InstructionData(path, tokenizer, 120, 60, is_skip=True)
     assert (len(skipping), skipping.skipped, skipping.lines.tolist()) == (1, 2, [1])
-    prompt = len(
-        encode_sample(tokenizer, GOOD, 100, 80).input_ids[: encode_sample(tokenizer, GOOD, 100, 80).answer_start]
-    )
+    prompt = len(encode_sample(tokenizer, GOOD, 100, 80).prompt)
     with pytest.raises(DataError, match=r"rows\.json line 1: the prompt's \d+ tokens leave no room"):
         InstructionData(path, tokenizer, prompt, 60)
 
@@ -218,7 +216,7 @@ def test_packs_hold_every_row_once_and_are_nearly_full(max_len):
 
 
 def test_a_batch_is_its_samples_end_to_end():
-    samples = [Sample([5, 6, 7], 1, False, False), Sample([8, 9, 5, 4], 3, False, False)]
+    samples = [Sample([5, 6, 7], ((1, 3),), False, False), Sample([8, 9, 5, 4], ((3, 4),), False, False)]
     batch = collate(samples, lambda ids: ids.index(5), MicroBatch([0, 1], 2.0))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 5, 4]]
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100, -100, 4]]
@@ -228,7 +226,7 @@ def test_a_batch_is_its_samples_end_to_end():
 
 
 def test_a_filler_batch_teaches_nothing():
-    batch = collate([Sample([5, 6, 7], 1, False, False)], len, MicroBatch([0], 2.0, is_filler=True))
+    batch = collate([Sample([5, 6, 7], ((1, 3),), False, False)], len, MicroBatch([0], 2.0, is_filler=True))
     assert batch["labels"].unique().tolist() == [IGNORE_INDEX]
     assert len(batch["answer_positions"]) == 0
     assert (batch.tokens, batch.samples) == (0, 0)
@@ -238,7 +236,7 @@ def test_a_filler_batch_teaches_nothing():
 def test_the_context_is_what_the_model_takes_for_it(tiny, mode):
     tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
     sample = encode_sample(tokenizer, GOOD, 100, 80)
-    expected = sample.answer_start - 1 if mode == "glm" else 0
+    expected = len(sample.prompt) - 1 if mode == "glm" else 0
     assert tokenizer.context_length(sample.input_ids) == expected
     if mode == "glm":
         model = MODE[mode].model(MODE[mode].config.from_pretrained(tiny[mode], num_layers=1))
@@ -254,11 +252,12 @@ def golden_sample(mode, tokenizer, row, max_len, max_src_len):
         return encode_sample(tokenizer, row, max_len, max_src_len)
     texts = ("[Round 1]\n问：", row["instruction"] + row["input"], "\n答：")
     before, query, after = map(tokenizer._to_pieces_text, texts)
-    (fitted,) = tokenizer._fit_queries(before, [query], after, max_src_len, threads=1)
+    (fitted,) = tokenizer._fit_queries([(before, after)], [query], max_src_len, threads=1)
     prompt = [*fitted[0].tolist(), tokenizer.gmask_token_id, tokenizer.bos_token_id]
     answer = [*tokenizer.encode_answer(row["output"]), tokenizer.eos_token_id]
     room = max_len - len(prompt)
-    return Sample(prompt + answer[:room], len(prompt), False, len(answer) > room)
+    ids = prompt + answer[:room]
+    return Sample(ids, ((len(prompt), len(ids)),), False, len(answer) > room)
 
 
 @golden
@@ -290,11 +289,17 @@ def test_samples_equal_the_references(mode):
                 continue
             assert sample.input_ids == expected
             start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-            assert sample.answer_start == start + (mode != "glm2")
-            assert sample.labels[sample.answer_start :] == labels[sample.answer_start :]
+            assert len(sample.prompt) == start + (mode != "glm2")
+            assert sample.labels[len(sample.prompt) :] == labels[len(sample.prompt) :]
             compared += 1
     assert compared > 30
     assert refused <= 15
+
+
+def learnt_span(labels: list[int]) -> tuple[int, int]:
+    """First labelled position, and the position after the last."""
+    learnt = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
+    return learnt[0], learnt[-1] + 1
 
 
 @golden
@@ -308,10 +313,7 @@ def test_batches_equal_the_references(mode):
         items = (
             items if None not in items else [content["settings"][batch["setting"]]["items"][i] for i in batch["items"]]
         )
-        samples = [
-            Sample(item["input_ids"], next(i for i, x in enumerate(item["labels"]) if x != IGNORE_INDEX), False, False)
-            for item in items
-        ]
+        samples = [Sample(item["input_ids"], (learnt_span(item["labels"]),), False, False) for item in items]
         ours = collate(samples, len, MicroBatch([], 1.0))
         lengths = [tokens for tokens, _ in ours["segments"]]
         for name, padding in (("input_ids", batch["pad_token_id"]), ("labels", IGNORE_INDEX)):

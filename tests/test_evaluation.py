@@ -80,7 +80,7 @@ def plain_loss(mode: str, folder: Path, path: Path) -> float:
         sample = data.samples[i]
         with torch.no_grad():
             logits = model(torch.tensor([sample.input_ids])).logits[0]
-        for position in range(sample.answer_start, len(sample.input_ids)):
+        for position in range(len(sample.prompt), len(sample.input_ids)):
             total -= logits[position - 1].log_softmax(-1)[sample.input_ids[position]].item()
             tokens += 1
     return total / tokens

@@ -554,7 +554,10 @@ def assert_same_training(model, batch, other_model, other_batch):
 
 
 def packed_batch(tokenizer):
-    rows = [Sample(prompt + answer, len(prompt), False, False) for prompt, answer in samples(tokenizer)]
+    rows = [
+        Sample(prompt + answer, ((len(prompt), len(prompt + answer)),), False, False)
+        for prompt, answer in samples(tokenizer)
+    ]
     return collate(rows, tokenizer.context_length, MicroBatch([], 5.0))
 
 

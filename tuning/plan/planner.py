@@ -57,7 +57,7 @@ def longest_batch(args: argparse.Namespace, config) -> Batch:
     ids = [1] * args.max_len
     if hasattr(config, "gmask_token_id"):  # ChatGLM-6B's prompts end so, and its attention depends on it
         ids[max(0, args.max_src_len - 2) : args.max_src_len] = [config.gmask_token_id, config.bos_token_id]
-    sample = Sample(ids, 1, False, False)
+    sample = Sample(ids, ((1, len(ids)),), False, False)
     rows = [sample] * args.per_device_train_batch_size
     context = args.max_src_len - 1 if hasattr(config, "gmask_token_id") else 0
     return collate(rows, lambda _: context, MicroBatch(list(range(len(rows))), 1.0))

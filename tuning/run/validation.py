@@ -157,8 +157,6 @@ class Validation:
 
     def _ids(self, row: dict) -> tuple[int, ...]:
         """A row's sample, empty if it has none."""
-        if isinstance(row["output"], list):
-            row = {**row, "output": row["output"][0]}
         try:
             return tuple(encode_sample(self.tokenizer, row, self.args.max_len, self.args.max_src_len).input_ids)
         except ValueError:  # no room for an answer

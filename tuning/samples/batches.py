@@ -34,17 +34,22 @@ class Batch(dict):
 
 def collate(samples: list[Sample], context_length: Callable[[list[int]], int], micro_batch: MicroBatch) -> Batch:
     """Put samples end to end; context_length is the tokenizer's."""
-    labels = [label for sample in samples for label in sample.labels]
-    if micro_batch.is_filler:
-        labels = [IGNORE_INDEX] * len(labels)
+    input_ids = torch.tensor([[i for sample in samples for i in sample.input_ids]])
+    positions, offset = [], 0
+    for sample in samples:
+        for start, end in () if micro_batch.is_filler else sample.spans:
+            positions += range(offset + start, offset + end)
+        offset += len(sample.input_ids)
+    answer_positions = torch.tensor(positions, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    labels[0, answer_positions] = input_ids[0, answer_positions]
     batch = Batch(
-        input_ids=torch.tensor([[i for sample in samples for i in sample.input_ids]]),
-        labels=torch.tensor([labels]),
+        input_ids=input_ids,
+        labels=labels,
         segments=[(len(sample.input_ids), context_length(sample.input_ids)) for sample in samples],
-        # counted here, since to count on a GPU is to wait for it
-        answer_positions=torch.tensor([i for i, label in enumerate(labels) if label != IGNORE_INDEX], dtype=torch.long),
+        answer_positions=answer_positions,  # known here; to search for them on a GPU would be to wait for it
         num_items_in_batch=micro_batch.num_items,
     )
-    batch.tokens, batch.samples = (0, 0) if micro_batch.is_filler else (len(labels), len(samples))
+    batch.tokens, batch.samples = (0, 0) if micro_batch.is_filler else (offset, len(samples))
     batch.rows = [] if micro_batch.is_filler else micro_batch.rows
     return batch

@@ -1,6 +1,6 @@
-"""Samples on disk as flat arrays, memory-mapped: the ids of all of them in a row, and a record for each.
+"""Samples on disk as flat arrays, memory-mapped: the ids of all of them, their learnt spans, and a record for each.
 
-    header (one JSON object, padded with spaces to HEADER bytes) | ids, int32 | records, RECORD
+    header (one JSON object, padded with spaces to HEADER bytes) | ids, int32 | spans, int32 | records, RECORD
 
 Files are named by a key that holds all that decides what is in them, written beside and renamed, and trusted only when
 size and checksum are right. So they can be shared by runs, and deleted whenever no run is starting.
@@ -23,18 +23,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-FORMAT = 3  # part of the key: raise it when the layout here changes
+FORMAT = 4  # part of the key: raise it when the layout here changes
 HEADER = 4096
-RECORD = np.dtype([("end", "<i8"), ("line", "<i8"), ("answer_start", "<i4"), ("cut", "<i4")])  # see CachedSamples
+RECORD = np.dtype([("end", "<i8"), ("spans_end", "<i8"), ("line", "<i8"), ("learnt", "<i4"), ("cut", "<i4")])
 BLOCK = 1 << 20  # bytes read at once
 HOUR = 60 * 60  # seconds
 
 
 class CachedSamples(NamedTuple):
-    """An opened file; both arrays are memory-mapped and read-only."""
+    """An opened file; the arrays are memory-mapped and read-only.
 
-    ids: np.ndarray  # int32 [tokens]
-    records: np.ndarray  # RECORD [samples]: where its ids end, its line in the data, where its answer starts, cuts
+    ids: int32 [tokens].
+    spans: int32 [spans, 2], learnt pieces: first position in the sample, and position after the last.
+    records: RECORD [samples]: where its ids and its spans end, its line in the data, learnt tokens, what was cut.
+    """
+
+    ids: np.ndarray
+    spans: np.ndarray
+    records: np.ndarray
     counts: dict  # what else its writer counted; json values
 
 
@@ -69,8 +75,10 @@ def open_cache(path: str) -> CachedSamples:
     """
     header = _read_header(path)
     ids = np.memmap(path, "<i4", "r", HEADER, (header["tokens"],))
-    records = np.memmap(path, RECORD, "r", HEADER + ids.nbytes, (header["samples"],))
-    return CachedSamples(ids, records, header["counts"])
+    spans = np.memmap(path, "<i4", "r", HEADER + ids.nbytes, (header["spans"], 2))
+    # the last ones in the file: `is_cut` of them speaks for all
+    records = np.memmap(path, RECORD, "r", HEADER + ids.nbytes + spans.nbytes, (header["samples"],))
+    return CachedSamples(ids, spans, records, header["counts"])
 
 
 def _read_header(path):
@@ -78,7 +86,7 @@ def _read_header(path):
         raise ValueError(f"{path} is no regular file")
     with open(path, "rb") as file:
         header = json.loads(file.read(HEADER))
-    size = HEADER + 4 * header["tokens"] + RECORD.itemsize * header["samples"]
+    size = HEADER + 4 * header["tokens"] + 8 * header["spans"] + RECORD.itemsize * header["samples"]
     if os.path.getsize(path) != size:
         raise ValueError(f"{path} has {os.path.getsize(path)} bytes instead of {size}")
     return header
@@ -110,13 +118,14 @@ def _seal(checksum: int, header: dict) -> int:
     return zlib.crc32(json.dumps(header, sort_keys=True).encode(), checksum)
 
 
-def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], counts: dict) -> None:
+def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], counts: dict) -> None:
     """Write a file in one step: it has its name only once it is whole and on the disk. Memory: one chunk.
 
     Several processes may write the same file at once; each writes its own, and the last one stays.
 
     Args:
-        chunks: ids and records of some samples; here `end` counts from the chunk's first id, and is changed.
+        chunks: ids, spans and records of some samples; here `end` and `spans_end` count from the start of the chunk,
+            and are changed.
         counts: read when the chunks are through.
 
     Raises:
@@ -125,21 +134,28 @@ def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], coun
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     sweep(folder, r"\w+\.samples")
-    with whole_file(path, "xb", opener=_private) as file, tempfile.TemporaryFile(dir=folder) as tail:
-        checksum = tokens = samples = 0
+    with (
+        whole_file(path, "xb", opener=_private) as file,
+        tempfile.TemporaryFile(dir=folder) as spans_file,
+        tempfile.TemporaryFile(dir=folder) as records_file,
+    ):
+        checksum = tokens = pieces = samples = 0
         file.seek(HEADER)
-        for ids, records in chunks:
+        for ids, spans, records in chunks:
             content = ids.astype("<i4", copy=False).data
             file.write(content)
             checksum = zlib.crc32(content, checksum)
             records["end"] += tokens
-            tail.write(records.tobytes())
-            tokens, samples = tokens + len(ids), samples + len(records)
-        tail.seek(0)
-        while block := tail.read(BLOCK):
-            file.write(block)
-            checksum = zlib.crc32(block, checksum)
-        header = {"tokens": tokens, "samples": samples, "counts": counts}
+            records["spans_end"] += pieces
+            spans_file.write(spans.astype("<i4", copy=False).tobytes())
+            records_file.write(records.tobytes())
+            tokens, pieces, samples = tokens + len(ids), pieces + len(spans), samples + len(records)
+        for tail in (spans_file, records_file):
+            tail.seek(0)
+            while block := tail.read(BLOCK):
+                file.write(block)
+                checksum = zlib.crc32(block, checksum)
+        header = {"tokens": tokens, "spans": pieces, "samples": samples, "counts": counts}
         header["crc32"] = _seal(checksum, header)
         content = json.dumps(header).encode().ljust(HEADER)
         if len(content) > HEADER:

@@ -4,6 +4,7 @@ The terminal gets counts and first lines; every finding is a line of JSON in FIL
 too is in findings.py.
 """
 
+import itertools
 import json
 import os
 import re
@@ -13,10 +14,10 @@ import numpy as np
 
 from tuning.errors import DataError
 from tuning.samples.cache import sweep, whole_file
-from tuning.samples.dataset import encode_file
+from tuning.samples.dataset import Chunk, encode_file
 from tuning.samples.encoding import ANSWER_CUT, IGNORE_INDEX, PROMPT_CUT, Sample, encode_samples
 from tuning.samples.findings import BROKEN, CHANGED, WARNINGS, Findings, lines_text
-from tuning.samples.formats import few_unused, unused_text
+from tuning.samples.formats import few_unused, to_dialogue, unused_text
 from tuning.samples.row_files import RowError, scan_rows
 
 FILE = "data_check.jsonl"
@@ -42,24 +43,27 @@ class Lengths:
         self.prompt_lost = self.answer_lost = 0
         self.whole = 0  # samples that are not cut
 
-    def feed(self, tokenizer, lines, rows, samples, findings: Findings) -> None:
-        """Take some samples, and encode those that were cut once more as a whole."""
-        records = samples.records
-        prompts = records["answer_start"].astype(np.int64)
-        answers = samples.lengths - prompts
+    def feed(self, tokenizer, chunk: Chunk, findings: Findings) -> None:
+        """Count the tokens of some samples; those that were cut are encoded once more as a whole."""
+        samples, records = chunk.samples, chunk.samples.records
+        answers = records["learnt"].astype(np.int64)
+        prompts = samples.lengths - answers
         cut = np.flatnonzero(records["cut"])
         if len(cut):
-            whole = encode_samples(tokenizer, [rows[i] for i in cut], NO_LIMIT, None)
-            whole_prompts = whole.records["answer_start"]
-            prompt_lost = whole_prompts - prompts[cut]
-            answer_lost = whole.lengths - whole_prompts - answers[cut]
+            # a dialogue has as many samples as a whole, in the same order
+            again = np.unique(samples.places[cut])
+            whole = encode_samples(tokenizer, [chunk.dialogues[i] for i in again], NO_LIMIT, None)
+            those = np.searchsorted(np.flatnonzero(np.isin(samples.places, again)), cut)
+            whole_answers = whole.records["learnt"][those]
+            prompt_lost = whole.lengths[those] - whole_answers - prompts[cut]
+            answer_lost = whole_answers - answers[cut]
             prompts[cut] += prompt_lost
             answers[cut] += answer_lost
             for i, from_prompt, from_answer in zip(cut, prompt_lost.tolist(), answer_lost.tolist(), strict=True):
                 if records["cut"][i] & PROMPT_CUT:
-                    findings.note("prompt_cut", int(lines[i]), tokens=int(prompts[i]), lost=from_prompt)
+                    findings.note("prompt_cut", int(records["line"][i]), tokens=int(prompts[i]), lost=from_prompt)
                 if records["cut"][i] & ANSWER_CUT:
-                    findings.note("answer_cut", int(lines[i]), tokens=int(answers[i]), lost=from_answer)
+                    findings.note("answer_cut", int(records["line"][i]), tokens=int(answers[i]), lost=from_answer)
             self.prompt_lost += int(prompt_lost.sum())
             self.answer_lost += int(answer_lost.sum())
         self.whole += len(samples) - len(cut)
@@ -90,14 +94,15 @@ def histogram(lengths: np.ndarray, limit: int | None = None, limit_name: str = "
 def sample_lines(tokenizer, sample: Sample) -> list[str]:
     """A sample token by token: place, piece, id and label; the middle of long parts is left out."""
     pieces = tokenizer.convert_ids_to_tokens(sample.input_ids)
+    labels = sample.labels
     lines = [f"  {'place':>6} {'id':>7} {'label':>7}  piece"]
-    for start, end in ((0, sample.answer_start), (sample.answer_start, len(pieces))):
+    for start, end in itertools.pairwise(sorted({0, *itertools.chain(*sample.spans), len(pieces)})):
         for i in range(start, end):
             if end - start > 2 * ENDS + 1 and start + ENDS <= i < end - ENDS:
                 if i == start + ENDS:
                     lines.append(f"  {'...':>6} {end - start - 2 * ENDS} more")
                 continue
-            label = "-" if sample.labels[i] == IGNORE_INDEX else sample.labels[i]
+            label = "-" if labels[i] == IGNORE_INDEX else labels[i]
             lines.append(f"  {i:>6} {sample.input_ids[i]:>7} {label:>7}  {json.dumps(pieces[i], ensure_ascii=False)}")
     return lines
 
@@ -193,11 +198,11 @@ def _read(path, tokenizer, max_len, max_src_len, empty_outputs, findings, length
             ends = error
         findings.note(error.flaw.kind, error.line, problem=error.flaw.problem)
 
-    for lines, rows, samples in encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, leave_out):
-        findings.feed(lines, rows)
-        lengths.feed(tokenizer, lines, rows, samples, findings)
-        if rows and not first:
-            first = lines[0], samples[0]
+    for chunk in encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, leave_out):
+        findings.feed(chunk.lines, chunk.rows, chunk.dialogues)
+        lengths.feed(tokenizer, chunk, findings)
+        if len(chunk.samples) and not first:
+            first = int(chunk.samples.records["line"][0]), chunk.samples[0]
     return first, ends
 
 
@@ -210,7 +215,7 @@ def _find_test_rows(path, findings):
         if isinstance(row, RowError):
             findings.note("test_broken", line, problem=row.flaw.problem)
             continue
-        value = hash(row["instruction"] + row["input"])
+        value = hash(to_dialogue(row).prompt_key)
         place = np.searchsorted(prompts, value)
         if place < len(prompts) and prompts[place] == value:
             findings.note("test_in_training", line, training_line=int(lines[place]))

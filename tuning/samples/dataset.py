@@ -5,7 +5,8 @@ import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from tuning.errors import DataError
 from tuning.samples import cache
 from tuning.samples.batches import Batch, MicroBatch, collate
+from tuning.samples.dialogue import Dialogue
 from tuning.samples.encoding import (
     AHEAD,
     ANSWER_CUT,
@@ -105,6 +107,15 @@ def prepare(
     return file
 
 
+class Chunk(NamedTuple):
+    """Some rows of a file that can be trained, and their samples. `samples.places` counts rows of the chunk."""
+
+    lines: Sequence[int]
+    rows: Sequence[dict]
+    dialogues: Sequence[Dialogue]
+    samples: Samples
+
+
 def encode_file(
     path: str,
     tokenizer,
@@ -113,7 +124,7 @@ def encode_file(
     empty_outputs: bool,
     leave_out: Callable[[RowError], None],
     several_outputs: bool = False,
-) -> Iterator[tuple[Sequence[int], Sequence[dict], Samples]]:
+) -> Iterator[Chunk]:
     """Lines, rows and samples of an instruction file, some at a time.
 
     Args:
@@ -128,48 +139,54 @@ def encode_file(
         for line, row in scan_rows(path, several_outputs, empty_outputs):
             if isinstance(row, RowError):
                 leave_out(row)
-            elif isinstance(row["output"], list):
-                yield line, {**row, "output": row["output"][0]}
             else:
                 yield line, row
 
     threads = -(-available_cpus() // AHEAD)  # a chunk's share
 
     def encode(chunk):
-        lines, rows = zip(*chunk, strict=True)
+        lines, rows, dialogues = zip(*chunk, strict=True)
         no_room: dict[int, str] = {}
         try:
-            samples = encode_samples(tokenizer, rows, max_len, max_src_len, threads, no_room)
+            samples = encode_samples(tokenizer, dialogues, max_len, max_src_len, threads, no_room)
         except ValueError:
             _raise_first_error(path, chunk, tokenizer, max_len, max_src_len)
             raise
-        return lines, rows, samples, no_room
+        samples.records["line"] = np.array(lines)[samples.places]
+        return Chunk(lines, rows, dialogues, samples), no_room
 
-    for lines, rows, samples, no_room in _ahead(encode, _chunks(usable())):
+    for chunk, no_room in _ahead(encode, _chunks(usable())):
         for i, problem in no_room.items():
-            leave_out(RowError(f"{path} line {lines[i]}: {problem}", lines[i], Flaw("no_room", problem)))
-        if no_room:
-            lines, rows = ([item for i, item in enumerate(items) if i not in no_room] for items in (lines, rows))
-        samples.records["line"] = lines
-        yield lines, rows, samples
+            line = chunk.lines[i]
+            leave_out(RowError(f"{path} line {line}: {problem}", line, Flaw("no_room", problem)))
+        yield _without(chunk, no_room) if no_room else chunk
+
+
+def _without(chunk: Chunk, places: Container[int]) -> Chunk:
+    """A chunk without some of its rows, which have no samples."""
+    kept = [i for i in range(len(chunk.rows)) if i not in places]
+    lines, rows, dialogues = ([items[i] for i in kept] for items in chunk[:3])
+    chunk.samples.places = np.searchsorted(kept, chunk.samples.places)
+    return Chunk(lines, rows, dialogues, chunk.samples)
 
 
 def _kept_chunks(path, encoded, is_skip, findings, counts, bar):
-    """Yield ids and records of some samples at a time, for `cache.write_cache`; add to `counts` and `bar`."""
+    """Yield ids, spans and records of some samples at a time, for `cache.write_cache`; add to `counts` and `bar`."""
     usable = kept = 0
-    for lines, rows, samples in encoded:
-        ids, records = samples.ids, samples.records
+    for lines, rows, dialogues, samples in encoded:
+        ids, spans, records = samples.ids, samples.spans, samples.records
         counts["prompts_cut"] += int(np.count_nonzero(records["cut"] & PROMPT_CUT))
         counts["answers_cut"] += int(np.count_nonzero(records["cut"] & ANSWER_CUT))
         if is_skip:
             whole = records["cut"] == 0
-            ids = ids[np.repeat(whole, samples.lengths)]
+            pieces = np.diff(records["spans_end"], prepend=0)
+            ids, spans = ids[np.repeat(whole, samples.lengths)], spans[np.repeat(whole, pieces)]
             records = records[whole]
-            records["end"] = np.cumsum(samples.lengths[whole])
+            records["end"], records["spans_end"] = np.cumsum(samples.lengths[whole]), np.cumsum(pieces[whole])
             counts["skipped"] += len(samples) - len(records)
         usable, kept = usable + len(rows), kept + len(records)
-        findings.feed(lines, rows)
-        yield ids, records
+        findings.feed(lines, rows, dialogues)
+        yield ids, spans, records
         bar.update((lines[-1] if lines else bar.n) - bar.n)
     if not usable:
         first = next((f"line {findings.tally[kind][1][0]}: {why}" for kind, why in findings.problems.items()), "")
@@ -212,12 +229,12 @@ class InstructionData(Dataset):
         self.context_length = tokenizer.context_length
         settings = (path, tokenizer, max_len, max_src_len, is_skip, empty_outputs)
         file = prepared or prepare(*settings, skip_bad=skip_bad, several_outputs=several_outputs)
-        ids, records, counts = cache.open_cache(file)
+        ids, spans, records, counts = cache.open_cache(file)
         if prepared is None:
             os.unlink(file)  # what is mapped stays
-        self.samples = Samples(ids, records)
+        self.samples = Samples(ids, spans, records)
         self.lengths = self.samples.lengths  # [samples], tokens of each
-        self.answer_lengths = self.lengths - records["answer_start"]  # [samples], of these with a label
+        self.answer_lengths = np.array(records["learnt"], np.int64)  # [samples], of these with a label
         self.lines = records["line"]  # [samples], where each comes from
         self.files = [(path, self.lines)]  # the same, for messages: rows of several files count on
         self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tuning.samples.dialogue import Dialogue
 from tuning.samples.formats import count_unused
 
 FIRST = 3  # lines that are named of each kind
@@ -68,14 +69,19 @@ class Findings:
         if self.record:
             self.record(kind, line, details)
 
-    def feed(self, lines: Sequence[int], rows: Sequence[dict]) -> None:
-        """Take some rows that can be trained, in the order of the file."""
+    def feed(self, lines: Sequence[int], rows: Sequence[dict], dialogues: Sequence[Dialogue]) -> None:
+        """Look at some rows that can be trained, in the order of the file.
+
+        Args:
+            dialogues: what the rows become; of the rows themselves only the keys are read.
+        """
         count_unused(rows, self.unused)
-        prompts = [row["instruction"] + row["input"] for row in rows]
-        answers = [row["output"] for row in rows]
+        prompts = [dialogue.prompt for dialogue in dialogues]
+        answers = [dialogue.answer for dialogue in dialogues]
+        keys = [dialogue.prompt_key for dialogue in dialogues]
         self.lines.append(np.array(lines, np.int64))
         # those of str are of 64 bits, with a seed that nobody outside knows
-        hashes = (map(hash, prompts), map(hash, zip(prompts, answers, strict=True)))
+        hashes = (map(hash, keys), map(hash, zip(keys, answers, strict=True)))
         self.hashes.append(np.stack([np.fromiter(some, np.int64, len(rows)) for some in hashes], 1))
 
         text = "\n".join((*prompts, *answers))  # what is in none of the texts is looked for once
@@ -130,7 +136,7 @@ class Findings:
         return self.tally
 
     def prompts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of all rows so far: lines, and the values of `hash` of their prompts."""
+        """Of all rows so far: lines, and the hashes of their `prompt_key`."""
         if not self.lines:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         return np.concatenate(self.lines), np.concatenate(self.hashes)[:, 0]
