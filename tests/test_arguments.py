@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import glm_models
-import merge_lora
 import train
 from glm_models import MODE
 from tuning import methods
