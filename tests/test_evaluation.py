@@ -17,7 +17,7 @@ from test_stops import before_step, errors
 
 import train
 from glm_models import MODE, ops
-from glm_models.chat import generate_answers
+from glm_models.generation import generate_answers
 from tuning import folders
 from tuning.errors import DataError, UserError
 from tuning.run import validation as evaluation

@@ -169,7 +169,7 @@ def bad_cases(tiny, folder) -> dict[str, list]:
 SAYS = {
     "missing": "1 missing (first: ",
     "unknown": "1 unknown (first: ",
-    "misshapen": "1 misshapen (first: ",
+    "misshapen": "1 of another shape (first: ",
     "lost_prefix": "1 unknown (first: transformer.prefix_encoder.embedding.weight)",
     "no_prefix": "there is none among the weights",
     "short_prefix": "has pre_seq_len 3",

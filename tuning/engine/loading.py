@@ -14,8 +14,9 @@ from deepspeed.accelerator import get_accelerator
 
 from glm_models import MODE, check_family
 from glm_models.checkpoint import printable, weight_layout
-from glm_models.families import check_ids, how_to_download
-from glm_models.modeling import has_lost_prefix
+from glm_models.families import how_to_download
+from glm_models.identify import check_ids
+from glm_models.pretrained import has_lost_prefix
 from tuning.engine.partitioned import load_partitioned
 from tuning.engine.patches import avoid_cudnn_attention
 from tuning.errors import UserError

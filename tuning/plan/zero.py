@@ -13,7 +13,6 @@ from deepspeed.runtime.config import DtypeEnum
 from tuning.errors import UserError
 from tuning.plan.allocator import CachingAllocator
 from tuning.plan.trace import Event, host_bytes, pinned_size
-from tuning.samples.batches import Batch
 
 CUBLAS = 32 * 2**20  # workspace of cuBLAS, from torch's allocator: Hopper's; other GPUs take 8 MiB
 
@@ -22,13 +21,13 @@ class Setup(NamedTuple):
     """A training as train.py would start it.
 
     model: on the meta device, in the compute type, in training mode.
-    batch: of `longest_batch`.
+    batch: the model's arguments, see `longest_batch`.
     ds_config: resolved, no "auto" left.
     groups: the optimiser's parameter groups.
     """
 
     model: torch.nn.Module
-    batch: Batch
+    batch: dict
     ds_config: dict
     groups: list[dict]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from glm_models.chat import generate_answers
+from glm_models.generation import generate_answers
 from tuning.errors import UserError
 from tuning.folders import write_errors, write_file
 from tuning.metrics import AS_WRITTEN, FROM_LOSS, HEADLINE, kind_of, missing, references_of, score, with_references
