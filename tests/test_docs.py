@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.launcher import runner
 
 import merge_lora
@@ -25,6 +26,7 @@ import train
 from tuning.arguments import compare as compare_arguments
 from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
+from tuning.engine.ds_config import ds_values, load_ds_config
 from tuning.evaluate import forgetting
 from tuning.samples.formats import find_flaw
 
@@ -208,10 +210,19 @@ def test_the_example_of_a_method_is_one(tmp_path):
         (code,) = fences(read(name), "python")
         scope = {}
         exec(code, scope)
-        import torch
-
         model = scope["bias"](None, lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)))
         assert [p.requires_grad for p in model.parameters()] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("name", ["docs/extending.md", "docs/zh/extending.md"])
+def test_the_example_of_an_optimizer_is_accepted(name, tmp_path, places):
+    config = json.loads(read("ds_zero2_no_offload.json"))
+    (section,) = fences(read(name), "json")
+    config |= json.loads(f"{{{section}}}")
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    args = train_arguments.parse_args([places.get(word, word) for word in REQUIRED.split()])
+    loaded = load_ds_config(str(tmp_path / "ds.json"), ds_values(args, 1, 10, 64), as_gpu=True)
+    assert (loaded["optimizer"]["type"], loaded["optimizer"]["params"]["lr"]) == ("Lion", args.learning_rate)
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md", "docs/data.md", "docs/zh/data.md"])
