@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 import traceback
@@ -26,6 +27,7 @@ import train
 from tuning.arguments import compare as compare_arguments
 from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
+from tuning.arguments.other_names import LAUNCHER
 from tuning.engine.ds_config import ds_values, load_ds_config
 from tuning.evaluate import forgetting
 from tuning.samples.formats import find_flaw
@@ -159,17 +161,45 @@ def code_spans(text: str) -> list[str]:
 OURS = re.compile(r"(\.ci|data|docs|glm_models|scripts|tests|tuning)/[\w./<>-]*|(ds_zero|requirements)\w*\.\w+")
 
 
+def words_of_code(name: str) -> list[str]:
+    """The words in the code spans and the commands of a document."""
+    return [word for text in (*code_spans(read(name)), *fences(read(name), "bash")) for word in text.split()]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_files_and_names_in_them_are_there(name):
-    for span in [*code_spans(read(name)), *"\n".join(fences(read(name), "bash")).split()]:
-        path, _, inside = span.partition(":")
+    for word in words_of_code(name):
+        if re.match(r"(tuning|glm_models)\.\w", word):  # behind python -m
+            word = word.replace(".", "/") + ".py"
+        path, _, inside = word.partition(":")
         path = path.replace("<mode>", "glm3").replace("<train_type>", "lora")
         if not OURS.fullmatch(path) and path not in ("train.py", "data_set.py", "utils.py"):
             continue
-        assert (ROOT / path).exists(), span
+        assert (ROOT / path).exists(), word
         if inside:
             defined = rf"^ *(def|class) {inside}\b|^{inside}(:.*)? = "
             assert re.search(defined, read(path), re.MULTILINE), f"{path} has no {inside}"
+
+
+# Of Python's argparse, deepspeed's launcher, pip and Slurm.
+OTHER_FLAGS = {"--help", "--log_level", "--index-url", "--signal"} | {f"--{name}" for name in LAUNCHER}
+
+
+@functools.cache
+def known_flags() -> set[str]:
+    """The flags of our scripts and tools, and OTHER_FLAGS."""
+    files = [
+        path for part in ("*.py", "tuning/**/*.py", "glm_models/*.py", "tests/**/*.py") for path in ROOT.glob(part)
+    ]
+    tools = [path for path in files if not path.name.startswith("test_") or path.name == "test_fuzz.py"]
+    sources = "\n".join(path.read_text() for path in tools)
+    return set(re.findall(r"[\"'](--[\w-]+)[\"']", sources)) | OTHER_FLAGS
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_flags_in_the_text_are_those_of_the_scripts(name):
+    found = {word.split("=")[0] for word in words_of_code(name) if re.match(r"--\w", word)}
+    assert found - known_flags() == set()
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md", "docs/extending.md", "docs/zh/extending.md"])
@@ -363,7 +393,24 @@ def test_commands_have_flags_that_the_scripts_know(name, places, results, monkey
             PARSERS[script](words)
 
 
-def in_child(main: Callable, words: list[str], log: Path, variables: dict[str, str] | None = None) -> str:
+SCRIPT = re.compile(r"((?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*)bash (scripts/\S+\.sh) ?(.*)")
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_scripts_read_the_variables_and_pass_on_the_flags_of_commands(name, places):
+    files = ["--train_path", places["data/spo_0.json"], "--test_path", places["data/spo_1.json"]]
+    for command in commands(read(name)):
+        if match := SCRIPT.fullmatch(command):
+            variables, script, words = match.groups()
+            text = read(script) + "".join(map(read, re.findall(r"scripts/\w+\.sh", read(script))))
+            text += read("scripts/common.sh") * ("common.sh" in text)
+            for variable in re.findall(r"([A-Z_]+)=", variables):
+                assert f"${{{variable}:-" in text, command
+            if "compare" in script:
+                compare_arguments.parse_args(["--model", f"glm3={places['ChatGLM3-6B/']}", *files, *shlex.split(words)])
+
+
+def in_child(main: Callable, words: list[str], log: Path) -> str:
     """What `main` printed in a forked process. It must end well; nobody types anything."""
     if pid := os.fork():
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -372,7 +419,6 @@ def in_child(main: Callable, words: list[str], log: Path, variables: dict[str, s
     code = 99
     try:
         os.chdir(ROOT)
-        os.environ |= variables or {}
         for stream, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY | os.O_CREAT), (2, os.O_WRONLY | os.O_APPEND)):
             os.dup2(os.open("/dev/null" if stream == 0 else log, mode), stream)
         sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
@@ -423,22 +469,62 @@ def test_the_readmes_commands_run(places, tmp_path, monkeypatch):
     assert seen == made.keys()
 
 
-def test_the_readmes_script_starts_a_training_with_its_variables(places, tmp_path):
-    """With a launcher that only writes down what it is told."""
-    (command,) = [one for one in commands(read("README.md")) if one.startswith("MODEL=")]
-    *variables, _, script = shlex.split(command)[:6]
-    words = shlex.split(command)[6:]
+def table_rows(text: str, first: str) -> list[list[str]]:
+    """The cells of the table whose head begins with a word, without its head."""
+    table = text.split(f"\n| {first} |")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+@pytest.fixture
+def launched(tmp_path, places):
+    """launched(script, words, variables): the words that a script gives to deepspeed, by a launcher that only prints."""
     launcher = tmp_path / "deepspeed"
     launcher.write_text('#!/bin/sh\nfor word in "cards=$CUDA_VISIBLE_DEVICES" "$@"; do printf "%s\\n" "$word"; done\n')
     launcher.chmod(0o755)
-    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | dict(one.split("=") for one in variables)
 
-    def run(argv):
-        os.execvp("bash", ["bash", script, *argv])
+    def launch(script: str, words: list[str], variables: dict[str, str]) -> tuple[str, list[str]]:
+        environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables
+        run = subprocess.run(["bash", script, *words], cwd=ROOT, env=environ, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        cards, *told = run.stdout.splitlines()
+        return cards, [places.get(word, word) for word in told[told.index("train.py") + 1 :]]
 
-    told = in_child(run, words, tmp_path / "log", environ).splitlines()
-    assert told[0] == f"cards={environ['GPUS']}"
-    args = train_arguments.parse_args([places.get(word, word) for word in told[told.index("train.py") + 1 :]])
+    return launch
+
+
+def test_the_readmes_script_starts_a_training_with_its_variables(places, launched):
+    (command,) = [one for one in commands(read("README.md")) if one.startswith("MODEL=")]
+    words = shlex.split(command)
+    at = words.index("bash")
+    variables = dict(word.split("=") for word in words[:at])
+    cards, told = launched(words[at + 1], words[at + 2 :], variables)
+    assert cards == f"cards={variables['GPUS']}"
+    args = train_arguments.parse_args(told)
     assert (args.mode, args.train_type, args.num_train_epochs) == ("glm2", "lora", 3)
     assert (args.model_name_or_path, args.train_path) == (places["ChatGLM2-6B/"], places["my.json"])
-    assert args.output_dir == environ["OUTPUT"]
+    assert args.output_dir == variables["OUTPUT"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_readmes_tables_are_the_twelve_scripts(name, places, launched):
+    (command,) = [one for one in commands(read(name)) if "--lora_dim" in one]
+    _, _, words = split_command(command, places)
+    at, end = words.index("--train_type"), words.index("--output_dir")
+    models = table_rows(read(name), "model" if name == "README.md" else "模型")
+    methods = table_rows(read(name), "method" if name == "README.md" else "方法")
+    assert (len(models), len(methods)) == (3, 4)
+    for _, model in models:
+        model = [places.get(word, word) for word in shlex.split(code_spans(model)[0])]
+        mode = model[1]
+        for _, flags, ds_file in methods:
+            flags, ds_files = [shlex.split(span) for span in code_spans(flags)], code_spans(ds_file)
+            if flags[0][0] == "--train_type":
+                method = flags[0]
+            else:  # that of the command, with other modules for ChatGLM-6B
+                method = [*words[at:end], *(flags[0] if mode == "glm" else ())]
+            train_type = method[1]
+            method = [*method, "--ds_file", ds_files[0 if mode == "glm" else -1]]
+            typed = train_arguments.parse_args([*words[:at], *model, *method])
+            variables = {"MODEL": typed.model_name_or_path, "DATA": typed.train_path, "OUTPUT": typed.output_dir}
+            _, told = launched(f"scripts/{mode}/{train_type}.sh", [], variables)
+            assert vars(train_arguments.parse_args(told)) == vars(typed)

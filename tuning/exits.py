@@ -1,6 +1,6 @@
 """How a script ends: one clear line and an exit code for what the user can put right, a traceback for bugs alone.
 
-Exit codes, as in the README: 0 done; 1 a bug, or another process died; 2 something the user can put right; 3 the loss
+Exit codes, see docs/resume.md: 0 done; 1 a bug, or another process died; 2 something the user can put right; 3 the loss
 or the gradients went wrong; 4 out of memory; 75 stopped by a signal, go on later; 128 + n ended at once by signal n.
 
 Nothing slow is imported here: a script comes here first, so that Ctrl-C is one line from its first second on.
