@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 import train  # noqa: E402
 from glm_models import MODE  # noqa: E402
-from tuning.engine.ds_config import compute_dtype, load_ds_config  # noqa: E402
+from tuning.engine.ds_config import compute_dtype, ds_values, load_ds_config  # noqa: E402
 from tuning.plan import planner  # noqa: E402
 
 # Small, and yet so that activations, not weights, are what a step allocates.
@@ -64,7 +64,7 @@ def setting(name: str, stage: int, gpus: int, sums: str) -> tuple[argparse.Names
 def ds_config(args: argparse.Namespace, stage: int, gpus: int = 1, **sections) -> dict:
     """The project's ds file of a stage, in bf16, with sections replaced."""
     path = ROOT / f"ds_zero{stage}_no_offload.json"
-    config = load_ds_config(str(path), train.ds_values(args, gpus, 10, 128), as_gpu=True)
+    config = load_ds_config(str(path), ds_values(args, gpus, 10, 128), as_gpu=True)
     for name, values in sections.items():
         config[name] = {**config.get(name, {}), **values}
     return config

@@ -315,7 +315,7 @@ def test_ctrl_c_of_a_training_on_several_devices(ranks, capsys):
 
 
 def test_a_script_ends_by_ctrl_c_in_one_line_and_prints_what_the_terminal_cannot_show():
-    program = "import exits; exits.start_script(); print('答\\U0001f600'); raise KeyboardInterrupt"
+    program = "from tuning import exits; exits.start_script(); print('答\\U0001f600'); raise KeyboardInterrupt"
     environment = os.environ | {"PYTHONIOENCODING": "gbk:strict", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=60)
     assert run.stdout.decode("gbk") == "答\\U0001f600\n"

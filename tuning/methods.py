@@ -88,6 +88,12 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def count_parameters(model) -> tuple[int, int]:
+    """How many parameters train, and how many there are; whole ones, however ZeRO-3 partitions them."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
 def build_model(args, load):
     """What the method makes of the base model that `load` gives, with the flags that save memory."""
 

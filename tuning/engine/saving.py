@@ -29,6 +29,11 @@ def count_results(args, epoch_steps: int) -> int:
     return len({*range(epoch_steps, total + 1, epoch_steps), *range(every, total + 1, every)})
 
 
+def is_save_step(args, step: int, epoch_steps: int) -> bool:
+    """Whether a result is saved after this optimiser step: at the end of an epoch, and each --save_model_step."""
+    return step % epoch_steps == 0 or bool(args.save_model_step and step % args.save_model_step == 0)
+
+
 def check_room(args, result: int, states: States, count: int) -> None:
     """Make sure that the disk has room for one result and the states; say what all results will take.
 
@@ -57,7 +62,7 @@ def shown_size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
-def save(args, model, tokenizer, name: str, dtype, base: dict) -> None:
+def save(args, model, tokenizer, dtype: torch.dtype, base: dict, name: str) -> None:
     """Write the model to a folder of that name in --output_dir; results beyond --keep_results go."""
     folder = os.path.join(args.output_dir, name)
     on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype), folder))

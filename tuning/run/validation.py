@@ -17,6 +17,7 @@ from tuning.errors import UserError
 from tuning.folders import write_errors, write_file
 from tuning.metrics import AS_WRITTEN, FROM_LOSS, HEADLINE, kind_of, missing, references_of, score, with_references
 from tuning.run.log import JsonLines
+from tuning.run.results import BEST
 from tuning.samples.batches import MicroBatch
 from tuning.samples.dataset import InstructionData
 from tuning.samples.encoding import encode_sample
@@ -99,12 +100,11 @@ class Validation:
 
     Args:
         engine: DeepSpeed's.
-        data, rows: where the held-out samples are.
-        path: their file.
-        args: of train.py: its group "validation", and output_dir.
-        every, total_steps: optimiser steps between two validations, and of the run, whose last one is validated too.
+        sources: of data_set.load_sources; has the held-out rows.
+        args: of train.py.
+        epoch_steps: optimiser steps of an epoch.
         log: the run's (log.RunLog).
-        save_best: writes the model to output_dir/best.
+        save_result: writes the model to a folder of this name in output_dir.
 
     Raises:
         UserError: --best_metric is none of those that there will be.
@@ -114,25 +114,23 @@ class Validation:
         self,
         engine,
         tokenizer,
-        data: InstructionData,
-        rows: list[int],
-        path: str,
+        sources,
         args,
-        every: int,
-        total_steps: int,
+        epoch_steps: int,
         log,
-        save_best: Callable[[], None],
+        save_result: Callable[[str], None],
     ):
-        self.engine, self.tokenizer, self.data, self.rows, self.args = engine, tokenizer, data, rows, args
-        self.every, self.total_steps, self.log, self.save_best = every, total_steps, log, save_best
+        self.engine, self.tokenizer, self.args, self.log, self.save_result = engine, tokenizer, args, log, save_result
+        self.data, self.rows = sources.held_out, sources.held_out_rows
+        self.every, self.total_steps = args.eval_steps or epoch_steps, args.num_train_epochs * epoch_steps
         self.kind, names = None, list(FROM_LOSS)
         if args.eval_generate != "off":
-            self.generated = spread(rows, args.eval_generate_rows)
-            longest = max(data.answer_tokens([i]) for i in self.generated)
+            self.generated = spread(self.rows, args.eval_generate_rows)
+            longest = max(self.data.answer_tokens([i]) for i in self.generated)
             self.max_new_tokens = args.eval_max_new_tokens or math.ceil(1.25 * longest)
             self.asked: list[dict] = []  # rank 0: the rows of the file, as `generated`
             self.references: list[list[str]] = []
-            self.kind, more = on_rank_0(lambda: self._read_references(path))
+            self.kind, more = on_rank_0(lambda: self._read_references(args.eval_path or args.train_path))
             names += more
         if args.best_metric not in names:
             raise UserError(f"--best_metric {args.best_metric}: there are {', '.join(names)}; {self._more_names()}")
@@ -209,7 +207,7 @@ class Validation:
         if better or (math.isnan(self.best) and not math.isnan(value)):
             self.best, self.best_step, self.stale = value, step, 0
             with self.log.paused():
-                self.save_best()
+                self.save_result(BEST)
                 on_rank_0(lambda: self._write_best(epoch))
             return False
         self.stale += 1
