@@ -4,19 +4,22 @@ Of a tokenizer this uses only `encode_dialogues`, `context_length`, `fingerprint
 knows how the ids are stored on disk.
 """
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader
 
 from tuning.samples import cache
+from tuning.samples.batches import Batch
 from tuning.samples.dataset import DataSettings, HeldOut, InstructionData, prepare, split_rows
-from tuning.samples.epochs import EpochPlan, Packs, RankBatches, pack_rows
+from tuning.samples.epochs import BatchShape, EpochPlan, Packs, RankBatches, pack_rows, plan_epoch
 from tuning.samples.mixture import Mixture
-from utils import is_main, on_rank_0, once_per_node, say
+from utils import data_parallel_rank, data_parallel_size, is_main, on_rank_0, once_per_node, say
 
 # Batches
 
@@ -101,3 +104,24 @@ def load_sources(args, tokenizer) -> Sources:
     if general.content == task.content:
         say("warning: --replay_path has the very rows of --train_path")
     return Sources(mixture, mixture.epoch_packs, held_out, contents)
+
+
+def batch_shape(args) -> BatchShape:
+    """The rows of an optimiser step of this run; the processes must be connected."""
+    return BatchShape(args.per_device_train_batch_size, args.gradient_accumulation_steps, data_parallel_size())
+
+
+def training_steps(engine, sources: Sources, args, epoch_steps: int) -> Iterator[tuple[int, list[Batch]]]:
+    """Yield epoch and micro-batches of this rank for each optimiser step, from where the engine is to the end.
+
+    Args:
+        engine: DeepSpeed's; its `global_steps` are the steps done.
+        epoch_steps: optimiser steps of an epoch.
+    """
+    rank, shape = data_parallel_rank(), batch_shape(args)
+    pin = get_accelerator().device_name() != "cpu"
+    for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
+        plan = plan_epoch(sources.data, sources.packs(epoch), shape, args.seed, epoch, args.group_by_length)
+        batches = iter(epoch_loader(sources.data, plan, rank, engine.global_steps % epoch_steps, pin))
+        while step := list(itertools.islice(batches, shape.accumulation)):
+            yield epoch, step

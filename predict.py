@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from glm_models.chat import generate_answers
+from glm_models.generation import generate_answers
 from glm_models.tokenization import Prompt
 from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, named_device
 from tuning.errors import DataError, UserError

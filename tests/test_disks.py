@@ -177,7 +177,7 @@ with cache.whole_file({str(tmp_path / "b.samples")!r}, "xb") as file:
     file.write(b"x")
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=folders.__file__.rpartition("/")[0], check=False, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=cache.__file__.rpartition("/")[0], check=False, timeout=60)
     (dead,) = os.listdir(tmp_path)
     with contextlib.ExitStack() as alive:
         alive.enter_context(cache.whole_file(str(tmp_path / "c.samples"), "xb"))

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEXT
-from runs import STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
+from runs import BEFORE_STEP, STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
 from test_stops import before_step, errors
 
 import train
 from glm_models import MODE, ops
-from glm_models.chat import generate_answers
+from glm_models.generation import generate_answers
 from tuning import folders
 from tuning.errors import DataError, UserError
 from tuning.run import validation as evaluation
@@ -355,14 +355,11 @@ def test_held_out_rows_are_not_trained_on(tmp_path, bases, rows):
     flags = ["--eval_ratio", "0.3", "--eval_generate", "auto", "--num_train_epochs", "1", "--eval_max_new_tokens", "2"]
 
     def prepare():
-        begin = train.Watch.begin
-
-        def recorded(self, batch):
+        def record(watch, batches):
             with open(tmp_path / "trained", "a") as file:
-                file.write("".join(f"{self.files[0][1][row]}\n" for row in batch.rows))
-            return begin(self, batch)
+                file.write("".join(f"{watch.files[0][1][row]}\n" for batch in batches for row in batch.rows))
 
-        train.Watch.begin = recorded
+        BEFORE_STEP.append(record)
 
     codes, text = start(tmp_path, [*argv, *flags], prepare=prepare)
     assert codes == {0: 0}, text

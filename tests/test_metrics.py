@@ -1,5 +1,5 @@
 """Scores of hand-made answers of known quality; ROUGE and BLEU against an implementation of their own; the rest of
-metrics.py against slow definitions, and figures worked out by hand."""
+tuning/metrics against slow definitions, and figures worked out by hand."""
 
 import importlib.util
 import math
@@ -15,6 +15,8 @@ import predict
 from tuning import metrics
 from tuning.errors import UserError
 from tuning.metrics import bootstrap, describe, kind_of, relation_scores, repeats, row_scores, score
+from tuning.metrics import questions as question_metrics
+from tuning.metrics import text as text_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -148,12 +150,12 @@ def test_question_points_by_hand():
 
 
 def test_questions_are_told_apart():
-    assert metrics.questions("1. 3.5吨货车要什么驾照？2、ＡＢＣ 是什么?\n- 原因\n\n？") == [
+    assert question_metrics.questions("1. 3.5吨货车要什么驾照？2、ＡＢＣ 是什么?\n- 原因\n\n？") == [
         "35吨货车要什么驾照",
         "abc是什么",
         "原因",
     ]
-    assert metrics.questions("3.5吨货车要什么驾照？\n（2）怎么考？") == ["35吨货车要什么驾照", "怎么考"]
+    assert question_metrics.questions("3.5吨货车要什么驾照？\n（2）怎么考？") == ["35吨货车要什么驾照", "怎么考"]
 
 
 def test_better_questions_have_more_points():
@@ -165,16 +167,16 @@ def test_better_questions_have_more_points():
 
 
 def test_distinct_n_by_hand():
-    assert metrics.distinct(["水泵漏水", "水泵，水泵"], 1) == pytest.approx(3 / 8)
-    assert metrics.distinct(["水泵漏水", "水泵，水泵"], 2) == pytest.approx(4 / 6)  # 水泵 泵漏 漏水 泵水
-    assert metrics.distinct(["", "水"], 2) == 0.0
+    assert text_metrics.distinct(["水泵漏水", "水泵，水泵"], 1) == pytest.approx(3 / 8)
+    assert text_metrics.distinct(["水泵漏水", "水泵，水泵"], 2) == pytest.approx(4 / 6)  # 水泵 泵漏 漏水 泵水
+    assert text_metrics.distinct(["", "水"], 2) == 0.0
 
 
 def test_longest_common_subsequence_is_the_table_s():
     rng = random.Random(0)
     for _ in range(300):
         a, b = ("".join(rng.choices("abcd", k=rng.randrange(90))) for _ in range(2))
-        assert metrics.longest_common_subsequence(a, b) == table_lcs(a, b)
+        assert question_metrics.longest_common_subsequence(a, b) == table_lcs(a, b)
 
 
 # ---- classes
@@ -261,7 +263,7 @@ NAMES = ("rouge_1", "rouge_2", "rouge_l", "bleu_4")
 def test_rouge_and_bleu_are_the_official_demo_s(prediction, reference, words, reference_words, figures):
     own = [*own_rouge(words.split(), reference_words.split()), own_bleu(prediction, [reference])]
     assert own == pytest.approx(figures, abs=5.1e-5)
-    scores = metrics.rouge_bleu(prediction, [reference])
+    scores = text_metrics.rouge_bleu(prediction, [reference])
     assert [scores[name] for name in NAMES] == pytest.approx(figures, abs=1e-9)
 
 
@@ -285,11 +287,11 @@ def test_rouge_and_bleu_of_many_texts():
         "abc",
         "12",
     ]
-    cut = metrics.segmenter().lcut
+    cut = text_metrics.segmenter().lcut
     for _ in range(200):
         text, *references = ("".join(rng.choices(words, k=rng.randrange(1, 25))) for _ in range(rng.randrange(2, 5)))
         each = [own_rouge(" ".join(cut(text)).split(), " ".join(cut(r)).split()) for r in references]
-        scores = metrics.rouge_bleu(text, references)
+        scores = text_metrics.rouge_bleu(text, references)
         best = [max(values) for values in zip(*each, strict=True)]
         assert [scores[name] for name in NAMES] == pytest.approx([*best, own_bleu(text, references)], abs=5.1e-5)
 
@@ -303,8 +305,8 @@ def test_text_of_known_quality():
     assert [score("text", half(perfect), QUESTIONS)[name] for name in NAMES] == pytest.approx([50.0] * 4, abs=1e-4)
     empty = score("text", ["", " \n"] * 3, QUESTIONS)
     assert [empty[name] for name in NAMES] == [0.0] * 4
-    assert [metrics.rouge_bleu("", ["", "水泵"])[name] for name in NAMES] == [100.0] * 4
-    assert [metrics.rouge_bleu("水泵", [""])[name] for name in NAMES] == [0.0] * 4
+    assert [text_metrics.rouge_bleu("", ["", "水泵"])[name] for name in NAMES] == [100.0] * 4
+    assert [text_metrics.rouge_bleu("水泵", [""])[name] for name in NAMES] == [0.0] * 4
     twice = score("text", [text + text for text in perfect], QUESTIONS)
     moved = score("text", perfect[1:] + perfect[:1], QUESTIONS)
     for name in ("rouge_l", "bleu_4"):

@@ -76,7 +76,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
-from glm_models.chat import generate_ids
+from glm_models.generation import generate_ids
 from tuning.engine.loading import load_result, named_device
 from tuning.errors import DataError, UserError
 from tuning.exits import clear_errors

@@ -23,8 +23,6 @@ from tuning.plan.host import GIB, Host, host_needs, host_text
 from tuning.plan.trace import Event, trace_step
 from tuning.plan.zero import Setup, Zero12Simulator
 from tuning.plan.zero3 import Zero3Simulator
-from tuning.samples.batches import Batch, MicroBatch, collate
-from tuning.samples.encoding import Sample
 from utils import is_main, say
 
 CONTEXT = int(1.5 * GIB)  # CUDA's own, its kernels and NCCL's buffers: outside torch's allocator; assumed
@@ -49,18 +47,10 @@ class Needs(NamedTuple):
     host: Host
 
 
-def longest_batch(args: argparse.Namespace, config) -> Batch:
-    """The longest batch that --max_len, --max_src_len and --per_device_train_batch_size allow.
-
-    All its tokens are answers but the first: the shorter the prompts, the more has to be kept of the last block.
-    """
-    ids = [1] * args.max_len
-    if hasattr(config, "gmask_token_id"):  # ChatGLM-6B's prompts end so, and its attention depends on it
-        ids[max(0, args.max_src_len - 2) : args.max_src_len] = [config.gmask_token_id, config.bos_token_id]
-    sample = Sample(ids, ((1, len(ids)),), False, False)
-    rows = [sample] * args.per_device_train_batch_size
-    context = args.max_src_len - 1 if hasattr(config, "gmask_token_id") else 0
-    return collate(rows, lambda _: context, MicroBatch(list(range(len(rows))), 1.0))
+def longest_batch(args: argparse.Namespace, config) -> dict:
+    """The longest batch that --max_len, --max_src_len and --per_device_train_batch_size allow."""
+    rows = args.per_device_train_batch_size
+    return MODE[args.mode].model.worst_case_batch(config, rows, args.max_len, args.max_src_len)
 
 
 def run_trace(setup: Setup, on_gpu: bool = True) -> list[Event]:

@@ -2,7 +2,7 @@
 
 Read in runtime/zero/stage_1_and_2.py, stage3.py and partitioned_param_coordinator.py, and played into a model of CUDA's
 caching allocator: partitions, float32 masters and moments, gradient buckets, gathered parameters, the temporaries of a
-step, offload. DeepSpeed is taken as `utils.trim_deepspeed` leaves it. Nothing here was measured on a GPU.
+step, offload. DeepSpeed is taken as `tuning.engine.patches.apply` leaves it. Nothing here was measured on a GPU.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,6 @@ from deepspeed.runtime.config import DtypeEnum
 from tuning.errors import UserError
 from tuning.plan.allocator import CachingAllocator
 from tuning.plan.trace import Event, host_bytes, pinned_size
-from tuning.samples.batches import Batch
 
 CUBLAS = 32 * 2**20  # workspace of cuBLAS, from torch's allocator: Hopper's; other GPUs take 8 MiB
 
@@ -22,13 +21,13 @@ class Setup(NamedTuple):
     """A training as train.py would start it.
 
     model: on the meta device, in the compute type, in training mode.
-    batch: of `longest_batch`.
+    batch: the model's arguments, see `longest_batch`.
     ds_config: resolved, no "auto" left.
     groups: the optimiser's parameter groups.
     """
 
     model: torch.nn.Module
-    batch: Batch
+    batch: dict
     ds_config: dict
     groups: list[dict]
 

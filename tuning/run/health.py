@@ -122,8 +122,28 @@ class Step(NamedTuple):
     batches: list[Batch]
 
 
+def _nothing(*_) -> None:
+    pass
+
+
+class StepHooks(NamedTuple):
+    """Functions that tests and benchmarks have called around each optimiser step, on every rank.
+
+    before: gets the Watch and the step's micro-batches, before the model has them.
+    after: gets the Watch and the Step.
+    """
+
+    before: Callable[["Watch", list[Batch]], None] = _nothing
+    after: Callable[["Watch", Step], None] = _nothing
+
+
+NO_HOOKS = StepHooks()
+
+
 class Watch:
-    """Follows the micro-batches of this rank, and stops all ranks where going on is no use.
+    """Checks each optimiser step of this rank, and stops all ranks when training on is useless.
+
+    A context manager: inside it signals are noted, and an error that passes through says in which micro-batch it was.
 
     Args:
         engine: DeepSpeed's; it leaves the weights alone in a step whose gradients are not finite.
@@ -132,12 +152,18 @@ class Watch:
         may_skip: so many steps that are not finite are passed over.
     """
 
-    def __init__(self, engine, files: list[tuple[str, Sequence[int]]], guess: float, may_skip: int = 0):
-        self.engine, self.files, self.may_skip = engine, files, may_skip
+    def __init__(
+        self,
+        engine,
+        files: list[tuple[str, Sequence[int]]],
+        guess: float,
+        may_skip: int = 0,
+        hooks: StepHooks = NO_HOOKS,
+    ):
+        self.engine, self.files, self.may_skip, self.hooks = engine, files, may_skip, hooks
         self.signals, self.interrupted = Signals(), False
-        self.steps, self.skipped, self.limit = engine.global_steps, 0, FAR * guess
-        self.batches: list[Batch] = []  # of the step under way
-        self.losses: list[torch.Tensor] = []  # on the device: to read one is to wait for it
+        self.skipped, self.limit = 0, FAR * guess
+        self.batches: list[Batch] = []  # of the current step
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a training state keeps."""
@@ -146,7 +172,6 @@ class Watch:
     def set_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Undo `state`, after the engine has gone to its place."""
         self.skipped, self.limit = int(tensors["skipped"]), float(tensors["limit"])
-        self.steps = self.engine.global_steps
 
     def __enter__(self):
         self.signals.__enter__()
@@ -156,24 +181,26 @@ class Watch:
         if error is not None and not isinstance(error, StopTraining):
             error.add_note(self.shape())
 
-    def begin(self, batch: Batch) -> Batch:
-        """Take note of a micro-batch before the model has it."""
-        self.batches.append(batch)
-        return batch
+    def begin_step(self, batches: list[Batch]) -> None:
+        """Note the micro-batches of an optimiser step before the model gets them."""
+        self.batches = batches
+        self.hooks.before(self, batches)
 
-    def end(self, loss: torch.Tensor) -> Step | None:
-        """Take note of its loss, after the engine's step. Returns the optimiser step, if one has just ended.
+    def end_step(self, losses: list[torch.Tensor]) -> Step:
+        """Check an optimiser step that the engine has finished.
+
+        Args:
+            losses: of its micro-batches, on the device. They are read here for the first time, which waits for it.
 
         Raises:
-            StopTraining: loss or gradients are not finite, or the loss is beyond reason.
+            StopTraining: loss or gradients are not finite, or the loss is far too high.
         """
-        self.losses.append(loss.detach())
-        if self.engine.global_steps == self.steps:
-            return None
-        losses = torch.stack(self.losses).double().cpu()
-        batches, self.batches, self.losses = self.batches, [], []
-        self.steps = self.engine.global_steps
+        batches, self.batches = self.batches, []
+        step = self._check(torch.stack(losses).double().cpu(), batches)
+        self.hooks.after(self, step)
+        return step
 
+    def _check(self, losses: torch.Tensor, batches: list[Batch]) -> Step:
         broken = ~losses.isfinite()
         # one message for all: mean loss, broken micro-batches, signals
         totals = torch.stack((losses.mean(), broken.double().sum(), torch.tensor(float(self.signals.number > 0))))
@@ -193,7 +220,7 @@ class Watch:
             high = losses > self.limit
             self._give_up(f"the loss is {mean:.4g}: above {self.limit:.4g} there is no way back", batches, high, False)
         else:
-            if self.steps == 1:
+            if self.engine.global_steps == 1:
                 self.limit = max(self.limit, FAR * mean)
             return Step(mean, batches)
         return Step(math.nan, batches)
@@ -203,7 +230,7 @@ class Watch:
         rows = [row for batch, is_bad in zip(batches, bad.tolist(), strict=True) if is_bad for row in batch.rows]
         everyone = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, self._lines(rows), control_group())
-        text = f"step {self.steps}: {what}."
+        text = f"step {self.engine.global_steps}: {what}."
         for (path, _), ranks in zip(self.files, zip(*everyone, strict=True), strict=True):
             where = "; ".join(f"rank {rank}: line {_list(some)}" for rank, some in enumerate(ranks) if some)
             text += f" Rows of {path}, {where}." if where else ""
@@ -226,26 +253,30 @@ class Watch:
             rows = [row - len(lines) for row in rows if row >= len(lines)]
         return found
 
-    def end_if_interrupted(self, state: str) -> None:
-        """End all ranks after a signal to any of them.
+    def exit_if_interrupted(self, state: str) -> None:
+        """End all ranks if any of them got a signal.
 
         Args:
-            state: the folder to go on from.
+            state: folder of the training state to resume from.
 
         Raises:
-            StopTraining: there was one.
+            StopTraining: there was a signal.
         """
         if self.interrupted:
             name = signal.Signals(self.signals.number).name if self.signals.number else "a signal to another rank"
+            done = self.engine.global_steps
             raise StopTraining(
-                LATER, f"stopped by {name} after step {self.steps}; --resume_from_checkpoint goes on from {state}"
+                LATER, f"stopped by {name} after step {done}; --resume_from_checkpoint goes on from {state}"
             )
 
     def shape(self) -> str:
-        """The micro-batch under way, in words."""
+        """The current micro-batch, in words."""
         if not self.batches:
-            return f"after step {self.steps}" if self.steps else "before the first batch"
-        lengths = [tokens for tokens, _ in self.batches[-1]["segments"]]
+            done = self.engine.global_steps
+            return f"after step {done}" if done else "before the first batch"
+        # the engine counts the micro-batches of all steps
+        batch = self.batches[self.engine.micro_steps % len(self.batches)]
+        lengths = [tokens for tokens, _ in batch["segments"]]
         return f"in a micro-batch of {len(lengths)} samples, {sum(lengths)} tokens, the longest {max(lengths)}"
 
 
