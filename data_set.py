@@ -107,7 +107,7 @@ def load_sources(args, tokenizer) -> Sources:
 
 
 def batch_shape(args) -> BatchShape:
-    """How the rows of a step are dealt out, on this many processes."""
+    """The rows of an optimiser step of this run; the processes must be connected."""
     return BatchShape(args.per_device_train_batch_size, args.gradient_accumulation_steps, data_parallel_size())
 
 
@@ -118,11 +118,10 @@ def training_steps(engine, sources: Sources, args, epoch_steps: int) -> Iterator
         engine: DeepSpeed's; its `global_steps` are the steps done.
         epoch_steps: optimiser steps of an epoch.
     """
+    rank, shape = data_parallel_rank(), batch_shape(args)
     pin = get_accelerator().device_name() != "cpu"
     for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
-        packs = sources.packs(epoch)
-        plan = plan_epoch(sources.data, packs, batch_shape(args), args.seed, epoch, args.group_by_length)
-        done = engine.global_steps % epoch_steps
-        batches = iter(epoch_loader(sources.data, plan, data_parallel_rank(), done, pin))
-        while step := list(itertools.islice(batches, args.gradient_accumulation_steps)):
+        plan = plan_epoch(sources.data, sources.packs(epoch), shape, args.seed, epoch, args.group_by_length)
+        batches = iter(epoch_loader(sources.data, plan, rank, engine.global_steps % epoch_steps, pin))
+        while step := list(itertools.islice(batches, shape.accumulation)):
             yield epoch, step

@@ -211,7 +211,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
             threads: of SentencePiece.
 
         Raises:
-            ValueError: a text holds half a surrogate pair, which is no character.
+            ValueError: a text has an unpaired surrogate, which is not valid Unicode.
         """
         return self._encode_pieces(texts, threads)
 
@@ -378,7 +378,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         try:
             return self.sp_model.encode(texts, out_type="numpy", num_threads=threads)
         except TypeError:  # SentencePiece does not say which text, nor what is wrong
-            raise ValueError("a text holds half a surrogate pair, which is no character") from None
+            raise ValueError("a text has an unpaired surrogate, which is not valid Unicode") from None
 
     def _fit_queries(
         self, templates: list[tuple[str, str]], queries: list[str], max_src_len: int | None, threads: int

@@ -293,7 +293,7 @@ def test_the_first_broken_row_of_the_file_is_named(tokenizers, mode, write, monk
         ([good, wrong, long], "line 2: output must be a string"),
         ([good, long, "{", long], "line 2: the prompt's 5"),
         ([good] * 5 + ["{"], "line 6: not valid JSON"),
-        ([good, good, json.dumps(half), "{"], "line 3: a text holds half a surrogate pair"),
+        ([good, good, json.dumps(half), "{"], "line 3: a text has an unpaired surrogate"),
     ]:
         with pytest.raises(DataError) as error:
             InstructionData(DataSettings(write(rows), 50, 49), tokenizers[mode])

@@ -363,6 +363,6 @@ def test_train_py_checks_and_starts_nothing(tiny, write, tmp_path):
             assert (
                 run.stderr.strip()
                 .splitlines()[-1]
-                .endswith("1 rows are broken; mend them, or train without them: --on_bad_row skip")
+                .endswith("1 rows are broken; fix them, or train without them: --on_bad_row skip")
             )
     assert os.listdir(tmp_path / "out") == [FILE]

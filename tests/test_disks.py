@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tuning import folders
+from tuning import ROOT, folders
 from tuning.errors import FolderError
 from tuning.folders import MANIFEST
 from tuning.run import launch, log

@@ -7,6 +7,7 @@ were there before. Every plan is made in a process of its own.
 """
 
 import argparse
+import json
 import multiprocessing
 import sys
 import time
@@ -93,7 +94,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--actions", nargs="+", choices=[action.__name__ for action in ACTIONS])
+    parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
+    found = []
+    print("| rows | step | s | MiB |", "|---|---|---|---|", sep="\n")
     context = multiprocessing.get_context("fork")
     for rows in args.rows:
         for action in ACTIONS:
@@ -104,7 +108,10 @@ def main() -> None:
             process.start()
             process.join()
             seconds, mib = results.get()
-            print(f"{rows:>10} rows  {action.__name__:<12} {seconds:8.2f} s {mib:8.0f} MiB", flush=True)
+            found.append({"rows": rows, "action": action.__name__, "seconds": seconds, "mib": mib})
+            print(f"| {rows} | {action.__name__} | {seconds:.2f} | {mib:.0f} |", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -142,48 +142,59 @@ def check_data(
     except OSError as error:
         raise DataError(f"cannot write {report}: {error.strerror}; --output_dir names another folder") from None
 
-    tally = findings.tally
-    broken = sum(tally[kind][0] for kind in BROKEN if kind in tally)
-    usable = lengths.rows
-    say(f"{settings.path}: {usable + broken} rows, {usable} of them usable")
-    for kinds, title in ((BROKEN, "broken"), (LENGTHS | WARNINGS, "to look at"), (TEST, "test file")):
-        there = [kind for kind in kinds if kind in tally]
-        if there:
-            say(f"{title}:")
-        for kind in there:
-            first_problem = f"; the first: {findings.problems[kind]}" if kind in findings.problems else ""
-            say(f"  {kinds[kind]}: {lines_text(*tally[kind])}{first_problem}")
-    if not tally.keys() - {CHANGED}:
-        say("nothing wrong or odd was found")
-    if CHANGED in tally:
-        rows = lines_text(*tally[CHANGED])
-        say(f"the tokenizer writes some characters otherwise, in {rows}: {findings.changed.text()}")
-    if unused := unused_text(few_unused(findings.unused)):
-        say(unused)
+    broken = sum(findings.tally[kind][0] for kind in BROKEN if kind in findings.tally)
+    say(f"{settings.path}: {lengths.rows + broken} rows, {lengths.rows} of them usable")
+    for line in (*_finding_lines(findings), *_token_lines(settings, findings, lengths)):
+        say(line)
     if first:
-        prompts, answers = (np.concatenate(some) for some in (lengths.prompts, lengths.answers))
-        total = int(prompts.sum() + answers.sum())
-        dropped = "; --is_skip leaves such rows out" if settings.skip_cut and {*LENGTHS} & {*tally} else ""
-        say(
-            f"tokens: {total} (prompts {prompts.sum()}, answers {answers.sum()}); the cuts take {lengths.prompt_lost} "
-            f"of the prompts (--max_src_len) and {lengths.answer_lost} of the answers (--max_len){dropped}"
-        )
-        # max_src_len does not count the prompt's special tokens, so its mark may be one bar too early
-        say("\n".join(("tokens of prompts:", *histogram(prompts, settings.max_src_len, "--max_src_len"))))
-        say("\n".join(("tokens of answers:", *histogram(answers))))
-        say("\n".join(("tokens of both:", *histogram(prompts + answers, settings.max_len, "--max_len"))))
         say("\n".join((f"first sample (line {first[0]}), token by token:", *sample_lines(tokenizer, first[1]))))
     say(f"all findings: {report}")
-    if not usable:
+    if not lengths.rows:
         raise DataError(f"{settings.path}: every row is broken")
     if ends:
         raise DataError(str(ends))
     if broken and not settings.skip_bad:
         raise DataError(
-            f"{settings.path}: {broken} rows are broken; mend them, or train without them: --on_bad_row skip"
+            f"{settings.path}: {broken} rows are broken; fix them, or train without them: --on_bad_row skip"
         )
     if settings.skip_cut and not lengths.whole:
         raise DataError(f"{settings.path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
+
+
+def _finding_lines(findings: Findings) -> Iterator[str]:
+    """Counts and first lines of each kind of finding."""
+    tally = findings.tally
+    for kinds, title in ((BROKEN, "broken"), (LENGTHS | WARNINGS, "to look at"), (TEST, "test file")):
+        there = [kind for kind in kinds if kind in tally]
+        if there:
+            yield f"{title}:"
+        for kind in there:
+            first_problem = f"; the first: {findings.problems[kind]}" if kind in findings.problems else ""
+            yield f"  {kinds[kind]}: {lines_text(*tally[kind])}{first_problem}"
+    if not tally.keys() - {CHANGED}:
+        yield "nothing wrong or odd was found"
+    if CHANGED in tally:
+        rows = lines_text(*tally[CHANGED])
+        yield f"the tokenizer writes some characters otherwise, in {rows}: {findings.changed.text()}"
+    if unused := unused_text(few_unused(findings.unused)):
+        yield unused
+
+
+def _token_lines(settings: DataSettings, findings: Findings, lengths: Lengths) -> Iterator[str]:
+    """Totals and histograms of tokens, if there is a sample."""
+    prompts, answers = (np.concatenate([np.zeros(0, np.int64), *some]) for some in (lengths.prompts, lengths.answers))
+    if not len(prompts):
+        return
+    total = int(prompts.sum() + answers.sum())
+    dropped = "; --is_skip leaves such rows out" if settings.skip_cut and {*LENGTHS} & {*findings.tally} else ""
+    yield (
+        f"tokens: {total} (prompts {prompts.sum()}, answers {answers.sum()}); the cuts take {lengths.prompt_lost} "
+        f"of the prompts (--max_src_len) and {lengths.answer_lost} of the answers (--max_len){dropped}"
+    )
+    # max_src_len does not count the prompt's special tokens, so its mark may be one bar too early
+    yield "\n".join(("tokens of prompts:", *histogram(prompts, settings.max_src_len, "--max_src_len")))
+    yield "\n".join(("tokens of answers:", *histogram(answers)))
+    yield "\n".join(("tokens of both:", *histogram(prompts + answers, settings.max_len, "--max_len")))
 
 
 def _read(settings, tokenizer, findings, lengths):

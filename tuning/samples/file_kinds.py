@@ -1,6 +1,6 @@
-"""What a data file is when it does not hold rows of JSON: a table, an archive, a pointer of git-lfs, another encoding.
+"""Recognises data files that are not JSON: tables, archives, git-lfs pointers, other encodings.
 
-Each answer says what to do about it. FILE and NEW in the commands stand for the user's own names.
+Each message says what to do. In the commands FILE and NEW stand for the user's own file names.
 """
 
 import codecs
@@ -9,9 +9,9 @@ import os
 import re
 import stat
 
-HEAD = 1 << 16  # bytes of a file's beginning that are looked at
+HEAD = 1 << 16  # bytes at the start of a file that are inspected
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# First bytes -> what the file is, and what to do
+# First bytes -> kind of file, and what to do
 MAGIC = {
     LFS_POINTER: "is a pointer of git-lfs, not the data itself; get that with: git lfs pull",
     b"\x1f\x8b": "is compressed with gzip; unpack it: gzip -dc FILE > NEW",
@@ -98,7 +98,7 @@ def iconv(encoding: str) -> str:
 
 
 def _wide_encoding(head: bytes) -> str | None:
-    """UTF-16 or UTF-32 without a mark: the first characters, of JSON or a header, are ASCII."""
+    """UTF-16 or UTF-32 without a byte order mark: the first characters, of JSON or a header, are ASCII."""
     for pattern, encoding in (
         (rb"[\t\n\r -~]\0\0\0[\t\n\r -~]?", "UTF-32LE"),
         (rb"\0\0\0[\t\n\r -~]", "UTF-32BE"),
@@ -111,7 +111,7 @@ def _wide_encoding(head: bytes) -> str | None:
 
 
 def _table_problem(text: bytes) -> str | None:
-    """That a text is a table, if its first line has the names of columns that one would expect."""
+    """The problem if a text is a table: its first line has names of columns that data usually has."""
     line = text.split(b"\n", 1)[0].rstrip(b"\r").decode("utf-8", "replace")
     if line.startswith(("{", "[")):
         return None
@@ -132,7 +132,7 @@ def _table_problem(text: bytes) -> str | None:
 
 
 def is_utf8(text: bytes) -> bool:
-    """Whether bytes are UTF-8, but perhaps for a last character that is cut off."""
+    """Whether bytes are UTF-8, except that the last character may be incomplete."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(text)
     except UnicodeDecodeError:
@@ -141,7 +141,7 @@ def is_utf8(text: bytes) -> bool:
 
 
 def likely_encoding(text: bytes) -> str | None:
-    """The encoding of a text that is not UTF-8, as iconv calls it; None if that is not clear.
+    """The encoding of a text that is not UTF-8, by its name in iconv; None if that is unclear.
 
     In Chinese text of GB18030 nearly all bytes above 127 come in pairs of two of them (the characters of GB2312); in
     Big5 many second bytes are lower; in Western European text such bytes stand alone.
@@ -165,7 +165,7 @@ def likely_encoding(text: bytes) -> str | None:
 
 def _decodes(text: bytes, encoding: str) -> bool:
     try:
-        codecs.getincrementaldecoder(encoding)().decode(text)  # a last character may be cut off
+        codecs.getincrementaldecoder(encoding)().decode(text)  # the last character may be incomplete
     except UnicodeDecodeError:
         return False
     return True

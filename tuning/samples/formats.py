@@ -1,8 +1,9 @@
-"""What one parsed row of a data file is: a row with instruction, input and output, or one of another known format.
+"""Formats of rows: which ones are recognised, what is wrong with a row, and its normal form, a `Dialogue`.
 
-`find_flaw` is the one place that looks at a row. FORMATS has what is recognised beside our own format; LOST has keys
-that mean something for training elsewhere and that nothing reads here. FILE and NEW in the commands stand for the
-user's own names, KEY for one that is too long to be shown; they fit JSON lines and arrays alike.
+`find_flaw` checks a parsed row, `to_dialogue` reads its fields; nothing else does. FORMATS lists the formats that are
+recognised besides our own; LOST lists keys that mean something to other programs and that are not read here. In the
+commands FILE and NEW stand for the user's own file names, KEY for a key too long to show; the commands work on JSON
+lines and on arrays.
 """
 
 import collections
@@ -16,32 +17,32 @@ from typing import NamedTuple
 
 from tuning.samples.dialogue import Dialogue, Message
 
-ROW_FORMAT = 2  # part of a cache file's key: raise it when other rows are accepted, or in another way
+ROW_FORMAT = 2  # part of a cache file's key: increase it when other rows are accepted, or read in another way
 KEYS = frozenset({"instruction", "input", "output"})
 WANTED = "a row has instruction, input and output"
 EACH = "(arrays[], objects)"  # jq: each row, of JSON lines or of an array
 SHOWN_KEYS, SHOWN_CHARACTERS = 8, 24  # of keys that are not used
-DEEPEST = 100  # most objects and lists inside each other
-NEAR = 0.8  # likeness (difflib's ratio) from which on one name is taken for a misspelling of another
-# keys that hold the text to work on where there is no input
+DEEPEST = 100  # maximum nesting of objects and lists
+NEAR = 0.8  # similarity (difflib's ratio) from which a name counts as a misspelling of another
+# keys that may hold the input's text where there is no input
 NAMES_OF_INPUT = {"inputs", "context", "query", "question", "text", "prompt", "content", "passage", "document"}
 
 
 class Flaw(NamedTuple):
     """Why a row cannot be used."""
 
-    kind: str  # of data_findings.BROKEN
+    kind: str  # one of findings.BROKEN
     problem: str
-    ends: bool = False  # what stands after it in the file cannot be read
+    ends: bool = False  # the rest of the file cannot be read
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format of other programs.
+    """A row format of other programs.
 
     Args:
         name: what its users call it.
-        keys: those that a row of it has, as `plain_name` has them.
+        keys: that such a row has, as `plain_name` gives them.
         fields: instruction, input and output in terms of its keys, for formats whose rows of one turn can be converted;
             "" for an empty one.
         why: why its rows cannot be trained as they are, if they cannot be converted.
@@ -71,13 +72,13 @@ TURNS_WHY = "rows of several turns cannot be trained yet"
 
 @dataclass(frozen=True)
 class Lost:
-    """A key that nothing reads, though it changes what a row means.
+    """A key that is not read here, though it changes what a row means.
 
     Args:
-        holds: what is in it, as "earlier turns".
-        way_out: what can be done.
-        neutral: values that mean the same as no such key, beside empty ones.
-        nested: look for it inside other keys too.
+        holds: its content, such as "earlier turns".
+        way_out: what the user can do.
+        neutral: values that mean the same as no such key, besides empty ones.
+        nested: also look for it inside the values of other keys.
     """
 
     holds: str
@@ -111,9 +112,9 @@ LOST = {  # by `plain_name`
 def find_flaw(
     row, several_outputs: bool = False, empty_outputs: bool = False, missing_outputs: bool = False
 ) -> Flaw | None:
-    """What a value from a file lacks to be a row, see `row_files.scan_rows`.
+    """Why a value from a file is not a valid row, None if it is one; for the arguments see `row_files.scan_rows`.
 
-    An input that is missing or null becomes "" in the row; with missing_outputs an output that is null goes.
+    It changes the row: a missing or null input becomes ""; with missing_outputs a null output is removed.
     """
     if not isinstance(row, dict):
         return Flaw("type", f"a row must be an object with instruction, input and output, not {_kind(row)}")
@@ -137,7 +138,7 @@ def find_flaw(
     if not empty_outputs and "output" in row and not all(one.strip() for one in outputs):
         return Flaw("empty", "output is empty; --allow_empty_output trains such rows to answer nothing")
     if has_half_pair(query + "".join(outputs)):
-        return Flaw("json", "a text holds half a surrogate pair, which is no character")
+        return Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
     return None
 
 
@@ -159,7 +160,7 @@ def question_of(row: dict) -> str:
 
 
 def has_half_pair(text: str) -> bool:
-    """Whether a text holds half a surrogate pair, which is no character."""
+    """Whether a text has an unpaired surrogate, which is not valid Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -174,7 +175,7 @@ def _kind(value) -> str:
 
 
 def _as_string(value) -> str:
-    """How to make a string of an output that is none."""
+    """How to make an output a string that is not one."""
     if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
         return "; training takes one answer: join several parts into one string, with \\n between them"
     if isinstance(value, int | float):
@@ -186,16 +187,16 @@ def _as_string(value) -> str:
 
 
 def plain_name(key: str) -> str:
-    """A key without what differs between spellings: case, blanks, - and _."""
+    """A key without the differences between spellings: case, blanks, - and _."""
     return unicodedata.normalize("NFKC", key).casefold().translate({ord(c): None for c in "_- \t\ufeff"})
 
 
 class _Keys(NamedTuple):
-    """What is to be said of rows with these keys."""
+    """The keys of a row, sorted by what to report about them."""
 
     misspelt: tuple[tuple[str, str], ...]  # as it stands there, as it should be
     lost: tuple[str, ...]  # that are in LOST
-    others: tuple[str, ...]  # that are neither read nor in LOST
+    others: tuple[str, ...]  # neither read nor in LOST
     meant: tuple[tuple[str, str], ...]  # of `others`: as it stands there, which of KEYS it may be
 
 
@@ -210,7 +211,7 @@ def _sort_keys(keys: tuple[str, ...]) -> _Keys:
 
 
 def _meant(name: str) -> str | None:
-    """Which of KEYS another name may stand for: one that it is like, or the text to work on."""
+    """Which of KEYS another name may mean: a similar one, or input."""
     if name in NAMES_OF_INPUT:
         return "input"
     return next(iter(difflib.get_close_matches(name, sorted(KEYS), 1, NEAR)), None)
@@ -251,7 +252,7 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
 
 
 def _says_something(value, lost: Lost) -> bool:
-    """Whether the value of such a key means anything: not if it is empty, or what holds without it."""
+    """Whether the value of such a key means anything: it is not empty and not neutral."""
     leaves = _leaves(value)
     return any(one.strip() if isinstance(one, str) else one is not None and one not in lost.neutral for one in leaves)
 
@@ -272,7 +273,7 @@ def _leaves(value) -> Iterator:
 
 
 def _flaw_inside(outer: str, value) -> Flaw | None:
-    """That the value of a key holds another one in LOST that says something, or is nested too deeply to be handled."""
+    """A flaw inside the value of a key: a key of LOST that means something, or too deep nesting."""
     waiting = [(value, 1)]
     while waiting:
         value, depth = waiting.pop()
@@ -297,12 +298,12 @@ def _lost(key: str, lost: Lost, inside: str = "") -> Flaw:
 
 
 def shown_key(key: str) -> str:
-    """A key for a message: short, and nothing in it that a terminal obeys."""
+    """A key for a message: shortened, and without control characters for the terminal."""
     return repr(key if len(key) <= SHOWN_CHARACTERS else key[:SHOWN_CHARACTERS] + "...")
 
 
 def _jq_name(key: str) -> str:
-    """A key for a command, with nothing in it that a terminal or a shell obeys; a very long one is left to the user."""
+    """A key for a command, without characters special to a terminal or a shell; KEY for a very long one."""
     if len(key) > SHOWN_CHARACTERS**2:
         return '"KEY"'
     return json.dumps(key, ensure_ascii=not key.isprintable()).replace("'", "\\u0027").replace("\x7f", "\\u007f")
@@ -312,7 +313,7 @@ def _jq_name(key: str) -> str:
 
 
 def recognise(row: dict) -> Flaw | None:
-    """What a row without our keys is, if it is of a known format, and what to do with it."""
+    """The format of a row without our keys, if it is a known one, and what to do with it."""
     names = {plain_name(key): key for key in reversed(row)}
     for name in ("conversations", "messages"):
         if isinstance(row.get(names.get(name)), list):
@@ -325,7 +326,7 @@ def recognise(row: dict) -> Flaw | None:
     pairs = zip(("instruction", "input", "output"), known.fields, strict=True)
     texts = ", ".join(f"{ours}: .[{_jq_name(names[key])}]" if key in names else f'{ours}: ""' for ours, key in pairs)
     gone = ", ".join(f".[{_jq_name(names[key])}]" for key in known.fields if key in names and names[key] not in KEYS)
-    # other keys stay, so that what they hold is said of the new file
+    # other keys are kept, so that the new file is checked for them too
     command = f"jq -c '{EACH} | del({gone}) + {{{texts}}}' FILE > NEW"
     has_turns = "history" in names and _says_something(row[names["history"]], _HISTORY)
     turns = f"; {TURNS_WHY}, and it has a history" if has_turns else ""
@@ -333,7 +334,7 @@ def recognise(row: dict) -> Flaw | None:
 
 
 def _conversation(key: str, turns: list) -> Flaw:
-    """A list of turns: ShareGPT's have from and value, those of OpenAI and ChatGLM3 role and content."""
+    """A list of turns: from and value in ShareGPT, role and content in OpenAI's and ChatGLM3's."""
     first = turns[0] if turns and isinstance(turns[0], dict) else {}
     if "from" in first or "value" in first:
         name, who, text, pair = "ShareGPT", "from", "value", ("human", "gpt")
@@ -376,7 +377,7 @@ def _is_row(value) -> bool:
 
 
 def count_unused(rows: Iterable[dict], counts: collections.Counter, read: frozenset[str] = KEYS) -> None:
-    """Count the rows that have each key which is not read."""
+    """For each key that is not read, count the rows that have it."""
     for row in rows:
         if len(row) > len(KEYS):
             counts.update(row.keys() - read)
@@ -390,7 +391,7 @@ def unused_keys(rows: Iterable[dict], read: frozenset[str] = KEYS) -> str:
 
 
 def few_unused(counts: collections.Counter) -> dict[str, int]:
-    """The SHOWN_KEYS most frequent ones, their names cut, and how many others there are under ""."""
+    """The SHOWN_KEYS most frequent keys, names shortened; under "" the number of other keys."""
     few = {}
     for key, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN_KEYS]:
         name = shown_key(key)[1:-1] or '""'

@@ -1,6 +1,6 @@
-"""From a data file to its rows: JSON lines or one JSON array, read as its standard has it, each row with its line.
+"""Reads a data file, JSON lines or one JSON array in strict JSON, into rows with their line numbers.
 
-What a file is that holds none is said by file_kinds.py, what a row is by formats.py.
+file_kinds.py recognises files of other kinds, formats.py checks the rows.
 """
 
 import codecs
@@ -26,10 +26,10 @@ class RowError(DataError):
 def read_rows(
     path: str, several_outputs: bool = False, empty_outputs: bool = False, missing_outputs: bool = False
 ) -> Iterator[tuple[int, dict]]:
-    """`scan_rows` of a file that must hold no broken row.
+    """`scan_rows` of a file that must not have a broken row.
 
     Raises:
-        DataError: as `scan_rows`; or for the first row that is not as it must be.
+        DataError: as `scan_rows`; or for the first broken row.
     """
     for line, row in scan_rows(path, several_outputs, empty_outputs, missing_outputs):
         if isinstance(row, RowError):
@@ -45,14 +45,14 @@ def scan_rows(
     Args:
         several_outputs: a row's output may also be a list of strings (references to compare a prediction with).
         empty_outputs: an output may be empty (nothing to extract).
-        missing_outputs: a row may have no output, or null: then the row that comes out has none.
+        missing_outputs: a row may have no output, or null; then the yielded row has no output.
 
     Yields:
         Line number (of the row's start, from 1) and the row, a dict with strings under instruction, input and output,
-        whose other keys are as they stand there; or what is wrong with it.
+        and other keys unchanged; or a RowError instead of the row.
 
     Raises:
-        DataError: the file cannot be read, is empty, or holds something else than rows of JSON.
+        DataError: the file cannot be read, is empty, or is not JSON.
     """
     if problem := file_kinds.path_problem(path):
         raise DataError(f"{path}: {problem}")
@@ -90,14 +90,14 @@ def _no_constant(name):
     raise ValueError(f"{name} is no value of JSON")
 
 
-# JSON as its standard has it: Python's own ways with a key that stands twice and with NaN are lenient
+# strict JSON: Python's default accepts duplicate keys and NaN
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
-LENIENT = json.JSONDecoder(strict=False, parse_int=float)  # finds the end of a value that DECODER refuses
+LENIENT = json.JSONDecoder(strict=False, parse_int=float)  # finds the end of a value that DECODER rejects
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def _json_flaw(error: Exception, line: str = "", ends: bool = False) -> Flaw:
-    """What is wrong with a value, in the user's words where the text of its line shows what was meant."""
+    """What is wrong with a value, with a hint if its line shows what was meant."""
     if isinstance(error, json.JSONDecodeError):
         where = f"column {error.colno}" if line else f"line {error.lineno} column {error.colno}"
         problem = f"{error.msg}, {where}{_hint(line, error) if line else ''}"
@@ -108,7 +108,7 @@ def _json_flaw(error: Exception, line: str = "", ends: bool = False) -> Flaw:
 
 
 def _hint(line: str, error: json.JSONDecodeError) -> str:
-    """What a line is that does not decode, if it can be told."""
+    """What a line that does not decode probably is; "" if that is unclear."""
     text = line.strip(" \t\r\n")
     if text.startswith("\ufeff"):
         return r" (a byte order mark inside the file, as cat leaves it; remove it: sed 's/^\xEF\xBB\xBF//' FILE > NEW)"
@@ -140,7 +140,7 @@ WRAPPER = re.compile(
 
 
 def _over_lines(head: bytes) -> Flaw | None:
-    """That a file which is no array begins with an object over several lines."""
+    """A flaw if a file that is not an array begins with an object over several lines."""
     text = head.decode("utf-8", "replace").lstrip()
     try:
         row, end = DECODER.raw_decode(text)
@@ -164,7 +164,7 @@ def _not_utf8(text: bytes, where: str = "") -> Flaw:
 
 
 def _line_rows(file):
-    """Yield line number, row and flaw; each line stands alone. Only a line feed ends one."""
+    """Yield line number, row and flaw of each line. Only a line feed ends a line."""
     for line, text in enumerate(file, 1):
         if not text.strip():
             continue
@@ -178,7 +178,7 @@ def _line_rows(file):
 
 
 def _array_rows(content: bytes):
-    """As `_line_rows`, of one JSON array."""
+    """As `_line_rows`, for one JSON array."""
     try:
         text, is_utf8 = content.decode("utf-8"), True
     except UnicodeDecodeError:
@@ -199,7 +199,7 @@ def _array_rows(content: bytes):
                 _, end = LENIENT.raw_decode(text, position)
                 flaw = _json_flaw(error)
             except (ValueError, RecursionError) as error:
-                # bytes of GB18030 and others are taken for JSON's own
+                # bytes of GB18030 and others can look like JSON syntax
                 flaw = None if is_utf8 else _array_encoding(text)
                 yield line, None, flaw or _json_flaw(error, ends=True)
                 return
@@ -221,7 +221,7 @@ def _array_rows(content: bytes):
 
 
 def _array_encoding(text: str) -> Flaw | None:
-    """That a whole array is in another encoding, if that is clear."""
+    """A flaw if the whole array is clearly in another encoding."""
     flaw = _not_utf8(text[: file_kinds.HEAD].encode("utf-8", "surrogateescape"))
     return flaw._replace(ends=True) if "looks like" in flaw.problem else None
 
