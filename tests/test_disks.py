@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tuning import folders
+from tuning import ROOT, folders
 from tuning.errors import FolderError
 from tuning.folders import MANIFEST
 from tuning.run import launch, log
@@ -172,12 +172,13 @@ def test_a_mapped_cache_that_became_shorter_is_known(tmp_path):
 
 def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
     code = f"""
-import cache, os, signal
+import os, signal
+from tuning.samples import cache
 with cache.whole_file({str(tmp_path / "b.samples")!r}, "xb") as file:
     file.write(b"x")
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=folders.__file__.rpartition("/")[0], check=False, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60)
     (dead,) = os.listdir(tmp_path)
     with contextlib.ExitStack() as alive:
         alive.enter_context(cache.whole_file(str(tmp_path / "c.samples"), "xb"))
