@@ -1,4 +1,4 @@
-"""What the scripts share: processes, loading, saving."""
+"""What the scripts share: processes and ranks, printing on rank 0, seeds, devices."""
 
 import contextlib
 import datetime
@@ -17,11 +17,9 @@ from tqdm import tqdm
 
 from tuning.terminal import drop_output, visible
 
-# Start-up
-
 
 def quiet(verbose: bool) -> None:
-    """Leave the terminal to the run's own lines: what the libraries chatter is dropped, their errors are not."""
+    """Silence the libraries, except for their errors, so that the terminal shows this project's lines alone."""
     if verbose:
         return
     warnings.filterwarnings("ignore")
@@ -34,16 +32,16 @@ def quiet(verbose: bool) -> None:
 
 @functools.cache
 def control_group() -> torch.distributed.ProcessGroup:
-    """A group of all ranks for what they have to tell each other on the CPU, without a word to the devices."""
-    # the devices' group waits ten minutes at most (NCCL), and a large file takes longer to prepare or to write
+    """Gloo group for CPU-side messages between all ranks."""
+    # NCCL's group times out after ten minutes; preparing or writing a large file can take longer
     return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
 
 def _once(action, runs_it: bool) -> list:
-    """Outcomes of `action()` by rank, of those that run it; the others wait.
+    """Run `action()` on the ranks with `runs_it`, while the others wait. Returns the results by rank.
 
     Raises:
-        Exception: of the first rank that failed, on all ranks.
+        Exception: that of the first rank that failed, on all ranks.
     """
     result = error = None
     if runs_it:
@@ -60,7 +58,7 @@ def _once(action, runs_it: bool) -> list:
 
 
 def once_per_node(action):
-    """What `action()` returns on the first process of this node, which alone runs it; the others wait for it.
+    """Run `action()` on the first process of each node, while the others wait. Returns its result on this node.
 
     Raises:
         Exception: that of the first such process that failed, on all processes of all nodes.
@@ -70,10 +68,10 @@ def once_per_node(action):
 
 
 def on_rank_0(action):
-    """What `action()` returns on rank 0, which alone runs it; the others wait for it.
+    """Run `action()` on rank 0, while the others wait. Returns its result on all ranks.
 
     Raises:
-        Exception: that of rank 0, on all.
+        Exception: that of rank 0, on all ranks.
     """
     return _once(action, torch.distributed.get_rank() == 0)[0]
 
@@ -97,20 +95,20 @@ def is_main() -> bool:
 
 
 def say(message: str) -> None:
-    """Print on rank 0, above the progress bar if there is one. Where that fails, nothing is printed any more."""
+    """Print on rank 0, above the progress bar if there is one. If that fails, nothing is printed from then on."""
     if not is_main():
         return
     try:
         tqdm.write(visible(message), file=sys.stdout)
         sys.stdout.flush()
-    except OSError as error:  # a pipe whose reader is gone, a full disk: no reason to end a training
+    except OSError as error:  # closed pipe or full disk: no reason to stop a training
         drop_output()
         with contextlib.suppress(OSError):
-            print(f"warning: nothing more is printed: {error.strerror}", file=sys.stderr, flush=True)
+            print(f"warning: output stops here: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def set_seed(seed: int) -> None:
-    """Seed every generator in use."""
+    """Seed the random generators of Python, torch and the device."""
     random.seed(seed)
     torch.manual_seed(seed)
     get_accelerator().manual_seed_all(seed)
@@ -122,7 +120,7 @@ def device() -> torch.device:
 
 
 def supports_bf16() -> bool:
-    """Whether this device computes in bf16. GPUs before Ampere only emulate it: slowly, and without fused attention."""
+    """Whether this device computes in bf16. GPUs before Ampere emulate it: slowly, and without fused attention."""
     if get_accelerator().device_name() == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(get_accelerator().is_bf16_supported())
@@ -131,9 +129,3 @@ def supports_bf16() -> bool:
 def supports_fp16() -> bool:
     """Whether this device computes in fp16. All GPUs do, and CPUs with AVX512-FP16 or AMX."""
     return bool(get_accelerator().is_fp16_supported())
-
-
-# Loading
-
-
-# Saving

@@ -70,9 +70,9 @@ def test_what_a_launcher_left_out_is_derived(environ, devices, local_rank, expec
         ({"RANK": "0"}, 1, "RANK=0 is set, but WORLD_SIZE"),
         ({"LOCAL_RANK": "1"}, 2, "LOCAL_RANK=1 is set, but RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not"),
         ({"WORLD_SIZE": "2"}, 1, "WORLD_SIZE=2 is set, but RANK"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"} | ADDRESS, 2, "RANK=2 is none of WORLD_SIZE=2 processes"),
-        ({"RANK": "a", "WORLD_SIZE": "2"} | ADDRESS, 2, "RANK=a is not a number"),
-        (ALONE | ADDRESS | {"MASTER_PORT": "70000"}, 1, "MASTER_PORT=70000 is no port"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"} | ADDRESS, 2, "RANK=2 must be from 0 to 1"),
+        ({"RANK": "a", "WORLD_SIZE": "2"} | ADDRESS, 2, "RANK=a must be an integer"),
+        (ALONE | ADDRESS | {"MASTER_PORT": "70000"}, 1, "MASTER_PORT=70000 must be a port number"),
         ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}, 2, "srun started 2 tasks"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"} | ADDRESS, 2, "mpirun (Open MPI) started 2 tasks"),
     ],
@@ -348,7 +348,7 @@ def test_of_a_state_that_is_a_link_only_the_link_goes(tmp_path, monkeypatch, cap
         resume.States._publish(saver, partial, str(parent / f"step-0000000{step}"), files)
     assert sorted(path.name for path in parent.iterdir()) == ["latest", "step-00000003"]
     assert (elsewhere / "step-00000001" / "kept").read_text() == "x"
-    assert capsys.readouterr().out.count("is a link: only that is removed") == 1
+    assert capsys.readouterr().out.count("is a link: only the link is removed") == 1
 
 
 def test_a_state_is_written_in_the_place_of_a_link(tmp_path):

@@ -361,7 +361,7 @@ def test_second_runs(inputs, tmp_path, ranks):
     assert codes == {0}, text
     steps = 12 // ranks
     assert "results: 3 of 0.0" in text
-    assert "the newest 1 stay (--keep_results)" in text
+    assert "the newest 1 are kept (--keep_results)" in text
     assert names(out) == [f"epoch-3-step-{steps}"]
     assert not (out / names(out)[0] / "README.md").exists()
     (only,) = run_record.read_starts(str(out))

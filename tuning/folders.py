@@ -1,7 +1,7 @@
-"""Folders that are whole or not there: written beside, flushed to the disk, listed in a manifest, then renamed.
+"""Folders that are complete or do not exist: written under another name, flushed, listed in a manifest, then renamed.
 
-A process may be killed at any instant. Then the folder that had the name before is as it was, and what lies beside it,
-under `PARTIAL` or `REPLACED`, is put right by `sweep` at the next start.
+If the process is killed at any time, an earlier folder of that name is unchanged. What remains under `PARTIAL` or
+`REPLACED` is cleaned up by `sweep` at the next start.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from tuning.errors import FolderError
 
 MANIFEST = "manifest.json"
-WRITTEN_BY = "chatglm-tuning"  # says in a manifest that this project wrote it
-PARTIAL, REPLACED = ".partial", ".replaced"  # ends of the names of folders on their way in and out
+WRITTEN_BY = "chatglm-tuning"  # marks manifests of this project
+PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of folders that are being written or replaced
 BLOCK = 1 << 22  # bytes read at once
 
 
@@ -26,7 +26,7 @@ BLOCK = 1 << 22  # bytes read at once
 
 
 def start_folder(folder: str) -> str:
-    """An empty folder beside, to be filled and then given to `finish_folder`. Returns its path."""
+    """Make an empty folder to be filled and then passed to `finish_folder`. Returns its path."""
     partial = folder.rstrip("/") + PARTIAL
     _clear(partial)
     os.makedirs(partial)
@@ -34,7 +34,7 @@ def start_folder(folder: str) -> str:
 
 
 def _clear(path: str) -> None:
-    """Remove a folder; of a link only the link, since what it points to may be wanted there."""
+    """Remove a folder; of a link only the link, since its target may still be needed."""
     if os.path.islink(path):
         os.unlink(path)
     elif os.path.isdir(path):
@@ -42,7 +42,7 @@ def _clear(path: str) -> None:
 
 
 def list_files(folder: str) -> list[str]:
-    """Paths of all files below, relative to the folder, but the manifest's; sorted."""
+    """Sorted relative paths of all files in a folder and below, except the manifest."""
     found = [
         os.path.relpath(os.path.join(where, name), folder) for where, _, names in os.walk(folder) for name in names
     ]
@@ -50,7 +50,7 @@ def list_files(folder: str) -> list[str]:
 
 
 def seal_files(folder: str, names: list[str]) -> dict[str, dict]:
-    """Flush files to the disk. Returns what a manifest says of each: size in bytes, SHA-256."""
+    """Flush files to the disk. Returns the manifest's entry of each: size in bytes, SHA-256."""
     return {name: _describe(os.path.join(folder, name), flush=True) for name in names}
 
 
@@ -65,14 +65,14 @@ def _describe(path: str, flush: bool = False) -> dict:
 
 
 def finish_folder(partial: str, folder: str, files: dict[str, dict], replace: bool = True) -> None:
-    """Write the manifest and let the folder take its name.
+    """Write the manifest and rename the folder to its final name.
 
     Args:
-        files: of `seal_files`, of all files in it.
-        replace: in place of a folder that has the name; else only an empty one may have it.
+        files: entries of `seal_files` for all files.
+        replace: whether to replace an existing folder; otherwise only an empty one may exist.
 
     Raises:
-        OSError: another folder has the name, and may not be replaced.
+        OSError: a folder exists that must not be replaced.
     """
     write_file(os.path.join(partial, MANIFEST), json.dumps({"written_by": WRITTEN_BY, "files": files}, indent=1))
     for where, _, _ in os.walk(partial):
@@ -88,7 +88,7 @@ def finish_folder(partial: str, folder: str, files: dict[str, dict], replace: bo
 
 
 def write_file(path: str, text: str) -> None:
-    """Write a file in one step, on the disk when this returns."""
+    """Write a file atomically; it is on the disk when this returns."""
     with open(path + PARTIAL, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -98,7 +98,7 @@ def write_file(path: str, text: str) -> None:
 
 
 def _flush(folder: str) -> None:
-    """Put a folder's list of names on the disk."""
+    """Flush a folder's directory entries to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -108,10 +108,10 @@ def _flush(folder: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: str):
-    """Write a folder in one step: the block fills a folder beside it, which takes the name once it is on the disk.
+    """Write a folder atomically: the block fills another folder, which is renamed when it is on the disk.
 
     Raises:
-        FolderError: it cannot be written; then nothing of it is left, and the folder is as it was.
+        FolderError: it cannot be written; then nothing new is left, and an earlier folder is unchanged.
     """
     with write_errors(folder):
         partial = start_folder(folder)
@@ -121,8 +121,7 @@ def new_folder(folder: str):
 
 @contextlib.contextmanager
 def claimed_folder(folder: str):
-    """As `new_folder`, for a name that several processes may want at once: one of them gets it, and nothing that is
-    there is ever replaced.
+    """Like `new_folder`, for a name that several processes may want: one of them gets it, and nothing is replaced.
 
     Raises:
         FolderError: another process is writing it, it is not empty, or it cannot be written.
@@ -134,7 +133,7 @@ def claimed_folder(folder: str):
         with write_errors(folder):
             if os.path.isdir(folder) and os.listdir(folder):
                 raise FolderError(f"{folder} is not empty: another process has just written it")
-            for name in os.listdir(partial):  # of a process that was killed
+            for name in os.listdir(partial):  # left by a killed process
                 path = os.path.join(partial, name)
                 shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
             yield partial
@@ -147,13 +146,13 @@ def _lock_partial(partial: str) -> int:
     """Make a folder and lock it for this process. Returns the handle that holds the lock.
 
     Raises:
-        FolderError: another process has it, or it cannot be made.
+        FolderError: another process holds the lock, or the folder cannot be made.
     """
     while True:
         try:
             os.makedirs(partial, exist_ok=True)
             handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # between the two its process has finished or removed it
+        except FileNotFoundError:  # another process has just renamed or removed it
             continue
         except OSError as error:
             raise FolderError(f"cannot write {partial}: {error.strerror}") from None
@@ -171,7 +170,7 @@ def _lock_partial(partial: str) -> int:
 
 
 def _is_locked(folder: str) -> bool:
-    """Whether a process is at work in a folder of `claimed_folder`."""
+    """Whether a process is writing a folder of `claimed_folder`."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -186,7 +185,7 @@ def _is_locked(folder: str) -> bool:
 
 @contextlib.contextmanager
 def write_errors(folder: str):
-    """Turn what may go wrong while `folder` is written into one FolderError, and remove what was written so far."""
+    """Turn errors while `folder` is written into one FolderError, and remove what was written so far."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -194,14 +193,14 @@ def write_errors(folder: str):
         if reason is None:
             raise
         _drop(folder)
-        raise FolderError(f"cannot write {folder}: {reason}; what was there before is as it was") from error
+        raise FolderError(f"cannot write {folder}: {reason}; an earlier version is unchanged") from error
     except BaseException:
         _drop(folder)
         raise
 
 
 def _drop(folder: str) -> None:
-    """Remove what was written of a file or a folder, as far as that goes."""
+    """Remove a partly written file or folder, as far as possible."""
     partial = folder.rstrip("/") + PARTIAL
     if os.path.isfile(partial):
         with contextlib.suppress(OSError):
@@ -210,15 +209,15 @@ def _drop(folder: str) -> None:
 
 
 def _reason(error: Exception) -> str | None:
-    """What the disk had against it, or None if it was not the disk."""
+    """Why the disk refused the write, or None if the error has another cause."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     cause = error.__cause__ or error.__context__
-    if isinstance(cause, OSError):  # torch's zip writer hides it
+    if isinstance(cause, OSError):  # hidden by torch's zip writer
         return cause.strerror
     if number := re.search(r"os error (\d+)", str(error)):  # safetensors is written in Rust
         return os.strerror(int(number[1]))
-    if words := re.search(r"failed with strerror: ([\w ]+)", str(error)):  # torch's, where it opens a file
+    if words := re.search(r"failed with strerror: ([\w ]+)", str(error)):  # torch, opening a file
         return words[1].strip()
     for kind in ("PytorchStreamWriter failed", "unexpected pos", "I/O error"):
         if kind in str(error):
@@ -227,7 +226,7 @@ def _reason(error: Exception) -> str | None:
 
 
 def remove_folder(folder: str) -> None:
-    """Remove a folder such that nobody ever sees a part of it under its name. Of a link only the link goes."""
+    """Remove a folder so that no part of it is ever visible under its name. Of a link, only the link is removed."""
     partial = folder.rstrip("/") + PARTIAL
     _clear(partial)
     os.rename(folder.rstrip("/"), partial)
@@ -238,7 +237,7 @@ def remove_folder(folder: str) -> None:
 
 
 def sweep(parent: str) -> list[str]:
-    """Put right what a killed process left below a folder. Returns what was removed or given its name back."""
+    """Clean up what killed processes left in a folder. Returns the paths that were removed or restored."""
     found = []
     for name in sorted(os.listdir(parent)) if os.path.isdir(parent) else ():
         path = os.path.join(parent, name)
@@ -255,13 +254,13 @@ def sweep(parent: str) -> list[str]:
 
 
 def check_folder(folder: str, nothing_else: bool = False) -> None:
-    """Make sure that a folder is as it was written, each byte of it.
+    """Check every byte of a folder against its manifest.
 
     Args:
-        nothing_else: files that came later are an error too.
+        nothing_else: whether additional files are an error too.
 
     Raises:
-        FolderError: it has no manifest of this project, or a file is missing, of another size or content.
+        FolderError: there is no manifest of this project; a file is missing or has another size or content.
     """
     expected = _read_manifest(folder)
     for name, (size, digest) in expected.items():
@@ -278,7 +277,11 @@ def check_folder(folder: str, nothing_else: bool = False) -> None:
 
 
 def _read_manifest(folder: str) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of each file, by name. Raises FolderError: there is no manifest of this project."""
+    """Size and SHA-256 of each file, by name.
+
+    Raises:
+        FolderError: there is no valid manifest of this project.
+    """
     path = os.path.join(folder, MANIFEST)
     try:
         with open(path, encoding="utf-8") as file:
@@ -295,7 +298,7 @@ def _read_manifest(folder: str) -> dict[str, tuple[int, str]]:
 
 
 def foreign_files(folder: str) -> list[str]:
-    """Files of a folder that came after it was written: those that its manifest does not name.
+    """Files that were added to a folder later: those that its manifest does not list.
 
     Raises:
         FolderError: it has no manifest of this project.
@@ -304,14 +307,15 @@ def foreign_files(folder: str) -> list[str]:
 
 
 def check_space(folder: str, needed: int, what: str) -> None:
-    """Make sure that a disk has room.
+    """Make sure that a disk has enough room.
 
     Args:
-        folder: where it will be written; need not exist yet.
+        folder: the destination; need not exist yet.
         needed: bytes.
+        what: for the message.
 
     Raises:
-        FolderError: it has not.
+        FolderError: there is not enough room.
     """
     free = free_space(folder)
     if free < needed:
@@ -321,7 +325,7 @@ def check_space(folder: str, needed: int, what: str) -> None:
 
 
 def free_space(folder: str) -> int:
-    """Bytes free on the disk of a folder that need not exist yet."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     folder = os.path.abspath(folder)
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
@@ -329,10 +333,10 @@ def free_space(folder: str) -> int:
 
 
 def lock_folder(folder: str):
-    """Make a folder and keep it for this process, as long as the returned object lives.
+    """Make a folder and lock it for this process, as long as the returned object lives.
 
     Raises:
-        FolderError: another process has it, or it cannot be made or written to.
+        FolderError: another process holds the lock, or the folder cannot be made or written to.
     """
     try:
         os.makedirs(folder, exist_ok=True)

@@ -1,5 +1,7 @@
-"""The training methods. `TRAIN_TYPE` has one function each: it gets the arguments and a function that loads the
-base model, and returns a model in which exactly the parameters to train require gradients.
+"""The training methods, one function each in `TRAIN_TYPE`.
+
+A method gets the flags and a function that loads the base model. It returns a model in which exactly the parameters to
+train require gradients.
 """
 
 import torch
@@ -10,14 +12,14 @@ from tuning.lora.layers import use_own_layers
 
 
 def freeze(args, load):
-    """Train the parameters whose name holds one of --freeze_module_name, freeze the rest (the original's meaning)."""
+    """Train the parameters whose name contains one of --freeze_module_name, freeze all others."""
     model = load()
     wanted = split_names(args.freeze_module_name)
     names = [name for name, _ in model.named_parameters()]
     unknown = [part for part in wanted if not any(part in name for name in names)]
     if unknown:
         raise UserError(
-            f"--freeze_module_name {', '.join(unknown)}: no parameter has it in its name. Names look like\n  "
+            f"--freeze_module_name {', '.join(unknown)}: no parameter name contains it. Names look like\n  "
             + "\n  ".join(shorten(names))
         )
     for name, parameter in model.named_parameters():
@@ -26,7 +28,7 @@ def freeze(args, load):
 
 
 def ptuning(args, load):
-    """Train keys and values that stand before the tokens' own in every layer (P-Tuning v2); freeze the model."""
+    """P-Tuning v2: train keys and values that are put before those of the tokens in every layer; freeze the model."""
     prefix = {key: getattr(args, key) for key in ("pre_seq_len", "prefix_projection", "prefix_dropout")}
     model = load(**prefix)
     for name, parameter in model.named_parameters():
@@ -35,7 +37,7 @@ def ptuning(args, load):
 
 
 def lora(args, load):
-    """Train low-rank additions to the weights of the modules named in --lora_module_name (peft); freeze the model."""
+    """LoRA (peft): train low-rank updates of the linear layers in --lora_module_name; freeze the model."""
     model = load()
     wanted = split_names(args.lora_module_name)
     paths = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -56,7 +58,7 @@ def lora(args, load):
         task_type="CAUSAL_LM",
     )
     use_own_layers(config)
-    # in the model's type: DeepSpeed keeps float32 masters, and ZeRO-3 does not cast what differs from it
+    # in the model's dtype: DeepSpeed keeps float32 masters, and ZeRO-3 does not cast parameters of another dtype
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
@@ -74,7 +76,7 @@ def split_names(text: str) -> list[str]:
 
 
 def shorten(names: list[str]) -> list[str]:
-    """Parameter names of the first layer stand for those of all."""
+    """The parameter names of the first layer, as examples for all layers, and those outside the layers."""
     return [name for name in names if "layers." not in name or "layers.0." in name]
 
 
@@ -89,13 +91,17 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
 
 
 def count_parameters(model) -> tuple[int, int]:
-    """How many parameters train, and how many there are; whole ones, however ZeRO-3 partitions them."""
+    """Numbers of trained and of all parameters; under ZeRO-3 those of the whole model."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
 def build_model(args, load):
-    """What the method makes of the base model that `load` gives, with the flags that save memory."""
+    """Apply the method and the flags that save memory to the base model.
+
+    Args:
+        load: gives the base model; keyword arguments change its config.
+    """
 
     def load_lean(**config):
         model = load(**config)
@@ -105,5 +111,5 @@ def build_model(args, load):
     model = TRAIN_TYPE[args.train_type](args, load_lean)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # transformers asks for them, and layers below those that train would pay
+        model.disable_input_require_grads()  # on by transformers; costs a backward pass below what trains
     return model

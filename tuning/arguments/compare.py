@@ -1,4 +1,4 @@
-"""The flags of compare.py, and those that it gives to train.py and predict.py. No torch in here."""
+"""The flags of compare.py, and those that it passes to train.py and predict.py. Imports no torch."""
 
 import argparse
 import json
@@ -17,14 +17,14 @@ DESCRIPTION = """Train every method from the same base with several seeds, score
     python -m tuning.evaluate.compare --model glm3=ChatGLM3-6B/ --train_path data/spo_0.json \\
         --test_path data/spo_1.json --output_dir output-compare
 
-The same command goes on after a stop. A run that fails is named in the report and does not stop the others."""
+The same command continues after a stop. A run that fails is named in the report and does not stop the others."""
 
 SMALL = 1024  # models of less width are small: other learning rates, shorter rows, larger batches
 
-# Method -> what train.py is told, and its learning rate for a model of the official size and for a small one.
+# Method -> flags of train.py, and learning rates for a model of the official size and for a small one.
 # Large: freeze as the original project; P-Tuning with projection as the original, where it did best of all; without
 # projection and LoRA as their authors (P-Tuning v2 as the official ptuning/train.sh, LoRA as in Hu et al. 2021); all as
-# is usual for models of this size. None of these was tried here. Small: chosen with --sweep, see docs/evaluation.md.
+# is usual for models of this size. None of these was measured here. Small: chosen with --sweep, see docs/evaluation.md.
 METHODS = {
     "freeze": (["--train_type", "freeze"], 1e-4, 2e-3),
     "ptuning": (["--train_type", "ptuning", "--prefix_projection", "True"], 1e-4, 3e-3),
@@ -50,7 +50,7 @@ OURS |= {"resume_from_checkpoint", "plan", "check_data", "model_path", "predict_
 
 
 class ModelFolder:
-    """MODE=FOLDER; the value is both of them."""
+    """MODE=FOLDER; the value is the pair."""
 
     metavar = "MODE=FOLDER"
 
@@ -64,7 +64,7 @@ class ModelFolder:
 
 
 class Rate:
-    """METHOD=RATE; the value is both of them."""
+    """METHOD=RATE; the value is the pair."""
 
     metavar = "METHOD=RATE"
 
@@ -76,7 +76,7 @@ class Rate:
 
 
 class Words:
-    """Words as a shell takes them, in one string; the value is that string."""
+    """Words in shell syntax, in one string; the value is that string."""
 
     metavar = "FLAGS"
 
@@ -98,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags. Raises UserError: see Parser.parse_args."""
     parser = Parser(DESCRIPTION, contradictions)
     group = parser.group("what is compared")
-    group.add_argument("--model", type=ModelFolder(), nargs="+", required=True, help="base models, as glm3=FOLDER")
+    group.add_argument("--model", type=ModelFolder(), nargs="+", required=True, help="base models, such as glm3=FOLDER")
     group.add_argument("--train_path", type=File(), required=True, help="rows to train on")
     group.add_argument(
         "--test_path",
@@ -153,7 +153,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def contradictions(args: argparse.Namespace) -> list[str]:
-    """What is wrong with flags together; see Parser."""
+    """Problems of flags that do not go together; see Parser."""
     wrong = []
     if args.model and len(dict(args.model)) < len(args.model):
         wrong.append("--model: each mode once")
@@ -166,7 +166,7 @@ def contradictions(args: argparse.Namespace) -> list[str]:
 
 
 def handed_on(args: argparse.Namespace) -> list[str]:
-    """What train.py and predict.py would say to --train_flags and --predict_flags, before hours have gone by."""
+    """Errors in --train_flags and --predict_flags, found now and not after hours."""
     wrong = {}
     for mode, folder in args.model:
         for method in args.methods:
@@ -183,7 +183,7 @@ def handed_on(args: argparse.Namespace) -> list[str]:
 
 
 def problems(flag: str, parse: Callable, command: list[str]) -> dict[str, None]:
-    """What `parse` says to a command, as keys."""
+    """The problems that `parse` finds in a command, as keys."""
     try:
         parse(command)
     except UserError as error:
@@ -218,7 +218,7 @@ def is_small(folder: str) -> bool:
 
 
 def read_settings(folder: str) -> dict:
-    """The numbers in the config.json of a model folder; what else may be wrong with it, the training tells."""
+    """The numbers in the config.json of a model folder; the training reports other problems of the file."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             return {key: value for key, value in json.load(file).items() if isinstance(value, int)}

@@ -1,6 +1,6 @@
-"""Flags of other programs, so that a user who types one is told ours."""
+"""Flag names of other programs, so that the error message can suggest ours."""
 
-# What other programs call a flag -> what it may be called here; a script suggests those that it has.
+# name in other programs -> names here; a script suggests those that it has
 OTHER_NAMES = {
     "adapter": ("model_path", "model_dir"),
     "adapter_name_or_path": ("model_path", "model_dir"),
@@ -69,5 +69,5 @@ OTHER_NAMES = {
     "warmup": ("warmup_ratio",),
 }
 
-# Flags of the launcher, which it takes before the name of the script.
+# flags of the launcher, which go before the name of the script
 LAUNCHER = ("num_gpus", "num_nodes", "include", "exclude", "master_port", "master_addr", "hostfile", "nproc_per_node")

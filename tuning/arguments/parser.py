@@ -1,4 +1,4 @@
-"""Command lines of all scripts: flags are declared with what they need, and every problem is reported at once.
+"""Command lines of all scripts: flags are declared with the flags they need, and all problems are reported at once.
 
     parser = Parser(__doc__, contradictions)
     group = parser.group("lora", needs="--train_type lora")
@@ -24,12 +24,12 @@ from tuning.samples.file_kinds import path_problem
 LARGEST = 2**31 - 1
 MARK = "\0"  # no word of a command line can have it
 
-# Kinds of values: each turns the text of a flag into its value, or raises ValueError with what is needed instead
+# Types of values: each turns the text of a flag into its value, or raises a ValueError that says what is needed
 
 
 @dataclass(frozen=True)
 class Integer:
-    """A whole number. `hint` is said where something else is given."""
+    """An integer. `hint` is added to the error message."""
 
     least: int = 1
     most: int = LARGEST
@@ -40,7 +40,7 @@ class Integer:
         hint = f"; {self.hint}" if self.hint else ""
         if not re.fullmatch(r"[+-]?[0-9]+", text):
             raise ValueError(f"must be an integer{hint}")
-        # int() refuses thousands of digits, and none of them is in the range
+        # int() refuses thousands of digits; such a number is out of range anyway
         number = int(text) if len(text) < 30 else math.inf * (-1 if text.startswith("-") else 1)
         if number < self.least:
             raise ValueError(f"must be at least {self.least}{hint}")
@@ -51,7 +51,7 @@ class Integer:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number inside the bounds that are given."""
+    """A finite number within the given bounds."""
 
     least: float | None = None
     above: float | None = None
@@ -73,16 +73,16 @@ class Number:
 
 
 def read_number(text: str) -> float:
-    """A finite number, as Python writes it.
+    """A finite number in Python's notation.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not one.
     """
     if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", text, re.IGNORECASE):
         raise ValueError("must be a number")
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError("is too large a number")
+        raise ValueError("is too large")
     return number
 
 
@@ -95,13 +95,13 @@ class GiB:
     def __call__(self, text: str) -> float:
         parts = re.fullmatch(r"(.*?)\s*([a-z]*)", text.strip(), re.IGNORECASE | re.DOTALL)
         if not parts or parts[2].upper() not in self.UNITS:
-            raise ValueError("must be a number of GiB, as 24, 24GiB or 24GB")
+            raise ValueError("must be a number of GiB, such as 24, 24GiB or 24GB")
         amount = Number(above=0)(parts[1]) * self.UNITS[parts[2].upper()] / 2**30
         return Number(above=0, most=1e6)(f"{amount:.12g}")
 
 
 class Text:
-    """Any text but an empty one."""
+    """Any text that is not empty."""
 
     metavar = "TEXT"
 
@@ -112,7 +112,7 @@ class Text:
 
 
 class File:
-    """A file that is there."""
+    """An existing file."""
 
     metavar = "FILE"
 
@@ -127,7 +127,7 @@ class File:
 
 
 class Folder:
-    """A folder that is there."""
+    """An existing folder."""
 
     metavar = "FOLDER"
 
@@ -152,7 +152,7 @@ class NewPath(Text):
 
 
 class Names(Text):
-    """Names with commas between them; the value is the text itself."""
+    """Comma-separated names; the value is the text itself."""
 
     metavar = "NAMES"
 
@@ -173,7 +173,7 @@ class Boolean:
         return text.lower() == "true"
 
 
-# For flags that may stand alone: `--packing` is `--packing True`.
+# For flags that need no value: `--packing` means `--packing True`.
 SWITCH = {"type": Boolean(), "nargs": "?", "const": True, "default": False}
 
 
@@ -182,7 +182,7 @@ SWITCH = {"type": Boolean(), "nargs": "?", "const": True, "default": False}
 
 @dataclass(frozen=True)
 class Flag:
-    """What a flag is, see Group.add_argument."""
+    """The declaration of a flag, see Group.add_argument."""
 
     name: str
     read: Callable[[str], Any]
@@ -196,10 +196,10 @@ class Flag:
     may_change: bool | Callable[[argparse.Namespace], bool]
 
     def value(self, texts: list[str]) -> Any:
-        """The value that words of the command line give it.
+        """The value for these words of the command line.
 
         Raises:
-            ValueError: they give none. The message is a whole line.
+            ValueError: they are not valid. The message is a complete line.
         """
         if not texts:
             if self.nargs == "?":
@@ -221,7 +221,7 @@ class Flag:
 
 
 class Group:
-    """Flags that stand together in --help, and that may all need the same other flag."""
+    """Flags that --help shows together, and that may all need the same other flag."""
 
     def __init__(self, parser: "Parser", shown: argparse._ArgumentGroup, needs: str):
         self.parser, self.shown, self.needs = parser, shown, needs
@@ -245,14 +245,14 @@ class Group:
         """Declare a flag.
 
         Args:
-            type: see the kinds of values above.
-            default_text: what --help says of the default; None for the default itself.
+            type: see the types of values above.
+            default_text: the default as --help shows it; None for the default itself.
             nargs: None for one value, "?" for one or none (then the value is `const`), "+" for a list, "repeat" for a
-                list to which the flag adds each time it is given.
-            needs: flags without which this one would do nothing, as "--plan", "--eval_path or --eval_ratio" or
-                "--train_type freeze". Without a value: one that is not the default. "" for those of the group.
-            may_change: whether a run may be resumed with another value: it changes no result beyond rounding. A
-                function answers for the flags of a run.
+                list to which each use of the flag adds a value.
+            needs: flags without which this one would do nothing, such as "--plan", "--eval_path or --eval_ratio" or
+                "--train_type freeze". Without a value: any but the default. "": those of the group.
+            may_change: whether the value may differ on resume, since it does not change results beyond rounding. A
+                function decides from the flags of the run.
         """
         choices = tuple(choices)
         if default_text is None:
@@ -264,7 +264,7 @@ class Group:
         action = self.shown.add_argument(
             name,
             action="extend" if nargs == "repeat" else "store",
-            nargs="*",  # Flag reads them, so that all problems are found
+            nargs="*",  # read by Flag, so that all problems are found
             default=argparse.SUPPRESS,
             help=f"{help} ({note})".replace("%", "%%"),
         )
@@ -274,7 +274,7 @@ class Group:
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Shows a flag's values as Group.add_argument made them."""
+    """Shows the values of a flag as Group.add_argument formats them."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32)
@@ -284,19 +284,19 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def _program() -> str | None:
-    """What stands behind `python` on the command line: a script, or -m and a module."""
+    """The program as typed after `python`: a script, or -m and a module."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"-m {spec.name}" if spec and spec.name.startswith(("tuning.", "glm_models.")) else None
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads a command line and finds everything that is wrong with it.
+    """Parses a command line and collects all problems.
 
     Args:
-        description: stands at the head of --help: a script's docstring.
-        contradictions: a function that gives the problems of values that do not go together, a line each. It is called
-            with flags that are wrong by themselves at their defaults; lines that name such a flag are left out.
-        hints: flags of other programs -> what to do here instead.
+        description: head of --help.
+        contradictions: gives a line for each problem of values that do not go together. Invalid flags have their
+            defaults when it is called, and lines that name an invalid flag are left out.
+        hints: flag of another program -> what to do here instead.
     """
 
     def __init__(
@@ -317,10 +317,10 @@ class Parser(argparse.ArgumentParser):
         return Group(self, self.add_argument_group(shown), needs)
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """The value of every flag.
+        """The values of all flags.
 
         Raises:
-            UserError: something is wrong; a line for each problem.
+            UserError: with a line for each problem.
         """
         words, unknown = self.parse_known_args(mark_negative_numbers(sys.argv[1:] if argv is None else argv))
         given = vars(words)
@@ -343,7 +343,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def fixed(self, args: argparse.Namespace) -> dict[str, Any]:
-        """The flags, with their values, that must be the same when a run is resumed."""
+        """Flags, with their values, that must not change when a run is resumed."""
         fixed = {}
         for name, flag in self.flags.items():
             may_change = flag.may_change(args) if callable(flag.may_change) else flag.may_change
@@ -352,11 +352,11 @@ class Parser(argparse.ArgumentParser):
         return fixed
 
     def unmet(self, name: str, args: argparse.Namespace) -> bool:
-        """Whether a flag, named without its dashes, would do nothing beside the others."""
+        """Whether a flag, named without its dashes, would do nothing with these arguments."""
         return bool(self._unmet(self.flags[name], args, set()))
 
     def _unmet(self, flag: Flag, args: argparse.Namespace, wrong: set[str]) -> list[str]:
-        """A line if none of the flags is there that this one needs."""
+        """A line if the flag lacks the flags it needs."""
         if not flag.needs:
             return []
         for need in flag.needs.split(" or "):
@@ -368,11 +368,11 @@ class Parser(argparse.ArgumentParser):
         return [f"{flag.name} does nothing without {flag.needs}{here}"]
 
     def _explain(self, unknown: list[str]) -> list[str]:
-        """A line for each flag that is not known, and for words before the first flag."""
+        """A line for each unknown flag, and for words before the first flag."""
         lines = []
         for word in unknown:
             if not word.startswith("-"):
-                if not lines:  # else it is the value of an unknown flag
+                if not lines:  # otherwise it is the value of an unknown flag
                     lines.append(f"{word}: which flag is this of?")
                 continue
             name = word.partition("=")[0]
@@ -412,26 +412,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """A question after the known name that is most like this one; "" if none is."""
+    """A suggestion of the most similar known name; "" if there is none."""
     found = difflib.get_close_matches(name, list(known), 1, 0.7)
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
 def mark_negative_numbers(argv: list[str]) -> list[str]:
-    """Put MARK before negative numbers: argparse takes some of them, as -1e-4, for flags."""
+    """Put MARK before negative numbers: argparse mistakes some, such as -1e-4, for flags."""
     negative = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
     return [MARK + word if negative.match(word) else word for word in argv]
 
 
 def is_rank_0() -> bool:
-    """Whether this process is the only one of a run, or the one that speaks for all."""
+    """Whether this process prints for all: the only one, or rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def answer_early(parse_args: Callable[[], argparse.Namespace]) -> None:
     """End the script here on --help and on wrong flags. Called before torch is imported, which takes seconds.
 
-    Other ranks than 0 go on: `main` parses again, and has the means to let rank 0 speak for all.
+    Ranks other than 0 go on: `main` parses again, where rank 0 prints for all.
     """
     try:
         parse_args()

@@ -1,4 +1,4 @@
-"""The flags of predict.py. No torch in here: --help and wrong flags are answered before it is imported."""
+"""The flags of predict.py. Imports no torch, so that --help and wrong flags are answered in under a second."""
 
 import argparse
 import os
@@ -63,10 +63,10 @@ def make_parser() -> Parser:
         "--output_path", type=NewPath(), default_text="predictions-NAME.jsonl in the model folder",
         help="file for the answers",
     )  # fmt: skip
-    group.add_argument("--overwrite", **SWITCH, help="remove the answers that output_path holds, and start anew")
+    group.add_argument("--overwrite", **SWITCH, help="remove the answers in output_path, and start again")
     group.add_argument("--batch_size", type=Integer(), default=8, help="rows per batch")
     group.add_argument(
-        "--metrics", choices=("auto", *HEADLINE), default="auto", help="how to score; auto: as fits the references"
+        "--metrics", choices=("auto", *HEADLINE), default="auto", help="how to score; auto: depends on the references"
     )
 
     group = parser.group("generation")
@@ -93,7 +93,7 @@ def make_parser() -> Parser:
 
 
 def contradictions(args: argparse.Namespace) -> list[str]:
-    """What is wrong with flags together; see Parser."""
+    """Problems of flags that do not go together; see Parser."""
     wrong = []
     if args.predict_path and (args.instruction or args.input):
         wrong.append("--predict_path and --instruction or --input exclude each other")

@@ -1,4 +1,7 @@
-"""The flags of train.py. No torch in here: --help and wrong flags are answered before it is imported."""
+"""The flags of train.py. Imports no torch, so that --help and wrong flags are answered in under a second.
+
+Each flag says with `may_change` whether it may differ when a run is resumed; see parser.Group.add_argument.
+"""
 
 import argparse
 
@@ -6,19 +9,19 @@ from glm_models import MODE
 from tuning.arguments.parser import SWITCH, File, Folder, GiB, Integer, Names, NewPath, Number, Parser, Text
 from tuning.metrics import FROM_LOSS, HEADLINE, missing
 
-TRAIN_TYPES = ("freeze", "ptuning", "lora", "all")  # the rows of train.TRAIN_TYPE, which holds functions
+TRAIN_TYPES = ("freeze", "ptuning", "lora", "all")  # the keys of methods.TRAIN_TYPE, which needs torch
 
 SHARE = Number(above=0, below=1)
 DROPOUT = Number(least=0, below=1)
 EVALUATE = "--eval_path or --eval_ratio"
 
-# Flags of other programs for which nothing here has a flag of its own.
-IN_DS_FILE = "precision is set in the ds file: see bf16 and fp16 there"
+# Flags of other programs that have no counterpart here.
+IN_DS_FILE = "precision is set in the ds file, by bf16 and fp16"
 NOT_QUANTISED = "quantised models cannot be trained here"
 HINTS = {
     "bf16": IN_DS_FILE,
     "fp16": IN_DS_FILE,
-    "do_train": "training is all that train.py does; leave it out",
+    "do_train": "train.py always trains; leave it out",
     "eval_strategy": "--eval_path or --eval_ratio makes it validate, --eval_steps says how often",
     "evaluation_strategy": "--eval_path or --eval_ratio makes it validate, --eval_steps says how often",
     "load_in_4bit": NOT_QUANTISED,
@@ -46,12 +49,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fixed_flags(args: argparse.Namespace) -> dict:
-    """Flags that must be the same when a run is resumed, with their values."""
+    """Flags, with their values, that must not change when a run is resumed."""
     return make_parser().fixed(args)
 
 
 def applicable(words: list[str], train_type: str, evaluates: bool) -> list[str]:
-    """The words of a command line without the flags that do nothing for a method, or without validation."""
+    """The words of a command line, without flags that do nothing for this method or without validation."""
     flags, kept, keep = make_parser().flags, [], True
     for word in words:
         if word.startswith("--"):
@@ -69,7 +72,7 @@ def validates(args: argparse.Namespace) -> bool:
 
 
 def best_by_loss(args: argparse.Namespace) -> bool:
-    """Whether generated answers have no say in which model is the best, nor in when training stops."""
+    """Whether the loss alone decides on the best model and on early stopping."""
     return args.best_metric in FROM_LOSS
 
 
@@ -92,7 +95,7 @@ def make_parser() -> Parser:
 
 
 def add_data(parser: Parser) -> None:
-    # may_change=True of files and folders: their content is compared instead
+    # files and folders have may_change=True: their content is compared instead
     group = parser.group("model and data")
     group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
     group.add_argument(
@@ -211,7 +214,7 @@ def add_devices(parser: Parser) -> None:
     group.add_argument("--plan", **SWITCH, may_change=True, help="print the memory needed per GPU; do not train")
     group.add_argument(
         "--max_memory", type=GiB(), needs="--plan", may_change=True,
-        help="find flags that fit into so much memory per GPU: 24 (GiB), 24GiB or 24GB",
+        help="find flags that fit into this memory per GPU: 24 (GiB), 24GiB or 24GB",
     )  # fmt: skip
     group.add_argument(
         "--plan_gpus", type=Integer(), default_text="the launcher's", needs="--plan", may_change=True,
@@ -268,7 +271,7 @@ def add_validation(parser: Parser) -> None:
     )  # fmt: skip
     group.add_argument("--best_metric", type=Text(), default="loss", help="metric that selects output_dir/best")
     group.add_argument(
-        "--early_stopping_patience", type=Integer(), help="stop after so many validations without improvement"
+        "--early_stopping_patience", type=Integer(), help="stop after this many validations without improvement"
     )
 
 
@@ -296,7 +299,7 @@ def add_interruptions(parser: Parser) -> None:
 
 
 def contradictions(args: argparse.Namespace) -> list[str]:
-    """What is wrong with flags together; see Parser."""
+    """Problems of flags that do not go together; see Parser."""
     wrong = []
     if args.max_src_len >= args.max_len:
         wrong.append(f"--max_src_len {args.max_src_len} must be less than --max_len {args.max_len}")
@@ -305,7 +308,7 @@ def contradictions(args: argparse.Namespace) -> list[str]:
     if args.eval_path and args.eval_ratio is not None:
         wrong.append("--eval_path and --eval_ratio exclude each other")
     if args.overwrite_output_dir and args.resume_from_checkpoint == "auto":
-        wrong.append("--overwrite_output_dir (start anew) and --resume_from_checkpoint auto exclude each other")
+        wrong.append("--overwrite_output_dir (start again) and --resume_from_checkpoint auto exclude each other")
     if args.packing and args.group_by_length:
         wrong.append("--packing and --group_by_length exclude each other: packed rows are all about max_len long")
     if missing(args.eval_generate):

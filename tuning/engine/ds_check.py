@@ -1,4 +1,4 @@
-"""What is wrong with a ds file, all at once; and what is missing in it."""
+"""Checks a ds file, reports all problems at once, and fills in missing values."""
 
 import copy
 import difflib
@@ -35,7 +35,7 @@ from tuning.engine.ds_keys import (
 from tuning.errors import UserError
 
 START = "start from one of the ds_zero*.json files"
-# "auto" and a missing key mean these, whatever the command line says; `values` of load_ds_config has the others.
+# values for "auto" and for missing keys that do not depend on flags; `values` of load_ds_config has the others
 AUTO = {
     "gradient_clipping": 1.0,
     "optimizer.params.betas": [0.9, 0.95],
@@ -45,7 +45,7 @@ AUTO = {
     "scheduler.params.cos_min_ratio": 0.0001,
     "scheduler.params.warmup_type": "linear",
 }
-# A number in the file that differs from the command line's is refused: the flags that make it.
+# a number in the ds file must equal the one that these flags give
 FLAGS = {
     "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
     "gradient_accumulation_steps": "--gradient_accumulation_steps",
@@ -54,10 +54,15 @@ FLAGS = {
     "optimizer.params.weight_decay": "--weight_decay",
     "scheduler.params.warmup_max_lr": "--learning_rate",
     "scheduler.params.warmup_num_steps": "--warmup_ratio of all steps",
-    "scheduler.params.total_num_steps": "all steps and one, for the lr is 0 after the last one",
+    "scheduler.params.total_num_steps": "all steps plus one, since the lr is 0 after the last one",
 }
 OF_ADAM = {"optimizer.params.betas", "optimizer.params.eps"}
-OF_DEEPSPEED = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "max_grad_norm"}  # params that torch never sees
+OF_DEEPSPEED = {
+    "torch_adam",
+    "adam_w_mode",
+    "fp32_optimizer_states",
+    "max_grad_norm",
+}  # not passed on to torch
 AUTO_LATER = {"bf16.enabled", "fp16.enabled", "data_types.grad_accum_dtype"}  # depend on the device
 PLACES = (("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file"))
 OF_STEPS = {"scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps"}
@@ -65,7 +70,7 @@ SHOWN = 5  # problems of a file in one message
 
 
 class Check:
-    """Gathers what is wrong with a file, so that all of it comes at once.
+    """Collects the problems of a ds file, to report them all at once.
 
     Args:
         values: see load_ds_config.
@@ -73,17 +78,18 @@ class Check:
 
     def __init__(self, path: str, values: dict):
         self.path, self.values, self.wrong = path, AUTO | values, []
-        self.params: dict[str, dict[str, Key]] = {}  # what optimizer.params and scheduler.params may hold
+        self.params: dict[str, dict[str, Key]] = {}  # allowed keys of optimizer.params and scheduler.params
 
     def end(self) -> None:
-        """Raise a UserError if there was something wrong."""
+        """Raise a UserError if there are problems."""
         if self.wrong:
             more = f"; and {len(self.wrong) - SHOWN} more" if len(self.wrong) > SHOWN else ""
             raise UserError(f"{self.path}: {'; '.join(self.wrong[:SHOWN])}{more}")
 
     def sections(self, config: dict) -> None:
-        """Names and kinds of all keys but the params of optimizer and scheduler. Takes out comments, and what
-        DeepSpeed has removed.
+        """Check names and values of all keys, except the params of optimizer and scheduler.
+
+        Comments and keys that DeepSpeed has removed are deleted from the config.
         """
         for name in ("zero_optimization", "optimizer", "scheduler"):
             if config.get(name) is None:
@@ -98,7 +104,7 @@ class Check:
                 self.wrong.append(f"{name}.{key} is missing; {START}")
 
     def keys(self, section: dict, known: dict, prefix: str) -> None:
-        """All keys of one section."""
+        """Check all keys of a section."""
         for name in list(section):
             key, dotted = known.get(name), prefix + name
             if name in COMMENTS:
@@ -111,25 +117,25 @@ class Check:
                 self.key(section, name, key, dotted)
 
     def section(self, outer: dict, name: str, known: Section, dotted: str) -> None:
-        """A key that should hold an object."""
+        """Check a key whose value should be an object."""
         value = outer[name]
         if value is None:
-            if dotted not in ("zero_optimization", "optimizer", "scheduler"):  # these are told as missing
+            if dotted not in ("zero_optimization", "optimizer", "scheduler"):  # reported as missing above
                 del outer[name]
         elif not isinstance(value, dict):
             self.wrong.append(f'"{dotted}" must be an object, not {shown(value)}')
         elif not known.why:
-            if not dotted.endswith(".params"):  # what these may hold depends on the type
+            if not dotted.endswith(".params"):  # their keys depend on the type
                 self.keys(value, known.keys, f"{dotted}.")
         elif _is_on(value, known):
             self.wrong.append(f"{dotted} is refused: {known.why}")
         else:
             other = [one for one in value if one not in known.keys and one not in COMMENTS]
             self.wrong += [_unknown(f"{dotted}.{one}", known.keys, f"{dotted}.") for one in other]
-            del outer[name]  # it is off: the same as if it were not there
+            del outer[name]  # off: as if it were missing
 
     def key(self, section: dict, name: str, key: Key, dotted: str) -> None:
-        """One value."""
+        """Check one value."""
         value, has_auto = section[name], dotted in self.values or dotted in AUTO_LATER
         if key.kind == REFUSED:
             if not is_one(value, key.harmless):
@@ -140,7 +146,7 @@ class Check:
             if not has_auto:
                 self.wrong.append(f'train.py does not know what "auto" means for {shown(dotted)}; give a value')
         elif value is None and key.default in (None, ...):
-            del section[name]  # as if it were not there
+            del section[name]  # as if it were missing
         elif not fits(value, key.takes):
             takes = key.takes if isinstance(key.takes, str) else _one_of(key.takes)
             takes += ' or "auto"' * has_auto
@@ -149,9 +155,9 @@ class Check:
             section[name] = int(value)
 
     def optimizer(self, config: dict, as_gpu: bool) -> None:
-        """Name and params of the optimizer, and that this device has it."""
+        """Check name and params of the optimizer, and that it exists for this device."""
         section, every = config["optimizer"], OPTIMIZERS + UNTESTED
-        # DeepSpeed takes its own names in any case
+        # DeepSpeed ignores the case of its own names
         name = section["type"] = {one.lower(): one for one in OPTIMIZERS}.get(section["type"].lower(), section["type"])
         if name not in every:
             self.wrong.append(
@@ -177,7 +183,7 @@ class Check:
         known = {one: ADAM.get(one, Key(PLANNED, EITHER)) for one in sorted(taken)}
         self.params["optimizer"] = known
         self.keys(params, known, "optimizer.params.")
-        if not self.wrong and kind.__module__.startswith("torch."):
+        if not self.wrong and getattr(torch.optim, kind.__name__, None) is kind:
             given = {k: v for k, v in params.items() if k in taken and k not in OF_DEEPSPEED and v != "auto"}
             try:
                 kind([torch.zeros(1)], **given)
@@ -185,7 +191,7 @@ class Check:
                 self.wrong.append(f"optimizer: {reason(error)}")
 
     def scheduler(self, section: dict) -> None:
-        """Name and params of the scheduler."""
+        """Check name and params of the scheduler."""
         name, params = section["type"], section.setdefault("params", {})
         if name in SCHEDULERS:
             self.params["scheduler"] = SCHEDULERS[name]
@@ -197,7 +203,7 @@ class Check:
             )
 
     def monitors(self, config: dict) -> None:
-        """Packages and folders that the sections for logs need."""
+        """Check that packages and folders exist that the sections for logs need."""
         for section, package in (("wandb", "wandb"), ("comet", "comet_ml"), ("tensorboard", "tensorboard")):
             if config.get(section, {}).get("enabled") and importlib.util.find_spec(package) is None:
                 self.wrong.append(f"{section} is enabled and its package is not installed: pip install {package}")
@@ -207,7 +213,7 @@ class Check:
                 self.wrong.append(f"{section}.{name} {shown(place)} cannot be written")
 
     def fill(self, config: dict) -> None:
-        """Give a value to what is "auto", and to what is missing and has an "auto"."""
+        """Fill in values that are "auto", and missing values that have an "auto"."""
         config.setdefault("data_types", {})
         adam = config["optimizer"]["type"] in ("Adam", "AdamW")
         for dotted, value in self.values.items():
@@ -216,15 +222,15 @@ class Check:
                 known = self.params[dotted.split(".")[0]]
             missing = name not in holder
             if missing and dotted in OF_ADAM and not adam:
-                continue  # another optimizer has a default of its own
+                continue  # other optimizers have their own defaults
             if name in known and config["zero_optimization"]["stage"] in known[name].stages:
                 if missing or holder[name] == "auto":
                     holder[name] = copy.copy(value)
             elif not missing and holder[name] == "auto":
-                del holder[name]  # of another stage, which would not read it
+                del holder[name]  # this stage does not read it
 
     def contradictions(self, config: dict, without_steps: bool) -> None:
-        """Numbers of the file against those of the command line."""
+        """Check that numbers in the file agree with the command line."""
         for dotted, flag in FLAGS.items():
             holder, _, name = _place(config, dotted)
             if dotted not in self.values or name not in holder or (without_steps and dotted in OF_STEPS):
@@ -236,7 +242,7 @@ class Check:
                 )
 
     def groups_of_ranks(self, config: dict) -> None:
-        """hpZeRO's groups have the same number of ranks each."""
+        """Check that the groups of hpZeRO have the same number of ranks."""
         ranks = config["train_batch_size"] // (
             config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
         )
@@ -245,7 +251,7 @@ class Check:
             self.wrong.append(f"zero_optimization.zero_hpz_partition_size {size} does not divide {ranks} devices")
 
     def types_of_gradients(self, config: dict, precision: str) -> None:
-        """No gradient is rounded to a type that neither the model nor float32 has."""
+        """Check that gradients have the dtype of the model or float32."""
         sums, sent = config["data_types"].get("grad_accum_dtype"), config.get("communication_data_type")
         for dotted, value in (("data_types.grad_accum_dtype", sums), ("communication_data_type", sent)):
             if value not in (None, "fp32", precision):
@@ -253,7 +259,7 @@ class Check:
 
 
 def _place(config: dict, dotted: str) -> tuple[dict, dict, str]:
-    """The object that holds a key, what is known of the keys there, and the key's own name."""
+    """The object that contains a key, the known keys of that object, and the name of the key in it."""
     *sections, name = dotted.split(".")
     known = KEYS
     for one in sections:
@@ -262,7 +268,7 @@ def _place(config: dict, dotted: str) -> tuple[dict, dict, str]:
 
 
 def optimizer_class(name: str, params: dict, offload: bool) -> type:
-    """What DeepSpeed makes of an optimizer's name."""
+    """The optimizer class that DeepSpeed chooses for a name."""
     if name in ("Adam", "AdamW") and params.get("torch_adam") is not True:
         return DeepSpeedCPUAdam if offload else FusedAdam
     if name == "Lion":
@@ -270,12 +276,12 @@ def optimizer_class(name: str, params: dict, offload: bool) -> type:
     if name == "Adagrad" and offload:
         return DeepSpeedCPUAdagrad
     if name == "Adam" and params.get("adam_w_mode") is not False:
-        name = "AdamW"  # DeepSpeed's Adam is AdamW, if not told otherwise
+        name = "AdamW"  # DeepSpeed's Adam is AdamW by default
     return getattr(torch.optim, name)
 
 
 def _unknown(dotted: str, known: dict, prefix: str) -> str:
-    """A key that DeepSpeed does not read there, and the nearest one that it does."""
+    """Message about an unknown key, with the most similar known one."""
     name = dotted.removeprefix(prefix)
     here = _near(name, tuple(known))
     if not here:
@@ -285,13 +291,13 @@ def _unknown(dotted: str, known: dict, prefix: str) -> str:
 
 
 def shown(value) -> str:
-    """A value as the file has it, short."""
+    """A value in JSON, shortened for a message."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _near(name: str, names: tuple[str, ...]) -> str:
-    """What may have been meant, as the end of a message."""
+    """A suggestion, as the end of a message."""
     lower = {one.lower(): one for one in names}
     found = difflib.get_close_matches(name.lower(), lower, n=1) or [
         one for one in lower if name and name.lower() in one
@@ -300,14 +306,14 @@ def _near(name: str, names: tuple[str, ...]) -> str:
 
 
 def _one_of(choices: tuple) -> str:
-    """Values, for a message."""
+    """The allowed values, for a message."""
     if all(type(one) is int for one in choices) and len(choices) > 3:
         return f"a whole number from {choices[0]} to {choices[-1]}"
     return " or ".join(f'"{one}"' if isinstance(one, str) else str(one) for one in choices)
 
 
 def _can_write(place: str, is_file: bool) -> bool:
-    """Whether a file or folder can be made there."""
+    """Whether a file or folder can be created at this path."""
     if os.path.exists(place) and is_file:
         return os.path.isfile(place) and os.access(place, os.W_OK)
     while place and not os.path.exists(place):
@@ -316,7 +322,7 @@ def _can_write(place: str, is_file: bool) -> bool:
 
 
 def _is_on(value: dict, known: Section) -> bool:
-    """Whether a section is on: by its switch, or without it, because it is or a section within is."""
+    """Whether a section is on: by its switch; without one, by default or because a section in it is on."""
     if known.switch in value:
         return bool(value[known.switch])
     inner = [(value[name], one) for name, one in known.keys.items() if isinstance(one, Section) and name in value]
@@ -324,6 +330,6 @@ def _is_on(value: dict, known: Section) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """What a library has to say, in one short line."""
+    """The message of a library's error, as one short line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(" For further information")[0][:300]

@@ -22,15 +22,15 @@ def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
 
     Args:
         path: the file; beside the scripts if it is not in the current folder.
-        values: what the command line says of batch, lr and the rest, by the ds file's dotted key, as
+        values: batch size, lr and others from the command line, by dotted key of the ds file, such as
             "optimizer.params.lr".
         as_gpu: for --plan: resolve precision for a GPU with bf16, whatever this machine has, and do not compare
             numbers of steps, which --plan does not know.
 
     Raises:
-        UserError: a key that is unknown or refused, a value that its key does not take or that contradicts the command
-            line, an unknown "auto", a precision that the device cannot do, or whatever else DeepSpeed would trip over.
-        CheckpointError: unreadable.
+        UserError: a key is unknown or refused; a value is not valid for its key or contradicts the command line; an
+            "auto" is unknown; the device cannot do the precision; or DeepSpeed would fail on something else.
+        CheckpointError: the file cannot be read.
     """
     if not os.path.exists(path):
         beside = os.path.join(ROOT, os.path.basename(path))
@@ -45,7 +45,7 @@ def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
     check.end()
     _resolve_precision(config, path, as_gpu)
     precision = "bf16" if config["bf16"]["enabled"] else "fp16" if config["fp16"]["enabled"] else "fp32"
-    # sums of gradients in half precision would be exact to three digits
+    # gradients summed in half precision would be exact to three digits only
     check.values["data_types.grad_accum_dtype"] = "fp32" if precision != "fp32" else None
     check.fill(config)
     check.contradictions(config, as_gpu)
@@ -53,14 +53,14 @@ def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
     check.end()
     check.groups_of_ranks(config)
     check.end()
-    # nothing reads DeepSpeed's throughput timer, which waits for the device twice a micro-batch
+    # DeepSpeed's throughput timer would wait for the device twice per micro-batch, and nothing reads it
     config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     _try(config, path)
     return config
 
 
 def load_training_config(args, total_steps: int, hidden_size: int) -> dict:
-    """The ds file of a training with these flags, resolved. Called when the processes have met.
+    """The ds file of a training with these flags, resolved. Needs the process group.
 
     Raises:
         UserError, CheckpointError: see load_ds_config.
@@ -69,19 +69,19 @@ def load_training_config(args, total_steps: int, hidden_size: int) -> dict:
 
 
 def ds_notes(config: dict) -> list[str]:
-    """Lines to be said of a resolved config: what --plan does not count, and what does nothing."""
+    """Lines to print about a resolved config: settings that --plan does not count, and those that do nothing."""
     return [f"ds file: {line}" for line in _notes(config, KEYS, "", config["zero_optimization"]["stage"])]
 
 
 def compute_dtype(ds_config: dict) -> torch.dtype:
-    """The type that weights and activations have during training."""
+    """The dtype of weights and activations in training."""
     if ds_config["bf16"]["enabled"]:
         return torch.bfloat16
     return torch.float16 if ds_config["fp16"]["enabled"] else torch.float32
 
 
 def zero_layout(config: dict) -> dict:
-    """What decides where a rank keeps which masters and moments: a training state fits no other layout."""
+    """Settings that decide which rank keeps which masters and moments: a training state fits only the same layout."""
     zero = config["zero_optimization"]
     names = ("round_robin_gradients", "parameter_alignment") if zero["stage"] < 3 else ("sub_group_size",)
     layout = {name: zero.get(name, KEYS["zero_optimization"].keys[name].default) for name in names}
@@ -92,13 +92,13 @@ def zero_layout(config: dict) -> dict:
 
 
 def _read(path: str) -> dict:
-    """The object in a ds file, with no key twice."""
+    """Read the object in a ds file; no key may occur twice."""
     read_json(path)  # errors of all kinds
 
     def once(pairs: list[tuple]) -> dict:
         names = [name for name, _ in pairs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f"{path}: {shown(twice[0])} is there twice")
+            raise UserError(f"{path}: {shown(twice[0])} occurs twice")
         return dict(pairs)
 
     try:
@@ -109,18 +109,18 @@ def _read(path: str) -> dict:
 
 
 def _try(config: dict, path: str) -> None:
-    """Let DeepSpeed read the config and make the scheduler: what is left to be wrong, it finds now."""
+    """Let DeepSpeed parse the config and make the scheduler, to find any remaining error now."""
     try:
-        # the batch is checked already, and for --plan of more devices than there are processes
+        # without the batch size, which is checked already; --plan may assume more devices than processes
         DeepSpeedConfig({k: v for k, v in copy.deepcopy(config).items() if k != "train_batch_size"})
         optimizer, section = torch.optim.SGD([torch.zeros(1)], lr=1.0), config["scheduler"]
         getattr(lr_schedules, section["type"])(optimizer, **section["params"]).step()
-    except Exception as error:  # DeepSpeed checks by pydantic, by assertions, and by what happens to fail
+    except Exception as error:  # pydantic, assertions, or any other failure in DeepSpeed
         raise UserError(f"{path}: {reason(error)}") from None
 
 
 def _resolve_precision(config: dict, path: str, as_gpu: bool) -> None:
-    """Turn "auto" of bf16 and fp16 into true or false: bf16 where a GPU has it, else fp16, and float32 on a CPU."""
+    """Replace "auto" of bf16 and fp16: bf16 if the GPU has it, otherwise fp16; float32 on a CPU."""
     on_cpu = get_accelerator().device_name() == "cpu" and not as_gpu
     can = {"bf16": as_gpu or supports_bf16(), "fp16": as_gpu or supports_fp16()}
     wish = {kind: config.setdefault(kind, {}).setdefault("enabled", "auto") for kind in can}
@@ -139,7 +139,7 @@ def _resolve_precision(config: dict, path: str, as_gpu: bool) -> None:
 
 
 def _notes(section: dict, known: dict, prefix: str, stage: int):
-    """Lines of ds_notes, for one section."""
+    """Lines of `ds_notes` for one section."""
     for name, value in section.items():
         key, dotted = known[name], prefix + name
         if isinstance(key, Section):
@@ -162,7 +162,7 @@ def _notes(section: dict, known: dict, prefix: str, stage: int):
 
 
 def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict:
-    """What "auto" means in a ds file."""
+    """Values for "auto" in a ds file, by dotted key."""
     return {
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -171,11 +171,11 @@ def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict
         "optimizer.params.weight_decay": args.weight_decay,
         "scheduler.params.warmup_max_lr": args.learning_rate,
         "scheduler.params.warmup_num_steps": max(1, round(total_steps * args.warmup_ratio)),
-        # one more than there are: the lr is 0 after the last step, not in it
+        # one more than there are, so that the lr is 0 after the last step, not in it
         "scheduler.params.total_num_steps": total_steps + 1,
-        # in numbers, of which a GPU has two buffers; 20 MB are sent well, and alone there is nothing to send
+        # in elements, in two buffers per GPU; 20 MB are an efficient size to send; one process sends nothing
         "zero_optimization.reduce_bucket_size": 10_000_000 if world_size > 1 else 1_000_000,
-        "zero_optimization.overlap_comm": world_size > 1,  # alone there is nothing to overlap, and it keeps gradients
+        "zero_optimization.overlap_comm": world_size > 1,  # it keeps gradients, and one process has nothing to overlap
         "zero_optimization.allgather_bucket_size": 200_000_000,
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
         "zero_optimization.stage3_prefetch_bucket_size": hidden_size * hidden_size,
@@ -183,6 +183,6 @@ def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict
 
 
 def fit_buckets(ds_config: dict, trained: int) -> None:
-    """Make buckets no larger than all gradients together: buffers of their size are allocated."""
+    """Limit bucket sizes to the size of all gradients, since buffers of these sizes are allocated."""
     for bucket in ds_config["zero_optimization"].keys() & {"reduce_bucket_size", "allgather_bucket_size"}:
         ds_config["zero_optimization"][bucket] = min(int(ds_config["zero_optimization"][bucket]), trained)

@@ -3,11 +3,11 @@
     python -m tuning.engine.ds_keys [planned|said|refused]
 
 prints the table. A key has one of three classes:
-  planned  it is obeyed, and --plan counts what it changes (most change no memory);
-  said     it is obeyed, --plan does not count it: a line says so when it is set;
-  refused  another value would change what is trained, what is saved or who has which rows, or nothing would read it.
-           The values that change nothing are accepted.
-Keys of a ZeRO stage that the file does not choose are accepted too, and a line says that they do nothing.
+  planned  it is obeyed, and --plan counts its effect (most change no memory);
+  said     it is obeyed, but --plan does not count it: a line says so when it is set;
+  refused  it would change what is trained, what is saved or which rank has which rows, or nothing would read it.
+           Values that change nothing are accepted.
+Keys of another ZeRO stage are accepted too, and a line says that they do nothing.
 """
 
 import math
@@ -16,27 +16,27 @@ from dataclasses import dataclass
 
 PLANNED, SAID, REFUSED = "planned", "said", "refused"
 
-# What a value may be. A tuple lists all values.
+# Allowed values. A tuple lists all of them.
 BOOL, TEXT, TEXTS, ANY = "true or false", "a text", "a list of texts", "anything"
 COUNT, POSITIVE, INTEGER = "a whole number, not below 0", "a whole number above 0", "a whole number"
 EITHER = "a number, not below 0, or true or false"
 NUMBER, SHARE, BETAS = "a number, not below 0", "a number from 0 to 1", "two numbers from 0 to 1, 1 excluded"
-LARGEST = 2**53  # above it, floats have no exact whole numbers
+LARGEST = 2**53  # above it, floats cannot represent all integers
 
 ALL, EARLY, LATE = (1, 2, 3), (1, 2), (3,)  # ZeRO stages
 
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of one key.
+    """Description of a key.
 
     kind: PLANNED, SAID or REFUSED.
-    takes: what its value may be; null is always allowed where it is the default.
-    default: DeepSpeed's. ... where there is none.
-    stages: of ZeRO, that read it.
-    harmless: of a refused key, the values that change nothing.
-    why: of a refused key; ends an error message.
-    removed: DeepSpeed refuses a file that holds it, whatever the value; a harmless one is taken out.
+    takes: allowed values; null is also allowed if it is the default.
+    default: DeepSpeed's; ... if there is none.
+    stages: ZeRO stages that read it.
+    harmless: of a refused key, values that change nothing.
+    why: of a refused key, the reason; the end of an error message.
+    removed: DeepSpeed refuses a file with this key, whatever its value; a harmless one is deleted.
     """
 
     kind: str
@@ -50,12 +50,12 @@ class Key:
 
 @dataclass(frozen=True)
 class Section:
-    """An object with keys.
+    """Description of a key whose value is an object.
 
-    switch: the key that turns it on; without it or with a value that counts as false, no other key matters.
-    why: if not empty, the section is refused when it is on.
+    switch: the key that turns it on; if that is missing or false, no other key matters.
+    why: if not empty, the section is refused when it is on, for this reason.
     is_on: whether it is on when the switch is missing.
-    stages: of ZeRO, that read it.
+    stages: ZeRO stages that read it.
     """
 
     keys: dict
@@ -78,17 +78,17 @@ def refused(why: str, *harmless) -> Key:
 
 
 def each(names: str, known: Key) -> dict[str, Key]:
-    """The same for several keys."""
+    """The same description for several keys."""
     return dict.fromkeys(names.split(), known)
 
 
 def other_mode(why: str, names: str, switch: str = "enabled", is_on: bool = False, **sections) -> Section:
-    """A section that is refused when it is on, and whose keys are not looked into."""
+    """A section that is refused when it is on, and whose values are not checked."""
     return Section(each(names, refused(why)) | sections, switch, why, is_on)
 
 
 def removed(why: str) -> Key:
-    """A key that DeepSpeed has given up."""
+    """A key that DeepSpeed has removed."""
     return Key(REFUSED, ANY, harmless=(False, None, {}, {"enabled": False}, 0, -1), why=why, removed=True)
 
 
@@ -125,7 +125,7 @@ OFFLOAD_PARAM = {
     "max_in_cpu": planned(COUNT, 10**9),
     "pin_memory": planned(BOOL, True),
 }
-# Keys of these two sections, and of aio, that NVMe alone or another key would need.
+# Keys of these two sections, and of aio, that do nothing without NVMe or another key.
 IDLE = {"nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "fast_init", "cpuadam_cores_perc"}
 
 ZERO = {

@@ -1,10 +1,9 @@
-"""A result of train.py or merge_lora.py, or an official model: loaded to answer, in the right type. From Python:
-
+"""Load a result of train.py or merge_lora.py, or an official model, in the right dtype. From Python:
 
     tokenizer, model = load_result("glm3", "output-glm3/epoch-2-step-750")
     answer, history = model.chat(tokenizer, "你好")
 
-An adapter is loaded with its base, which its config names.
+An adapter is loaded together with its base, which its config names.
 """
 
 import os
@@ -32,7 +31,7 @@ from tuning.lora.adapter import (
 from tuning.lora.verify import skeleton
 from utils import say, supports_bf16
 
-# Of a LoRA config, what cannot be answered with, and why.
+# Keys of a LoRA config that prediction does not support, and why.
 REFUSED = {
     "megatron_config": "leads to code or files elsewhere",
     "arrow_config": "leads to code or files elsewhere",
@@ -41,7 +40,7 @@ REFUSED = {
 
 
 def stored_dtype(folder: str) -> torch.dtype | None:
-    """The type of most numbers in a checkpoint's weight files; None if there are no float weights.
+    """The dtype of most numbers in a checkpoint's weight files; None if there are no float weights.
 
     Raises:
         CheckpointError: a file is missing or broken.
@@ -55,7 +54,7 @@ def stored_dtype(folder: str) -> torch.dtype | None:
 
 
 def prediction_dtype(device_type: str, stored: torch.dtype | None, bf16: bool) -> tuple[torch.dtype, str]:
-    """The type in which a checkpoint answers, and the reason in words.
+    """The dtype for prediction, and the reason as text.
 
     Args:
         device_type: as "cuda" or "cpu".
@@ -86,14 +85,14 @@ def load_result(
 ):
     """Tokenizer and model of a result of train.py or merge_lora.py, or of an official folder, ready to generate.
 
-    In float32 an adapter is merged, which loses nothing there. In half precision it stays beside the weights: merged,
-    it would be rounded to their steps, which are larger than most of what it adds.
+    In float32 an adapter is merged, which loses nothing. In half precision it stays separate: merged into the weights
+    it would be rounded to their precision, and most of the update would be lost.
 
     Args:
         folder: a full model, a P-Tuning result or a LoRA adapter.
         base: the base model of an adapter; None for the one that the adapter's config names.
         device: as "cuda:1" or "cpu"; None for the accelerator, else the CPU.
-        dtype: None for the type of the checkpoint's weights as far as the device can, and for float32 on a CPU.
+        dtype: None for the dtype of the checkpoint if the device supports it, and for float32 on a CPU.
 
     Raises:
         UserError: no such folder, device or base.
@@ -113,7 +112,7 @@ def load_result(
 
 
 def check_adapter(mode: str, folder: str, base: str) -> None:
-    """Hold an adapter's config against what can be answered with, and its base against what training recorded of it."""
+    """Check that an adapter's config is supported, and that the base is the one recorded in training."""
     config = read_config(folder)
     for key, reason in REFUSED.items():
         if config.get(key):
@@ -123,17 +122,17 @@ def check_adapter(mode: str, folder: str, base: str) -> None:
 
 
 def load_adapted(mode: str, folder: str, base: str, dtype: torch.dtype):
-    """Base and adapter in one model of the base's class."""
-    weights = open_adapter(folder)  # broken or empty ones end here
+    """Base and adapter as one model of the base's class."""
+    weights = open_adapter(folder)  # raises if the file is broken or empty
     # an output layer that was tied to the embedding no longer equals it
     changes = {"tie_word_embeddings": False} if any(".lm_head." in name for name in weights.names) else {}
-    add_adapter(skeleton(mode, base, **changes), folder, weights)  # what does not fit ends before the base is loaded
+    add_adapter(skeleton(mode, base, **changes), folder, weights)  # raises on a misfit before the base is loaded
     adapted = add_adapter(load_base(mode, base, dtype, **changes), folder, weights)
     return adapted.merge_and_unload() if dtype == torch.float32 else adapted.get_base_model()
 
 
 def load_tokenizer(mode: str, folder: str):
-    """The tokenizer of a checkpoint folder, its ids held against those of config.json."""
+    """The tokenizer of a checkpoint folder; warns if its ids differ from those in config.json."""
     check_family(folder, mode)
     tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
     for odd in check_ids(MODE[mode].config.from_pretrained(folder), tokenizer, folder):
@@ -144,12 +143,12 @@ def load_tokenizer(mode: str, folder: str):
 def load_base(
     mode: str, folder: str, dtype: torch.dtype, ds_config: dict | None = None, attention: str = "sdpa", **config
 ):
-    """The model of a checkpoint folder, in `dtype`; partitioned over the ranks while it loads under ZeRO-3.
+    """The model of a checkpoint folder in `dtype`; under ZeRO-3 it is partitioned over the ranks while it loads.
 
     Args:
         ds_config: of the training run; None outside training.
         attention: implementation in transformers' registry.
-        config: keys of config.json to set differently.
+        config: changed keys of config.json.
     """
     family = MODE[mode]
     check_family(folder, mode)
@@ -172,10 +171,10 @@ def load_base(
 
 
 def named_device(name: str | None) -> torch.device:
-    """The device of a --device flag: as cuda, cuda:1 or cpu, or a number; None for the accelerator, else the CPU.
+    """The device of --device: cuda, cuda:1, cpu or a number; None for the accelerator, otherwise the CPU.
 
     Raises:
-        UserError: it is not there.
+        UserError: there is no such device.
     """
     name = name or get_accelerator().current_device_name()
     try:

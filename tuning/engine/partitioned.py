@@ -1,4 +1,4 @@
-"""Loading under ZeRO-3: every rank reads its own part of each weight, straight from the files."""
+"""Loading under ZeRO-3: every rank reads its own part of each weight directly from the files."""
 
 import deepspeed
 import torch
@@ -18,14 +18,14 @@ def load_partitioned(
     ds_config: dict,
     new_prefix: bool = False,
 ):
-    """As `model_class.from_pretrained`, but no process ever holds more than its part, one weight and one file.
+    """Like `model_class.from_pretrained`, but no process holds more than its part, one weight and one file.
 
-    Called on every rank. transformers would read all files into rank 0, and send each weight from there.
+    Called on every rank. transformers would read all files on rank 0 and send each weight from there.
 
     Args:
-        model_class: of a family.
+        model_class: model class of a family.
         config: its configuration.
-        dtype: what `ds_config` makes of precision.
+        dtype: compute dtype, see ds_config.compute_dtype.
         attention: implementation in transformers' registry.
         new_prefix: see check_prefix.
 
@@ -34,7 +34,7 @@ def load_partitioned(
     """
     model_class.check_weights(folder, config, new_prefix)
     config.dtype, config._attn_implementation, config.name_or_path = dtype, attention, folder
-    # each module's weights are partitioned as soon as it is made, with no values yet; ties wait for what is read
+    # Each module is partitioned as soon as it is made, without values. Weights are tied after the files are read.
     with init.no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = model_class(config)
     missing, unknown, misshapen = fill(model, folder)
@@ -46,7 +46,7 @@ def load_partitioned(
 
 
 def own_part(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
-    """Where this rank's part of a partitioned parameter begins in the flat whole, and the part, without padding."""
+    """Offset of this rank's part in the flat parameter, and the part itself without padding."""
     size = parameter.ds_tensor.ds_numel
     begin = torch.distributed.get_rank(parameter.ds_process_group) * size
     return begin, parameter.ds_tensor[: max(0, min(size, parameter.ds_numel - begin))]
@@ -54,7 +54,7 @@ def own_part(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
 
 @torch.no_grad()
 def fill(model, folder: str) -> tuple[set[str], list[str], list[str]]:
-    """Read the weights that the model has. Returns the names of those missing, unknown and misshapen in the files."""
+    """Read the model's weights. Returns names that are missing, unknown, or of another shape in the files."""
     parameters = dict(model.named_parameters())
     missing, unknown, misshapen = set(parameters), [], []
     for name, tensor in read_weights(folder):
@@ -67,9 +67,9 @@ def fill(model, folder: str) -> tuple[set[str], list[str], list[str]]:
             misshapen.append(name)
         elif parameter.ds_tensor.status == PartitionedParamStatus.AVAILABLE:
             begin, part = own_part(parameter)
-            part.copy_(tensor.reshape(-1)[begin : begin + len(part)])  # the file is mapped: only this is read of it
-            parameter.ds_secondary_tensor = None  # a copy within the node (hpZeRO), made anew from the parts
-        else:  # the parts are on NVMe, where only DeepSpeed knows its way
+            part.copy_(tensor.reshape(-1)[begin : begin + len(part)])  # memory-mapped: only this part is read
+            parameter.ds_secondary_tensor = None  # hpZeRO's copy within the node; made again from the parts
+        else:  # the parts are on NVMe; only DeepSpeed can write them
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(tensor)
         parameter._is_hf_initialized = True  # for `initialise`
@@ -77,10 +77,10 @@ def fill(model, folder: str) -> tuple[set[str], list[str], list[str]]:
 
 
 def tie(model, missing: set[str]) -> None:
-    """Tie what the config says, but for weights that the files hold twice and differently; as transformers does.
+    """Tie weights as the config says, except pairs that differ in the files; as transformers does.
 
     Args:
-        missing: tied names are taken from it.
+        missing: tied names are removed from it.
     """
     parameters = dict(model.named_parameters())
     for target, source in list(model.all_tied_weights_keys.items()):
@@ -93,7 +93,7 @@ def tie(model, missing: set[str]) -> None:
 
 
 def initialise(model, missing: set[str]) -> None:
-    """Give values to weights that are in no file: those of a new prefix. The same numbers as without ZeRO-3."""
+    """Initialise weights that are in no file: those of a new prefix. Same numbers as without ZeRO-3."""
     parameters = [parameter for name, parameter in model.named_parameters() if name in missing]
     if parameters:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):

@@ -1,4 +1,4 @@
-"""Saving results: the whole model or what was trained, from any ZeRO stage."""
+"""Saving results: the whole model, or the adapter alone, from any ZeRO stage."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ from utils import is_main, on_rank_0, say
 
 
 def result_size(model, dtype) -> int:
-    """Bytes of the weights of one result."""
+    """Bytes of one result's weights."""
     adapter = hasattr(model, "peft_config")
     # a tied output layer is written beside the embedding
     parameters = [p for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad or not adapter]
@@ -24,7 +24,7 @@ def result_size(model, dtype) -> int:
 
 
 def count_results(args, epoch_steps: int) -> int:
-    """How many results a run saves, best/ apart: after each epoch, and each --save_model_step."""
+    """How many results a run saves, without best/: one after each epoch, and one each --save_model_step."""
     total, every = args.num_train_epochs * epoch_steps, args.save_model_step or epoch_steps
     return len({*range(epoch_steps, total + 1, epoch_steps), *range(every, total + 1, every)})
 
@@ -35,35 +35,38 @@ def is_save_step(args, step: int, epoch_steps: int) -> bool:
 
 
 def check_room(args, result: int, states: States, count: int) -> None:
-    """Make sure that the disk has room for one result and the states; say what all results will take.
+    """Make sure that the disk has room for one result and the training states; print how much all results need.
 
     Args:
-        result: bytes of one.
-        count: how many there will be.
+        result: bytes of one result.
+        count: number of results.
+
+    Raises:
+        FolderError: there is no room.
     """
-    # a new state or result is there before an old one goes
+    # a new state or result is complete before an old one is removed
     kept = states.size() * (args.save_total_limit + 1) if args.save_state_steps else 0
     freed = results.size_of(results.list_removable(args.output_dir)) if args.overwrite_output_dir else 0
     what = "a result and the training states" if kept else "a result"
     check_space(args.output_dir, result + kept - freed, what)
     all_of_them = f"results: {count} of {shown_size(result)} each"
     if args.keep_results and args.keep_results < count:
-        say(f"{all_of_them}; the newest {args.keep_results} stay (--keep_results)")
+        say(f"{all_of_them}; the newest {args.keep_results} are kept (--keep_results)")
         count = args.keep_results + 1
     elif count > 1:
-        say(f"{all_of_them}, {shown_size(count * result)} in all; --keep_results N would keep the newest N")
+        say(f"{all_of_them}, {shown_size(count * result)} in total; --keep_results N would keep the newest N")
     most = count + 2 * validates(args)  # best/
     if free_space(args.output_dir) + freed < most * result + kept:
-        say(f"warning: the disk of {args.output_dir} has no room for all that this run keeps; see --keep_results")
+        say(f"warning: the disk of {args.output_dir} is too small for all results of this run; see --keep_results")
 
 
 def shown_size(size: int) -> str:
-    """Bytes, for a reader."""
+    """Bytes as text, in GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def save(args, model, tokenizer, dtype: torch.dtype, base: dict, name: str) -> None:
-    """Write the model to a folder of that name in --output_dir; results beyond --keep_results go."""
+    """Write the model to a folder of that name in --output_dir; results beyond --keep_results are removed."""
     folder = os.path.join(args.output_dir, name)
     on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype), folder))
     save_model(model, tokenizer, args.model_name_or_path, folder, dtype, base)
@@ -74,7 +77,7 @@ def save(args, model, tokenizer, dtype: torch.dtype, base: dict, name: str) -> N
 
 
 def gathered(named_parameters):
-    """Yield (name, whole tensor) of parameters that ZeRO-3 may have partitioned, one at a time; on every rank alike."""
+    """Yield (name, whole tensor) one at a time, gathered if ZeRO-3 has partitioned it. Called on every rank."""
     for name, parameter in named_parameters:
         if hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter]):
@@ -84,12 +87,12 @@ def gathered(named_parameters):
 
 
 def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype, record: dict) -> None:
-    """Write what training made: the adapter alone for LoRA, else a complete model folder. Called on every rank.
+    """Write the result: the adapter alone for LoRA, otherwise a complete model folder. Called on every rank.
 
     All ZeRO stages write the same files. One tensor is gathered at a time, and rank 0 holds one shard.
 
     Args:
-        base: the checkpoint folder that training started from; config, tokenizer and official code come from there.
+        base: folder of the base model; config, tokenizer and official code are copied from there.
         record: what an adapter's folder says of its base, see adapter.record_base.
     """
     if hasattr(model, "peft_config"):
@@ -100,18 +103,18 @@ def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype, rec
                 write_adapter(partial, model, tensors, base, record)
     else:
         save_full_model(model, tokenizer, base, folder, dtype)
-    on_rank_0(lambda: None)  # the others wait, on the CPU: devices would give up before a large file is on a slow disk
+    on_rank_0(lambda: None)  # the others wait on the CPU: NCCL would time out before a large file is on a slow disk
 
 
 def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> None:
     """Write a complete model folder in the official layout."""
-    parameters = list(model.named_parameters(remove_duplicate=False))  # a tied output layer too: other tools want it
+    parameters = list(model.named_parameters(remove_duplicate=False))  # a tied output layer too, for other tools
     buffers = model.official_buffers()
     count = sum(getattr(p, "ds_numel", p.numel()) for _, p in parameters)
     total = count * dtype.itemsize + sum(b.numel() * b.element_size() for b in buffers.values())
     whole = gathered(parameters)
     if not is_main():
-        for _ in whole:  # takes part in gathering, and copies nothing
+        for _ in whole:  # takes part in gathering, but copies nothing
             pass
         return
 

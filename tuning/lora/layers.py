@@ -1,7 +1,7 @@
-"""LoRA layers that read and write the large output once: peft's own take it through memory three times, in new tensors.
+"""LoRA layers that read and write the large output once; peft's layers do so three times and allocate new tensors.
 
-Names, initial values, dropout, saving and merging are peft's. What is more than plain LoRA on a plain linear layer
-(DoRA, a quantised base, ...) gets peft's own layers.
+Names, initial values, dropout, saving and merging are peft's. Only plain LoRA on an exact nn.Linear uses these layers:
+DoRA, a quantised base and all else get peft's own.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from glm_models.ops import OutputLayer, add_product
 
-# A plain LoRA adapter has these values; peft knows others, which are more than a product added to a weight.
+# Values of a plain LoRA adapter, which adds a product of two matrices to a weight. Other values make it something else.
 PLAIN = {
     "fan_in_fan_out": False,
     "bias": "none",
@@ -32,12 +32,12 @@ PLAIN = {
     "arrow_config": None,
     "kasa_config": None,
 }
-# How A and B began; any other way changed the base's weights too, or is another kind of layer.
+# Initial values of A and B that leave the base as it is; other ways change its weights too, or need another layer.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def more_than_plain(config: dict) -> str | None:
-    """The first key of an adapter's config that makes it more than plain LoRA; None if there is none."""
+    """The first config key of an adapter that makes it more than plain LoRA, or None."""
     for key, value in PLAIN.items():
         if (config.get(key) or value) != value:
             return key
@@ -45,10 +45,10 @@ def more_than_plain(config: dict) -> str | None:
 
 
 class AddedLinear(nn.Linear):
-    """`lora_B`. A module's call all the same: under ZeRO-3 that is what gathers the weight."""
+    """`lora_B`, added in place. Still called as a module, since under ZeRO-3 the call gathers the weight."""
 
     def forward(self, x: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., rank] times the weight; with `total` [..., out] added to it, in place."""
+        """x [..., rank] times the transposed weight: [..., out]. With `total` [..., out], added to it in place."""
         return super().forward(x) if total is None else add_product(total, x, self.weight)
 
 
@@ -66,17 +66,17 @@ class LoraLinear(lora.Linear):
             return super().forward(x)
         result = self.base_layer(x)
         for name in self.active_adapters:
-            # scaled where it is small
+            # scaled here, where the tensor is small
             low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
             result = self.lora_B[name](low, result)
         return result
 
 
 class PredictionLinear(LoraLinear):
-    """For prediction in half precision: the base's product is added to the adapter's, not the other way round.
+    """For prediction in half precision: the base's product is added to the adapter's output, not the reverse.
 
-    A matrix product adds in float32 and rounds its result once. So the sum has one rounding error of its size, as the
-    base's output alone; added the usual way it would have two, and merged into the weight the small one is mostly lost.
+    A matrix product adds in float32 and rounds once. So the sum is rounded once, as the base's output alone would be.
+    In the usual order it would be rounded twice; merged into the weight, most of the small update would be lost.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -90,14 +90,14 @@ class PredictionLinear(LoraLinear):
 
 
 def use_own_layers(config: LoraConfig, kind: type[LoraLinear] = LoraLinear) -> None:
-    """Let peft make layers of `kind` where they compute what its own would: plain LoRA on a plain linear layer.
+    """Let peft use layers of `kind` where they compute the same as its own: plain LoRA on an exact nn.Linear.
 
-    peft asks for layers of others first, and would take them for every subclass of nn.Linear, quantised ones too.
+    peft asks registered layers first, and by isinstance: it would use them for quantised subclasses of nn.Linear too.
     """
     plain = more_than_plain(config.to_dict()) is None
 
     def make(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs) -> LoraLinear | None:
-        # None: peft asks on, at last for its own layer
+        # with None, peft asks its own dispatchers
         return kind(target, adapter_name, config=config, **kwargs) if type(target) in (nn.Linear, OutputLayer) else None
 
     if plain:

@@ -1,4 +1,4 @@
-"""How much arithmetic a training needs, and how much of it the device could do: utilisation, for the log."""
+"""Floating-point operations that a training needs, and how many the device can do: utilisation, for the log."""
 
 import functools
 import time
@@ -12,15 +12,20 @@ from glm_models.modeling import Block, PrefixEncoder
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of forward and backward pass that a method needs; recomputation is not among them."""
+    """Floating-point operations of a method's forward and backward pass, without recomputation."""
 
     token: float
-    answer_token: float  # in the output layer, and in the last block once attention is through
-    pair: float  # of a token and one that it attends to
-    prefix: int  # tokens of a prefix, that every token attends to
+    answer_token: float  # in the output layer, and in the last block after attention
+    pair: float  # per pair of a token and one that it attends to
+    prefix: int  # length of the prefix, which every token attends to
 
     def of(self, segments: list[tuple[int, int]], answer_tokens: int) -> float:
-        """Of one micro-batch; segments are its samples: tokens, and how many of them are context."""
+        """Operations of one micro-batch.
+
+        Args:
+            segments: of each sample, its tokens and how many of them are context.
+            answer_tokens: of all samples.
+        """
         tokens = sum(length for length, _ in segments)
         # context sees all of itself, any other token itself and what lies before it
         pairs = sum(c * c + (n * (n + 1) - c * (c + 1)) / 2 for n, c in segments) + tokens * self.prefix
@@ -28,11 +33,11 @@ class Flops(NamedTuple):
 
 
 def needed_flops(model: nn.Module) -> Flops:
-    """Of a model in which the parameters to train require gradients.
+    """Operations for a model in which the parameters to train require gradients.
 
-    A product with a weight matrix takes 2 x inputs x outputs operations a token, as many again for the gradient of its
-    input where something before it trains, and for its own where it trains. Attention has two products of 2 x heads x
-    head_dim operations a pair, and four for its gradients.
+    A product with a weight matrix takes 2 x inputs x outputs operations per token; the gradient of its input as many
+    again, if something before it trains; the gradient of the weight too, if it trains. Attention has two products of
+    2 x heads x head_dim operations per pair, and four more for the gradients.
     """
     prefixes = [module for module in model.modules() if isinstance(module, PrefixEncoder)]
     trained_prefix = any(p.requires_grad for prefix in prefixes for p in prefix.parameters())
@@ -62,11 +67,11 @@ def needed_flops(model: nn.Module) -> Flops:
 
 @functools.cache
 def matmul_peak(dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """Operations a second of this device in the product of two large square matrices, the best of several."""
+    """Operations per second of this device in the product of two large square matrices: the best of several runs."""
     accelerator = get_accelerator()
     size = 2048 if accelerator.device_name() == "cpu" else 8192
     device = accelerator.current_device_name()
-    own = torch.Generator(device).manual_seed(0)  # the training's own random numbers stay as they are
+    own = torch.Generator(device).manual_seed(0)  # does not change the random numbers of the training
     a, b = (torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -76,5 +81,5 @@ def matmul_peak(dtype: torch.dtype, seconds: float = 0.5) -> float:
         accelerator.synchronize()
         best = min(best, time.perf_counter() - start)
     del a, b
-    accelerator.empty_cache()  # a GPU would keep 0.9 GiB in blocks of sizes that the training does not ask for
+    accelerator.empty_cache()  # otherwise a GPU keeps 0.9 GiB in blocks that the training cannot use
     return 2.0 * size**3 / best

@@ -1,8 +1,8 @@
-"""Which process this is among those of a training: the variables that launchers set, the process group, the devices.
+"""How a process joins a training: the variables of launchers, the process group, the devices.
 
 deepspeed, torchrun, torch.distributed.launch and accelerate set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-MASTER_PORT. Platforms set some of them, srun and mpirun variables of their own: what is missing is derived where
-that is safe, and named where it is not. A training that quietly ran alone beside its like would be worse.
+MASTER_PORT. Some platforms set a part of them; srun and mpirun set their own variables. Missing values are derived if
+that is safe; otherwise the run stops and names them, so that no process silently trains alone.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from deepspeed.accelerator import get_accelerator
 from tuning.errors import UserError
 from utils import control_group, on_rank_0
 
-# What srun and mpirun tell each task: its number, how many there are, its number on this machine.
+# Variables of srun and mpirun: rank, number of tasks, rank on this machine.
 TASKS = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
-VISIBLE_WITHIN = 15.0  # seconds until a file is seen on another node; network file systems look again now and then
+VISIBLE_WITHIN = 15.0  # seconds until another node sees a new file: network file systems cache directory listings
 
 
 # The variables of a launcher
@@ -41,11 +41,11 @@ def rank_variables(environ: Mapping[str, str], devices: int, local_rank: int = -
 
     Args:
         environ: the environment.
-        devices: that this process sees.
-        local_rank: of the flag --local_rank, by which old launchers tell it; -1 without.
+        devices: number of devices that this process sees.
+        local_rank: value of --local_rank, which old launchers pass; -1 without.
 
     Raises:
-        UserError: they are there in part, and the rest cannot be derived; or they contradict each other.
+        UserError: some are missing and cannot be derived, or they contradict each other.
     """
     found = {name: environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if environ.get(name)}
     address = {name: environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if environ.get(name)}
@@ -56,12 +56,12 @@ def rank_variables(environ: Mapping[str, str], devices: int, local_rank: int = -
     single = size == 1 and ("RANK" not in numbers or "WORLD_SIZE" in numbers)
     if single and not any(numbers.get(name) for name in ("RANK", "LOCAL_RANK")):
         numbers |= {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-        # any free port, chosen when it is taken: another training may start at the same moment
+        # port 0: any free one is chosen when it is bound, since another training may start at the same moment
         address = address if len(address) == 2 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if "LOCAL_RANK" not in numbers and local_rank >= 0:
         numbers["LOCAL_RANK"] = local_rank
     if {"RANK", "WORLD_SIZE"} <= numbers.keys() and "LOCAL_RANK" not in numbers and devices <= 1:
-        numbers["LOCAL_RANK"] = 0  # the only device here, whoever else is here
+        numbers["LOCAL_RANK"] = 0  # there is only one device here
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in numbers]
     missing += [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in address]
     if missing:
@@ -72,14 +72,18 @@ def rank_variables(environ: Mapping[str, str], devices: int, local_rank: int = -
             "or set them yourself (LOCAL_RANK: number of the process on its machine; 0 if it is the only one there)"
         )
     if not 0 <= numbers["RANK"] < size:
-        raise UserError(f"RANK={numbers['RANK']} is none of WORLD_SIZE={size} processes, which count from 0")
+        raise UserError(f"RANK={numbers['RANK']} must be from 0 to {size - 1}, since WORLD_SIZE={size}")
     if not 0 <= _number("MASTER_PORT", address["MASTER_PORT"]) < 2**16:
-        raise UserError(f"MASTER_PORT={address['MASTER_PORT']} is no port: 1024 to 65535")
+        raise UserError(f"MASTER_PORT={address['MASTER_PORT']} must be a port number from 1024 to 65535")
     return {name: str(number) for name, number in numbers.items()} | address
 
 
 def _task(environ: Mapping[str, str], address: dict[str, str]) -> dict[str, str]:
-    """What srun or mpirun say, if this is one of several tasks. Raises UserError: where rank 0 listens is not known."""
+    """The variables of srun or mpirun, if they started several tasks.
+
+    Raises:
+        UserError: the address of rank 0 is not known.
+    """
     for program, names in TASKS.items():
         if not environ.get(names[1], "").isdecimal() or int(environ[names[1]]) < 2:
             continue
@@ -87,7 +91,7 @@ def _task(environ: Mapping[str, str], address: dict[str, str]) -> dict[str, str]
         if len(address) == 2 and all(values.values()):
             return values
         raise UserError(
-            f"{program} started {environ[names[1]]} tasks, which do not know of each other: set MASTER_ADDR (the first "
+            f"{program} started {environ[names[1]]} tasks that do not know each other: set MASTER_ADDR (the first "
             "node's name) and MASTER_PORT (a free port) for all of them, or start one task a node with torchrun in it"
         )
     return {}
@@ -95,7 +99,7 @@ def _task(environ: Mapping[str, str], address: dict[str, str]) -> dict[str, str]
 
 def _number(name: str, text: str) -> int:
     if not text.isdecimal():
-        raise UserError(f"{name}={text} is not a number of 0 or above")
+        raise UserError(f"{name}={text} must be an integer of at least 0")
     return int(text)
 
 
@@ -103,10 +107,10 @@ def _number(name: str, text: str) -> int:
 
 
 def start_distributed(verbose: bool, local_rank: int = -1) -> tuple[int, int]:
-    """Join the launcher's other processes, or be a group of one without a launcher. Returns rank and world size.
+    """Make the process group; without a launcher, a group of one process. Returns rank and world size.
 
     Raises:
-        UserError: see `rank_variables`; or the others cannot be reached, or there are fewer devices than processes.
+        UserError: see `rank_variables`; other processes cannot be reached; there are fewer devices than processes.
     """
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
@@ -131,34 +135,34 @@ def start_distributed(verbose: bool, local_rank: int = -1) -> tuple[int, int]:
 
 
 def _start_problem(error: Exception) -> str:
-    """What a user can do about an error of the start."""
+    """An error of the start, and what to do about it."""
     if isinstance(error, OSError) and error.filename:
         return (
-            f"cannot write {error.filename}: {error.strerror}; operations are compiled there, TORCH_EXTENSIONS_DIR "
-            "names another folder"
+            f"cannot write {error.filename}: {error.strerror}; operations are compiled there; set "
+            "TORCH_EXTENSIONS_DIR to another folder"
         )
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return "too many open files for this process's limit: raise it (ulimit -n 1024)"
     return _connection(str(error))
 
 
-INTERFACE = "GLOO_SOCKET_IFNAME"  # names the network interface of gloo, by which ranks talk on the CPU
+INTERFACE = "GLOO_SOCKET_IFNAME"  # network interface of gloo, which ranks use for messages on the CPU
 
 
 def choose_interface() -> None:
-    """Let gloo take the interface by which this node reaches MASTER_ADDR, unless the user has named one.
+    """Let gloo use the interface through which this node reaches MASTER_ADDR, unless the user has set one.
 
-    It would take the address of the host's own name, on Debian and Ubuntu 127.0.1.1, where other nodes reach nothing.
+    By default gloo uses the address of the host name: on Debian and Ubuntu 127.0.1.1, which other nodes cannot reach.
     """
     if os.environ.get(INTERFACE) or int(os.environ["WORLD_SIZE"]) == 1:
         return
     try:
         kind, _, _, _, where = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect(where)  # asks for the way; nothing is sent
+            probe.connect(where)  # looks up the route; nothing is sent
             address = probe.getsockname()[0]
     except OSError:
-        return  # the process group will say so
+        return  # making the process group will report it
     if ipaddress.ip_address(address).is_loopback:
         return
     for name, addresses in psutil.net_if_addrs().items():
@@ -177,10 +181,10 @@ def gloo_address() -> str:
 
 
 def _check_addresses(rank: int, size: int) -> None:
-    """Make sure that ranks of other nodes can be reached on the CPU, before they wait for each other without end.
+    """Make sure that gloo can reach the ranks of other nodes; otherwise they would wait for each other forever.
 
     Raises:
-        UserError: one listens where only its own node reaches it.
+        UserError: a rank listens at an address that only its own node reaches.
     """
     if size == 1:
         return
@@ -188,21 +192,21 @@ def _check_addresses(rank: int, size: int) -> None:
     store.set(f"address-{rank}", json.dumps([machine()[1] or machine()[0], socket.gethostname(), gloo_address()]))
     everyone = [json.loads(store.get(f"address-{number}")) for number in range(size)]
     store.set(f"has-read-{rank}", "")
-    if rank == 0:  # it holds the store, and may be about to end
+    if rank == 0:  # it holds the store, and may end below
         store.wait([f"has-read-{number}" for number in range(size)])
     if len({node for node, _, _ in everyone}) == 1:
         return
     for number, (_, host, address) in enumerate(everyone):
         if address and ipaddress.ip_address(address).is_loopback:
             raise UserError(
-                f"rank {number} on {host} listens at {address}, where other nodes do not reach it: set {INTERFACE} and "
+                f"rank {number} on {host} listens at {address}, which other nodes cannot reach: set {INTERFACE} and "
                 "NCCL_SOCKET_IFNAME on each node to the network interface that the nodes share (see `ip addr`; for "
                 "deepspeed's launcher in a file .deepspeed_env), or give the host its real address in /etc/hosts"
             )
 
 
 def _connection(reason: str) -> str:
-    """What a user can do where the process group cannot be made."""
+    """Why the process group cannot be made, and what to do."""
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     first = " ".join(reason.split())[:200]
     if "EADDRINUSE" in reason or "already in use" in reason:
@@ -216,12 +220,12 @@ def _connection(reason: str) -> str:
 
 
 def machine() -> tuple[str, str, int]:
-    """What processes have in common that see each other's process ids: host, its start, and process id namespace.
+    """Host name, boot id and process-id namespace: equal for processes that see each other's process ids.
 
-    Hostname alone does not tell: containers and cloned machines share one.
+    The host name is not enough: containers and cloned machines can share one.
     """
     boot, namespace = "", 0
-    with contextlib.suppress(OSError):  # no Linux
+    with contextlib.suppress(OSError):  # not Linux
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
         namespace = os.stat("/proc/self/ns/pid").st_ino
@@ -229,10 +233,10 @@ def machine() -> tuple[str, str, int]:
 
 
 def _check_nodes(rank: int, size: int) -> None:
-    """Make sure that the processes of a node follow each other, as `utils.once_per_node` takes for granted.
+    """Make sure that the ranks of a node are consecutive, as `utils.once_per_node` assumes.
 
     Raises:
-        UserError: they do not.
+        UserError: they are not.
     """
     if size == 1:
         return
@@ -249,34 +253,34 @@ def _check_nodes(rank: int, size: int) -> None:
 
 @contextlib.contextmanager
 def leaving_distributed():
-    """Take the process group apart after the block; of a process alone also where the block fails.
+    """Destroy the process group after the block; if there is one process, also when the block fails.
 
-    With others a failed process ends by itself: it could hang here, as the others may wait in a collective.
+    A process that fails among others does not, since it could hang here while they wait in a collective.
     """
     try:
         yield
     except BaseException:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
-            with contextlib.suppress(Exception):  # a broken device; the error before it is the one to tell
+            with contextlib.suppress(Exception):  # a broken device; the first error is the one to report
                 end_distributed()
         raise
     end_distributed()
 
 
 def end_distributed() -> None:
-    """Take the process group apart: NCCL warns of one that is left."""
+    """Destroy the process group: NCCL warns if one is left at the end."""
     deepspeed.comm.destroy_process_group()
     control_group.cache_clear()
 
 
-# What the processes share, and what they compute on
+# The shared folder, and the devices
 
 
 def check_shared(folder: str) -> None:
-    """Make sure that all ranks see the same folder: that of a node without a common disk would be found out late.
+    """Make sure that all ranks see the same folder; without a shared disk a run would otherwise fail late.
 
     Raises:
-        UserError: they do not.
+        UserError: a node does not see it.
     """
     if torch.distributed.get_world_size() == 1:
         return
@@ -301,7 +305,7 @@ def _make_mark(folder: str) -> str:
 
 
 def describe_devices(dtype: torch.dtype) -> str:
-    """The line that says what a training computes on, and in which type; loud where that is a CPU. On every rank."""
+    """The line with the devices and the dtype of a training, in capitals without a GPU. Called on every rank."""
     accelerator, kind = get_accelerator(), str(dtype).removeprefix("torch.")
     size = torch.distributed.get_world_size()
     if accelerator.device_name() == "cpu":
@@ -318,7 +322,7 @@ def describe_devices(dtype: torch.dtype) -> str:
 
 
 def why_no_gpu() -> str:
-    """The likeliest reason why torch has no GPU here."""
+    """The most likely reason why torch finds no GPU."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return "DS_ACCELERATOR is cpu"
     if torch.version.cuda is None and torch.version.hip is None:

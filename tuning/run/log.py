@@ -1,6 +1,6 @@
-"""What a training tells of itself: a bar and lines on the terminal, log.jsonl, TensorBoard's files, the last lines.
+"""The log of a training: progress bar and lines on the terminal, log.jsonl, TensorBoard files, summary.json.
 
-None of these may end a training: where one cannot be written, that is said, and the training goes on.
+None of these can stop a training: if one cannot be written, a warning says so and the training goes on.
 """
 
 import contextlib
@@ -22,17 +22,17 @@ from tuning.folders import write_errors, write_file
 from tuning.run.flops import Flops
 from utils import control_group, is_main, say
 
-SUMMARY = "summary.json"  # of a training that reached its end
+SUMMARY = "summary.json"  # of a finished training
 
 
 class JsonLines:
-    """A file with a JSON object a line that grows as a run goes on, "step" among its keys. For rank 0 alone.
+    """A file that gets one JSON object per line, with "step" among its keys. On rank 0 only.
 
-    Lines of an earlier run, or of steps after the one where this run goes on, go first. Lines that a full disk does not
-    take are kept, and tried again with the next one.
+    Lines of an earlier run, and of steps after the one where this run resumes, are removed at the start. Lines that
+    cannot be written, to a full disk for example, are kept and written with the next one.
 
     Args:
-        first: the step where the run goes on; 0 for a new one.
+        first: the step from which the run resumes; 0 for a new run.
 
     Raises:
         FolderError: the file cannot be made.
@@ -43,24 +43,24 @@ class JsonLines:
         with write_errors(path):
             kept = [line for line in self._read() if _step_of(line) <= first] if first else []
             write_file(path, "".join(kept))
-        self.size = os.path.getsize(path)  # of the lines that are whole
+        self.size = os.path.getsize(path)  # of all complete lines
 
     def _read(self) -> list[str]:
-        """The lines that are whole: the last one may have been cut by a kill."""
+        """All complete lines: a kill may have cut the last one."""
         if not os.path.exists(self.path):
             return []
         with open(self.path, encoding="utf-8", errors="replace") as file:
             return [line for line in file if line.endswith("}\n")]
 
     def add(self, **values) -> None:
-        """Append a line; what is no finite number is null."""
+        """Append a line; numbers that are not finite become null."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.waiting += json.dumps(values, ensure_ascii=False) + "\n"
         try:
             self._append()
         except OSError as error:
             if not self.warned:
-                say(f"warning: {self.path} cannot be written ({error.strerror}); its lines are kept and tried again")
+                say(f"warning: {self.path} cannot be written ({error.strerror}); its lines are kept and written later")
             self.warned = True
 
     def _append(self) -> None:
@@ -73,13 +73,13 @@ class JsonLines:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             with contextlib.suppress(OSError):
-                os.truncate(self.path, self.size)  # half a line would make the next one unreadable too
+                os.truncate(self.path, self.size)  # half a line would make the next line unreadable too
             raise
         self.size += len(content)
         self.waiting = ""
 
     def close(self) -> None:
-        """Try what is left once more, and say if it is lost."""
+        """Write the remaining lines; print a warning if they are lost."""
         try:
             self._append()
         except OSError as error:
@@ -87,7 +87,7 @@ class JsonLines:
 
 
 def _step_of(line: str) -> float:
-    """Of a line of such a file; infinite if it is none."""
+    """The step of a line; infinite if the line is not valid."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -95,10 +95,10 @@ def _step_of(line: str) -> float:
 
 
 class Curves:
-    """TensorBoard's files below a training's folder; without them the training goes on. For rank 0 alone.
+    """TensorBoard files of a training; if they cannot be written, the training goes on. On rank 0 only.
 
     Args:
-        first: the step where the run goes on; 0 for a new one.
+        first: the step from which the run resumes; 0 for a new run.
     """
 
     def __init__(self, folder: str, first: int):
@@ -124,7 +124,7 @@ class Curves:
 
     @contextlib.contextmanager
     def _errors(self):
-        """TensorBoard writes in a thread of its own, whose error is raised here, now or by the next call."""
+        """TensorBoard writes in its own thread, whose error is raised here by this call or the next one."""
         try:
             yield
         except OSError as error:
@@ -136,45 +136,45 @@ class Curves:
 
 
 class RunLog:
-    """Progress of a training run: a bar and lines on rank 0; log.jsonl and TensorBoard files under output_dir.
+    """Progress of a training: a bar and lines on rank 0; log.jsonl and TensorBoard files in output_dir.
 
     Args:
         engine: DeepSpeed's; it counts the steps.
         args: of train.py.
         total_steps: optimiser steps of the run.
-        flops: what the method needs.
-        peak: operations a second that a device can do; utilisation is a share of it.
+        flops: operations that the method needs.
+        peak: operations per second of one device; utilisation is the share of it that is used.
     """
 
     def __init__(self, engine, args, total_steps: int, flops: Flops, peak: float):
         self.engine, self.total_steps, self.flops, self.peak = engine, total_steps, flops, peak
         self.output_dir, self.epochs, self.every = args.output_dir, args.num_train_epochs, args.show_loss_step
-        self.lr = engine.get_lr()[0]  # of the step under way
+        self.lr = engine.get_lr()[0]  # of the current step
         self.losses: list[float] = []  # of the steps since the last line
-        self.work = torch.zeros(3, dtype=torch.float64)  # tokens, samples, operations since the last line, this rank
-        self.whole = torch.zeros(4, dtype=torch.float64)  # the same of the run, all ranks together; seconds
-        self.history: list[tuple[int, float]] = []  # (step, loss), every line printed
-        self.curves = self.file = self.bar = None  # but on rank 0
+        self.work = torch.zeros(3, dtype=torch.float64)  # tokens, samples, operations since the last line
+        self.whole = torch.zeros(4, dtype=torch.float64)  # of the whole run, on all ranks: the same, and seconds
+        self.history: list[tuple[int, float]] = []  # (step, loss) of every printed line
+        self.curves = self.file = self.bar = None  # set on rank 0
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a training state keeps."""
+        """Tensors for a training state."""
         whole = self.whole.clone()
         whole[3] += time.perf_counter() - self.start
         return {"losses": torch.tensor(self.losses, dtype=torch.float64), "work": self.work, "whole": whole}
 
     def set_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Undo `state`, after the engine has gone to its place."""
+        """Restore what `state` returned, after the engine was restored."""
         self.losses, self.work, self.whole = tensors["losses"].tolist(), tensors["work"], tensors["whole"]
         self.lr = self.engine.get_lr()[0]
 
     def begin(self) -> None:
         """Start the clock."""
         self.start = self.last = time.perf_counter()
-        self.first = self.engine.global_steps  # 0, or where the run goes on
+        self.first = self.engine.global_steps  # 0, or the step from which the run resumes
         if is_main():
             self.curves = Curves(os.path.join(self.output_dir, "tensorboard"), self.first)
             self.file = JsonLines(os.path.join(self.output_dir, "log.jsonl"), self.first)
-            # without the bar's own guess of the time left: the lines have the better one, and the two would disagree
+            # without the bar's own estimate of the time left, which would differ from the better one in the lines
             self.bar = tqdm(
                 total=self.total_steps, initial=self.first, disable=not sys.stderr.isatty(), leave=False,
                 bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps, {elapsed}{postfix}", dynamic_ncols=True,
@@ -182,7 +182,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def paused(self):
-        """Time within is not the training's."""
+        """Do not count the time of the block as training time."""
         before = time.perf_counter()
         yield
         away = time.perf_counter() - before
@@ -194,7 +194,7 @@ class RunLog:
             self.curves.add(group, values, step)
 
     def add(self, step, epoch: int) -> None:
-        """Take note of an optimiser step (stops.Step)."""
+        """Add an optimiser step (health.Step) to the figures; each --show_loss_step steps, print and write them."""
         if not math.isnan(step.loss):
             self.losses.append(step.loss)
         for batch in step.batches:
@@ -209,7 +209,7 @@ class RunLog:
         self.lr = self.engine.get_lr()[0]
 
     def _line(self, epoch: int) -> None:
-        """Gather the figures since the last line from all ranks, then print and write them."""
+        """Sum up the figures since the last line over all ranks, then print and write them."""
         steps, ranks = self.engine.global_steps, torch.distributed.get_world_size()
         torch.distributed.all_reduce(self.work, group=control_group())
         self.whole[:3] += self.work
@@ -240,7 +240,7 @@ class RunLog:
         self.file.add(step=steps, epoch=epoch, **values, **done, seconds=seconds)
 
     def close(self, **more) -> None:
-        """The last line of figures; the same and `more` for programs, in SUMMARY."""
+        """Print the totals; write them and `more` to summary.json, for other programs."""
         if self.file is None:
             return
         self.bar.close()
@@ -258,18 +258,18 @@ class RunLog:
             say(f"warning: {path} cannot be written ({error.strerror})")
         say(
             f"done: {samples:.0f} samples, {tokens:.0f} tokens in {duration(seconds)}, "
-            f"{tokens / seconds:.0f} tokens/s, {flops / seconds / ranks / 1e12:.3g} TFLOP/s a device, "
+            f"{tokens / seconds:.0f} tokens/s, {flops / seconds / ranks / 1e12:.3g} TFLOP/s per device, "
             f"{flops / seconds / ranks / self.peak:.0%} of its {self.peak / 1e12:.3g} in a matrix product"
         )
 
 
 def next_steps(args, last: str, best: str | None) -> list[str]:
-    """What to type after a training: lines for the terminal.
+    """Lines that tell the user which commands come next.
 
     Args:
         args: of train.py.
         last: folder of the last result.
-        best: what makes the best one in output_dir/best that; None without validation.
+        best: why output_dir/best is the best result; None without validation.
     """
     folder = os.path.join(args.output_dir, "best") if best else last
     here = os.path.relpath(ROOT)
@@ -285,13 +285,13 @@ def next_steps(args, last: str, best: str | None) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """As 0:01:05 or 123:00:00."""
+    """Seconds as text: 0:01:05 or 123:00:00."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def memory_used() -> float:
-    """Most bytes of device memory allocated so far by this process; of main memory on a CPU."""
+    """Peak bytes of device memory that this process has allocated; of main memory on a CPU."""
     if get_accelerator().device_name() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return get_accelerator().max_memory_allocated()

@@ -1,8 +1,8 @@
-"""output_dir/run.json: what each start of a training was, so that its results can be explained and made again.
+"""output_dir/run.json: what each start of a training was, so that its results can be explained and reproduced.
 
     {"format": 1, "starts": [{command, flags, run, ds_config, versions, git, devices, ..., ended, exit, best}, ...]}
 
-A run that goes on from a state adds a start. One without `ended` was killed, or is still at work.
+A run that resumes from a state adds a start. A start without `ended` was killed, or is still running.
 """
 
 import contextlib
@@ -35,16 +35,16 @@ FORMAT = 1
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "safetensors", "sentencepiece", "numpy")
 
 
-# What a start is
+# Describing a start
 
 
 def describe_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that figures depend on."""
+    """Versions of Python and of the libraries on which results depend."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def describe_git() -> dict | None:
-    """Commit of this project's code, and whether it was changed since; None where that cannot be told."""
+    """Commit of this project's code, and whether tracked files differ from it; None if that is not known."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def ask(*command: str) -> str:
@@ -74,13 +74,13 @@ def describe_devices() -> list[str]:
 
 
 def describe_start(args, run: Run, ds_config: dict, state: str | None) -> dict:
-    """A start as FILE has it. Called on every rank.
+    """The entry of a start in FILE. Called on every rank.
 
     Args:
         args: of train.py.
-        run: what its losses depend on: hashes of data and base among it.
-        ds_config: as it is given to DeepSpeed, without "auto".
-        state: the folder that the run goes on from.
+        run: see resume.Run; includes hashes of data and base.
+        ds_config: as DeepSpeed gets it, without "auto".
+        state: folder of the training state from which the run resumes.
     """
     return {
         "command": shlex.join(sys.orig_argv),
@@ -100,7 +100,7 @@ def describe_start(args, run: Run, ds_config: dict, state: str | None) -> dict:
 
 
 def now() -> str:
-    """As 2024-05-31T08:15:00+00:00."""
+    """The time as 2024-05-31T08:15:00+00:00."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -108,7 +108,7 @@ def now() -> str:
 
 
 def read_starts(output_dir: str) -> list[dict]:
-    """The starts of a folder's run, the first one first; none if no file tells."""
+    """The starts of the run in a folder, the first one first; empty without a valid file."""
     path = os.path.join(output_dir, FILE)
     try:
         content = read_json(path) if os.path.isfile(path) else {}
@@ -119,13 +119,13 @@ def read_starts(output_dir: str) -> list[dict]:
 
 
 def check_restart(output_dir: str, traces: list[str], run: Run) -> None:
-    """Make sure that a run that is to go on, but has no state yet, is the one whose results are in its folder.
+    """Make sure that a run that should resume, but has no state yet, is the run whose results are in its folder.
 
     Args:
         traces: of `results.find_traces`.
 
     Raises:
-        UserError: it is another one, or that is not known.
+        UserError: it is another run, or that is not known.
     """
     if not traces:
         return
@@ -135,8 +135,8 @@ def check_restart(output_dir: str, traces: list[str], run: Run) -> None:
         return
     what = "of a run with other settings" if before else f"of a run that left no {FILE}"
     raise UserError(
-        f"--output_dir {output_dir} holds results {what} ({shorten(traces)}), and no training state to go on from: "
-        "name another folder; --overwrite_output_dir, in place of --resume_from_checkpoint, removes them"
+        f"--output_dir {output_dir} holds results {what} ({shorten(traces)}), and no training state to resume from: "
+        "name another folder; --overwrite_output_dir, instead of --resume_from_checkpoint, removes them"
     )
 
 
@@ -153,7 +153,11 @@ class RunRecord:
         self.starts = [*(read_starts(output_dir) if goes_on else []), start]
 
     def write(self) -> None:
-        """Write the file as it is now. Raises FolderError: it cannot be written."""
+        """Write the file.
+
+        Raises:
+            FolderError: it cannot be written.
+        """
         path = os.path.join(self.output_dir, FILE)
         text = json.dumps({"format": FORMAT, "starts": self.starts}, ensure_ascii=False, indent=1, default=str)
         with write_errors(path):
@@ -161,14 +165,14 @@ class RunRecord:
 
     @contextlib.contextmanager
     def until_the_end(self):
-        """Record how the block ends. It names another end than "done" by setting `start["exit"]`."""
+        """Record how the block ends: "done", the error, or what the block has set as `start["exit"]`."""
         try:
             yield
         except BaseException as error:
             self.start["exit"] = f"{type(error).__name__}: {error}".splitlines()[0]
             try:
                 self._end()
-            except (FolderError, CheckpointError) as second:  # the first error is the one to be told
+            except (FolderError, CheckpointError) as second:  # the first error is the one to report
                 say(f"warning: {second}")
             raise
         self.start["exit"] = self.start["exit"] or "done"
@@ -182,11 +186,16 @@ class RunRecord:
 
 
 def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, layout: dict) -> Run:
-    """What losses depend on: flags, and the content of what flags name; contents are SHA-256 of data, by flag, and base
-    is of `adapter.record_base`.
+    """All that losses depend on: flags, and the content of files that flags name.
+
+    Args:
+        contents: SHA-256 of each data file, by its flag.
+        base: of `adapter.record_base`.
+        ds_config: resolved.
+        layout: of `ds_config.zero_layout`.
     """
     settings = fixed_flags(args)
-    # micro-batches count, whoever has them: so the number of processes may change
+    # The total number of micro-batches counts, so the number of processes may change.
     del settings["--gradient_accumulation_steps"]
     settings |= {f"SHA-256 of {flag}": content for flag, content in contents.items()}
     settings |= {
@@ -202,10 +211,10 @@ def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, l
 
 
 def open_output(args) -> str | None:
-    """Make --output_dir ready, on rank 0. Returns the state to go on from, if there is one.
+    """Prepare --output_dir, on rank 0. Returns the training state to resume from, or None.
 
     Raises:
-        FolderError, UserError: see `folders.sweep`, `states.find_state` and `results.check_second_run`.
+        FolderError, UserError: see `folders.sweep`, `resume.find_state` and `results.check_second_run`.
     """
     for folder in (args.output_dir, os.path.join(args.output_dir, "states")):
         for path in sweep(folder):
@@ -221,10 +230,10 @@ def open_output(args) -> str | None:
 
 
 def claim_output(args) -> tuple[list, str | None]:
-    """Take --output_dir for this run alone, and make it ready. Called on every rank.
+    """Lock --output_dir for this run, and prepare it. Called on every rank.
 
     Returns:
-        A lock that lasts as long as the object lives, and the training state to resume from, if there is one.
+        The lock, which lasts as long as the object lives, and the training state to resume from, or None.
 
     Raises:
         FolderError, UserError: another run has the folder, a node does not see it, or see `open_output`.
@@ -236,7 +245,7 @@ def claim_output(args) -> tuple[list, str | None]:
 
 
 def check_resume(args, state: str | None, run: Run) -> None:
-    """Make sure that this run may go on where an earlier one stopped; allowed changes are printed. On every rank.
+    """Make sure that this run may resume the earlier one; allowed changes are printed. Called on every rank.
 
     Raises:
         UserError: see `resume.check_run` and `check_restart`.
@@ -248,7 +257,7 @@ def check_resume(args, state: str | None, run: Run) -> None:
 
 
 def begin_output(args, state: str | None, record: RunRecord) -> None:
-    """Give --output_dir to this run, on rank 0: all that can be refused was refused before.
+    """Remove what an earlier run left in --output_dir, on rank 0. Called last, when all checks have passed.
 
     Raises:
         FolderError: something cannot be removed or written.

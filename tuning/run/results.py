@@ -1,8 +1,7 @@
-"""Result folders of --output_dir: which are there, and which go: for a new run in the old one's place, or because there
-are more than --keep_results.
+"""Result folders of --output_dir: which exist, and which are removed, for a new run or because of --keep_results.
 
-What goes is what trainings write, by name and by the folders' manifests. Other files are never touched: where they lie
-inside a result, it stays, or the run is refused.
+Only what trainings write is removed, identified by name and by the manifests of folders. Other files are never removed:
+if one lies inside a result, that result stays, or the run is refused.
 """
 
 import os
@@ -15,11 +14,11 @@ from tuning.run.resume import LATEST, list_states
 BEST = "best"
 LOGS = ("best.json", "validation.jsonl", "validation-predictions.jsonl", "log.jsonl", "summary.json")
 EVENTS = "events.out.tfevents."  # how TensorBoard's files begin
-SHOWN = 5  # names in a message
+SHOWN = 5  # at most this many names in a message
 
 
 def step_of(folder: str) -> int:
-    """Optimiser steps behind a result, by its folder's name; -1 if it is no result's name."""
+    """Number of optimiser steps in the name of a result; -1 if the name is not that of a result."""
     match = re.fullmatch(r"epoch-\d+-step-(\d+)", os.path.basename(folder.rstrip("/")))
     return int(match[1]) if match else -1
 
@@ -43,8 +42,7 @@ def _list_events(output_dir: str) -> list[str]:
 
 
 def find_traces(output_dir: str) -> list[str]:
-    """Names of what an earlier run left in a folder that is worth keeping; none after one that ended before its first
-    step was logged."""
+    """Names of results, states and logs that an earlier run left; empty if it ended before its first logged step."""
     folders = [*list_states(output_dir), *list_results(output_dir), os.path.join(output_dir, BEST)]
     found = [os.path.relpath(path, output_dir) for path in folders if os.path.isdir(path)]
     for name in LOGS:
@@ -60,36 +58,36 @@ def check_second_run(output_dir: str, state: str | None, goes_on: bool, overwrit
     """Make sure that a run does not mix its results with those of an earlier one.
 
     Args:
-        state: the training state that it goes on from.
-        goes_on: it is meant to be the run of this folder, if there is one.
+        state: the training state from which it resumes.
+        goes_on: it should resume the run of this folder, if there is one.
         overwrite: --overwrite_output_dir.
 
     Raises:
-        UserError: the folder holds results of another run; or they are to go, and something else would go with them.
+        UserError: the folder holds results of another run; or removing them would remove other files too.
     """
     inside = state is not None and os.path.realpath(state).startswith(os.path.realpath(output_dir) + os.sep)
     if overwrite and inside:
-        raise UserError(f"--overwrite_output_dir would remove {state}, from which this run is to go on")
+        raise UserError(f"--overwrite_output_dir would remove {state}, from which this run should resume")
     if overwrite:
         list_removable(output_dir)
     elif (traces := find_traces(output_dir)) and not goes_on and not inside:
         raise UserError(
             f"--output_dir {output_dir} holds results of an earlier run ({shorten(traces)}): name another folder; or "
-            "--resume_from_checkpoint goes on with that run, --overwrite_output_dir removes them and starts anew"
+            "--resume_from_checkpoint resumes that run, --overwrite_output_dir removes them and starts again"
         )
 
 
 def shorten(names: list[str]) -> str:
-    """Some names for a message."""
+    """The first names, for a message."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def list_removable(output_dir: str) -> list[str]:
-    """Folders and files that trainings wrote to a folder, in the order in which they may go: a run that is killed in
-    between leaves no state whose results are gone.
+    """Folders and files that trainings wrote to a folder, in the order of their removal: states come first, so that a
+    run that is killed meanwhile leaves no state without its results.
 
     Raises:
-        UserError: files that no training wrote lie inside such a folder.
+        UserError: such a folder contains files that no training wrote.
     """
     folders = [*list_states(output_dir), *list_results(output_dir), os.path.join(output_dir, BEST)]
     folders = list(filter(os.path.isdir, folders))
@@ -108,7 +106,7 @@ def list_removable(output_dir: str) -> list[str]:
 
 
 def size_of(paths: list[str]) -> int:
-    """Bytes of files and folders together."""
+    """Total bytes of files and folders."""
     total = 0
     for path in paths:
         inside = [os.path.join(where, name) for where, _, names in os.walk(path) for name in names]
@@ -117,7 +115,7 @@ def size_of(paths: list[str]) -> int:
 
 
 def remove(paths: list[str]) -> None:
-    """Remove what `list_removable` gave.
+    """Remove files and folders that `list_removable` returned.
 
     Raises:
         FolderError: something cannot be removed.
@@ -130,12 +128,12 @@ def remove(paths: list[str]) -> None:
 
 
 def remove_events(output_dir: str) -> None:
-    """Remove TensorBoard's files of an earlier start: its curve would be drawn into the new run's."""
+    """Remove TensorBoard files of an earlier start: TensorBoard would draw both curves as one."""
     remove(_list_events(output_dir))
 
 
 def remove_summary(output_dir: str) -> None:
-    """Remove the summary of an earlier start: it is there only when a training has reached its end."""
+    """Remove the summary of an earlier start: the file must exist only if the training has finished."""
     path = os.path.join(output_dir, "summary.json")
     remove([path] if os.path.isfile(path) else [])
 
@@ -144,11 +142,12 @@ def remove_summary(output_dir: str) -> None:
 
 
 def prune(output_dir: str, step: int, keep: int) -> list[str]:
-    """Remove all results but the `keep` newest up to a step, as training states do: later ones are of a course that was
-    left when the run went back to an earlier state. best/ is none of them.
+    """Keep the `keep` newest results up to a step and remove all others; best/ does not count.
+
+    Results of later steps became invalid when the run resumed from an earlier state.
 
     Returns:
-        Warnings: results that stay because files that no training wrote lie in them, or that cannot be removed.
+        A warning for each result that stays because it contains other files or cannot be removed.
     """
     found = list_results(output_dir)
     past = [folder for folder in found if step_of(folder) <= step]

@@ -1,14 +1,14 @@
-"""Training states: all that a run needs to go on as if it had never been stopped.
+"""Training states: all that a run needs to resume as if it had never stopped.
 
-    output_dir/states/latest             name of the newest whole state
+    output_dir/states/latest             name of the newest complete state
     output_dir/states/step-00000120/
         deepspeed/                       DeepSpeed's own files: trained weights, masters, moments, lr, loss scale
         rank-0.safetensors ...           of each rank: random generators, sums of the log
-        run.json                         what the run is: see `Run`
+        run.json                         settings of the run: see `Run`
         manifest.json                    size and SHA-256 of all of these
 
-The place in the data is the number of optimiser steps done: each epoch's plan follows from data, seed and batch alone
-(data_set.plan_epoch), so going there reads nothing. Frozen weights come from the base model, and are not in a state.
+The position in the data is the number of finished optimiser steps: the plan of an epoch follows from data, seed and
+batch alone (epochs.plan_epoch), so nothing is read to get there. Frozen weights come from the base model.
 """
 
 import json
@@ -47,11 +47,11 @@ ENGINE = "deepspeed"  # folder of DeepSpeed's own files in a state
 
 
 class Run(NamedTuple):
-    """What a run is, as far as its losses depend on it.
+    """All settings of a run on which its losses depend.
 
-    settings: by name, as the user knows it: flags, ds file sections, hashes of data and base.
-    ranks: processes.
-    stage: of ZeRO.
+    settings: by the name that the user knows: flags, sections of the ds file, hashes of data and base.
+    ranks: number of processes.
+    stage: ZeRO stage.
     """
 
     settings: dict
@@ -63,7 +63,7 @@ class Run(NamedTuple):
 
 
 def pack_generators() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The state of every random generator of this process, as tensors and as texts."""
+    """The state of every random generator of this process, as tensors and as strings."""
     _, keys, *rest = np.random.get_state()
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
     if get_accelerator().device_name() != "cpu":
@@ -72,7 +72,7 @@ def pack_generators() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def unpack_generators(tensors: dict[str, torch.Tensor], texts: dict[str, str]) -> None:
-    """Undo `pack_generators`."""
+    """Restore what `pack_generators` returned."""
     version, state, gauss = json.loads(texts["python"])
     random.setstate((version, tuple(state), gauss))
     np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *json.loads(texts["numpy"])))
@@ -85,37 +85,37 @@ def unpack_generators(tensors: dict[str, torch.Tensor], texts: dict[str, str]) -
 
 
 def step_of(folder: str) -> int:
-    """Optimiser steps done when a state was saved, by its name; -1 if it is no state's name."""
+    """Number of optimiser steps in the name of a state; -1 if the name is not that of a state."""
     match = re.fullmatch(r"step-(\d+)", os.path.basename(folder.rstrip("/")))
     return int(match[1]) if match else -1
 
 
 def list_states(output_dir: str) -> list[str]:
-    """Folders of an output folder's states, the newest first; whole or not."""
+    """Folders of all states of an output folder, the newest first; complete or not."""
     parent = os.path.join(output_dir, "states")
     names = os.listdir(parent) if os.path.isdir(parent) else []
     found = [os.path.join(parent, name) for name in names if step_of(name) >= 0]
     return sorted(found, key=step_of, reverse=True)
 
 
-def find_state(wish: str, output_dir: str) -> tuple[str | None, list[str]]:
-    """The state to go on from.
+def find_state(requested: str, output_dir: str) -> tuple[str | None, list[str]]:
+    """The state to resume from.
 
     Args:
-        wish: a state's folder, an output folder with states, or "auto" for that of this run.
+        requested: folder of a state, an output folder with states, or "auto" for the output folder of this run.
 
     Returns:
-        The newest whole state, or None if there is none at all and the wish is "auto"; and why newer ones were not
-        taken, a line each.
+        The newest complete state, or None for "auto" without any state; and a line for each newer state that cannot be
+        used, with the reason.
 
     Raises:
-        FolderError: the one that was named is not whole, or there are some and none is.
-        UserError: there is none where one was named.
+        FolderError: the named state is not complete, or no state is.
+        UserError: there is no state in the named folder.
     """
-    if wish != "auto" and step_of(wish) >= 0:
-        check_folder(wish, nothing_else=True)
-        return wish, []
-    folder = output_dir if wish == "auto" else wish
+    if requested != "auto" and step_of(requested) >= 0:
+        check_folder(requested, nothing_else=True)
+        return requested, []
+    folder = output_dir if requested == "auto" else requested
     broken = []
     for state in list_states(folder):
         try:
@@ -125,16 +125,16 @@ def find_state(wish: str, output_dir: str) -> tuple[str | None, list[str]]:
             broken.append(str(error))
     if broken:
         raise FolderError("\n       ".join(["no state can be used:", *broken]))
-    if wish != "auto":
-        raise UserError(f"--resume_from_checkpoint {wish}: no training state is there, nor in states/ below it")
+    if requested != "auto":
+        raise UserError(f"--resume_from_checkpoint {requested}: no training state is there, nor in states/ below it")
     return None, []
 
 
 def read_run(state: str) -> Run:
-    """What the run of a state was.
+    """The run that saved a state.
 
     Raises:
-        FolderError: written by another version.
+        FolderError: another version of this project wrote it.
     """
     with open(os.path.join(state, "run.json"), encoding="utf-8") as file:
         content = json.load(file)
@@ -147,34 +147,34 @@ LAYOUT = "layout of ZeRO in --ds_file"  # a setting of a run; see ds_config.zero
 
 
 def check_layout(state: str, old: Run, run: Run) -> None:
-    """Refuse what DeepSpeed would load into the wrong places without a word, or could not convert.
+    """Refuse a state that DeepSpeed would silently load into the wrong places, or could not convert.
 
     Raises:
-        UserError: another layout, or another number of processes with a layout or an optimizer that fits only one.
+        UserError: the layout differs; or the number of processes does, and layout or optimizer do not allow it.
     """
     layout, kind = run.settings.get(LAYOUT, {}), (run.settings.get("optimizer of --ds_file") or {}).get("type")
     before = old.settings.get(LAYOUT, layout)
-    # DeepSpeed's conversion for another number of processes brings moments into the form of another optimizer, too
+    # DeepSpeed's conversion for another number of processes also converts moments for another optimizer class
     free = {"optimizer"} if old.ranks != run.ranks else set()
     if other := [f"{name} {before[name]}" for name in before if before[name] != layout.get(name) and name not in free]:
-        raise UserError(f"{state} was saved with {', '.join(other)} in the ds file; take one that says the same")
+        raise UserError(f"{state} was saved with {', '.join(other)} in the ds file; use a ds file with the same values")
     needs = "round_robin_gradients" if layout.get("round_robin_gradients") else kind
     if old.ranks != run.ranks and needs not in (None, "Adam", "AdamW", "Lion"):
-        raise UserError(f"{state} was saved by {old.ranks} processes; with {needs} only as many can go on from it")
+        raise UserError(f"{state} was saved by {old.ranks} processes; {needs} needs the same number again")
 
 
 def check_run(state: str, run: Run, allow_changes: bool) -> list[str]:
-    """Compare the run of a state with the one that is to go on from it.
+    """Compare the run of a state with the one that resumes from it.
 
     Returns:
-        What changed, a line each; none unless changes are allowed.
+        A line for each change; empty unless changes are allowed.
 
     Raises:
-        UserError: something changed that cannot, or may not unless allowed.
+        UserError: something changed that never may, or that may only if changes are allowed.
     """
     old = read_run(state)
     if old.stage != run.stage:
-        raise UserError(f"{state} was saved under ZeRO stage {old.stage}; take a ds file of that stage")
+        raise UserError(f"{state} was saved under ZeRO stage {old.stage}; use a ds file of that stage")
     check_layout(state, old, run)
     changed = []
     for name in [name for name in old.settings | run.settings if name != LAYOUT]:
@@ -184,14 +184,14 @@ def check_run(state: str, run: Run, allow_changes: bool) -> list[str]:
         raise UserError(
             "\n       ".join(
                 [f"{state} belongs to a run with other settings:", *changed]
-                + ["start with the same ones, or go on nevertheless with --resume_changed True"]
+                + ["start with the same settings, or resume anyway with --resume_changed True"]
             )
         )
     return changed
 
 
 def _differences(name: str, before, now) -> list[str]:
-    """A line each where two settings differ; of dicts the parts that do."""
+    """A line for each difference of two settings; of dicts, for each part that differs."""
     if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
         keys = dict.fromkeys([*before, *now])
         return [line for key in keys for line in _differences(f"{name}, {key}", before.get(key), now.get(key))]
@@ -202,14 +202,14 @@ def _differences(name: str, before, now) -> list[str]:
 
 
 class States:
-    """Saves the states of one run, and goes on from one. Each method is called on every rank.
+    """Saves the states of one run, and loads one. Each method is called on every rank.
 
     Args:
         engine: DeepSpeed's.
-        parts: by name, what else has a state: `state()` gives tensors, `set_state(tensors)` takes them back.
+        parts: by name, other objects with a state: `state()` returns tensors, `set_state(tensors)` restores them.
         output_dir: shared by all ranks.
-        every: optimiser steps between two states; None for none but those that `save` is called for.
-        keep: how many to keep.
+        every: optimiser steps between two states; None: only at a signal.
+        keep: number of states to keep.
     """
 
     def __init__(self, engine, parts: dict, run: Run, output_dir: str, every: int | None, keep: int):
@@ -218,19 +218,19 @@ class States:
         self.rank = torch.distributed.get_rank()
 
     def due(self) -> bool:
-        """Whether it is time for one."""
+        """Whether a state is to be saved after this step."""
         return bool(self.every) and self.engine.global_steps % self.every == 0
 
     def size(self) -> int:
-        """Bytes of one, about: weights that train, and their masters and two moments in float32."""
+        """Approximate bytes of a state: trained weights, and masters and two moments in float32."""
         parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
         return sum(getattr(p, "ds_numel", p.numel()) * (p.element_size() + 12) for p in parameters) + 2**20
 
     def save(self) -> str:
-        """Save one; older ones go when it is whole. Returns its folder.
+        """Save a state; older ones are removed when it is complete. Returns its folder.
 
         Raises:
-            FolderError: it cannot be written; earlier ones are as they were.
+            FolderError: it cannot be written; earlier states are unchanged.
         """
         step = self.engine.global_steps
         folder = os.path.join(self.parent, f"step-{step:08d}")
@@ -245,7 +245,7 @@ class States:
                 tensors |= {f"{part}.{name}": tensor for name, tensor in owner.state().items()}
             save_file(tensors, os.path.join(partial, f"rank-{self.rank}.safetensors"), metadata=texts)
             on_rank_0(lambda: self._finish(partial))
-            # all ranks together: a full state of a large model is tens of gigabytes to read again
+            # all ranks share the work: hashing reads the tens of gigabytes of a large state again
             mine = seal_files(partial, list_files(partial)[self.rank :: self.run.ranks])
             files = [None] * self.run.ranks
             torch.distributed.all_gather_object(files, mine, control_group())
@@ -255,7 +255,7 @@ class States:
 
     def _finish(self, partial: str) -> None:
         for name in os.listdir(partial):
-            if name.endswith(".py"):  # DeepSpeed's scripts that make whole weights of its files
+            if name.endswith(".py"):  # DeepSpeed's scripts that convert its files
                 os.unlink(os.path.join(partial, name))
         write_file(os.path.join(partial, "run.json"), json.dumps({"format": FORMAT, **self.run._asdict()}, indent=1))
 
@@ -265,30 +265,30 @@ class States:
         here = step_of(folder)
         others = list_states(os.path.dirname(self.parent))
         past = [state for state in others if step_of(state) <= here]
-        # later ones are damaged, or of a course that was left when the run went back to an earlier state
+        # later ones are damaged, or became invalid when the run resumed from an earlier state
         for old in [*past[self.keep :], *(state for state in others if step_of(state) > here)]:
             if os.path.islink(old):
-                say(f"{old} is a link: only that is removed, what it points to stays")
+                say(f"{old} is a link: only the link is removed, not its target")
             remove_folder(old)
 
     def load(self, state: str) -> None:
-        """Go on from a state whose content was checked: weights, optimiser, schedule, generators, place, log.
+        """Load a state whose files were checked: weights, optimiser, schedule, generators, position, log.
 
-        Where another number of processes saved it (see `ds_section`), further losses are the same but for rounding, and
-        for dropout, whose random numbers each process draws for itself.
+        If another number of processes saved it (see `ds_section`), later losses are the same except for rounding and
+        for dropout, since each process draws its own random numbers.
         """
         decay = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
         ranks = read_run(state).ranks
         if ranks == self.run.ranks:
             self._load_engine(state)
         else:
-            converted = state.rstrip("/") + f".for-{self.run.ranks}-ranks{PARTIAL}"  # swept away if this is killed
+            converted = state.rstrip("/") + f".for-{self.run.ranks}-ranks{PARTIAL}"
             on_rank_0(lambda: _make_universal(state, converted))
             self._load_engine(converted)
             separate_steps(self.engine.optimizer.optimizer)
             on_rank_0(lambda: None)  # all have read it
             on_rank_0(lambda: shutil.rmtree(converted))
-        # what the flags say now, where that was allowed to change; else these are the state's own values once more
+        # weight decay follows the flags, which may have changed (--resume_changed)
         for group, value in zip(self.engine.optimizer.param_groups, decay, strict=True):
             group["weight_decay"] = value
         self.engine.lr_scheduler.step(self.engine.lr_scheduler.last_batch_iteration)
@@ -301,17 +301,17 @@ class States:
         unpack_generators(tensors, texts)
 
     def _load_engine(self, folder: str) -> None:
-        # weights_only=False inside: pickles of DeepSpeed's, each byte as this project wrote it
+        # DeepSpeed loads pickles with weights_only=False; the manifest has proved that this project wrote them
         path, _ = self.engine.load_checkpoint(folder, tag=ENGINE, load_module_strict=False)
         if path is None:
-            raise FolderError(f"{folder} holds no files of DeepSpeed's")
+            raise FolderError(f"{folder} holds no DeepSpeed files")
 
 
 def separate_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Give each parameter a step count of its own, where Adam looks for it.
+    """Give each parameter its own step counter, on the device where Adam expects it.
 
-    DeepSpeed's universal format hands out one tensor on the CPU. Parameters that share it are counted up once for each
-    of them in every step, and fused kernels take none that lies elsewhere than the parameter.
+    DeepSpeed's universal format gives all parameters the same tensor on the CPU. It would be increased once per
+    parameter in every step, and fused kernels need the counter on the parameter's device.
     """
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for parameter, state in optimizer.state.items():
@@ -321,13 +321,12 @@ def separate_steps(optimizer: torch.optim.Optimizer) -> None:
 
 
 def ds_section(state: str | None, ranks: int) -> dict:
-    """What the ds config needs for going on from a state: DeepSpeed's universal format if its number of processes is
-    another."""
+    """Section of the ds config for resuming: DeepSpeed's universal format, if another number of processes saved it."""
     return {"checkpoint": {"load_universal": True}} if state and read_run(state).ranks != ranks else {}
 
 
 def _make_universal(state: str, folder: str) -> None:
-    """Write DeepSpeed's files of a state in the format that any number of processes can load."""
+    """Convert DeepSpeed's files of a state to the universal format, which any number of processes can load."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", os.path.join(state, ENGINE), "--output_folder", os.path.join(folder, ENGINE)]
     run = subprocess.run(command, capture_output=True, text=True)

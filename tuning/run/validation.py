@@ -1,7 +1,7 @@
-"""Validation while training: the loss of held-out rows, scores of generated answers, the best model, when to stop.
+"""Validation during training: loss of held-out rows, scores of generated answers, best model, early stopping.
 
-A validation takes no random number of the training's and leaves no gradient, so losses are those of a run without it.
-Every rank takes as many batches through the model as the others, since under ZeRO-3 each pass needs all of them.
+Validation draws no random numbers and leaves no gradients, so training losses are the same as without it. Every rank
+runs the same number of batches, since under ZeRO-3 each forward pass needs all ranks.
 """
 
 import json
@@ -31,15 +31,15 @@ NO_DIRECTION = {"mean_length", "reference_length"}
 
 
 def spread(rows: list[int], most: int) -> list[int]:
-    """At most so many of the rows, evenly spaced: files are often sorted."""
+    """At most `most` rows, evenly spaced, since files are often sorted."""
     count = min(most, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def deal_batches(rows: list[int], lengths, batch_size: int, rank: int, world_size: int) -> list[MicroBatch]:
-    """This rank's batches of at most batch_size rows of about the same length, the longest first.
+    """Batches of this rank, of at most batch_size rows of similar length, the longest first.
 
-    All ranks have as many; fillers make up the number.
+    All ranks get the same number of batches; fillers complete it.
 
     Args:
         lengths: [samples], tokens of each.
@@ -55,7 +55,7 @@ def deal_batches(rows: list[int], lengths, batch_size: int, rank: int, world_siz
 
 @torch.no_grad()
 def mean_loss(model, data: InstructionData, rows: list[int], batch_size: int) -> float:
-    """Cross entropy a token, over all answer tokens of the rows on all ranks together, summed in float64."""
+    """Mean cross entropy per answer token, over the rows of all ranks; summed in float64."""
     total = torch.zeros((), dtype=torch.float64, device=device())
     for batch in deal_batches(rows, data.lengths, batch_size, data_parallel_rank(), data_parallel_size()):
         total += model(**data[batch].to(device())).loss  # a sum: num_items_in_batch is 1
@@ -67,16 +67,16 @@ def mean_loss(model, data: InstructionData, rows: list[int], batch_size: int) ->
 def gather_answers(
     engine, tokenizer, data: InstructionData, rows: list[int], batch_size: int, max_new_tokens: int
 ) -> list[tuple[str, bool]] | None:
-    """Greedy answers to the rows' prompts, made by all ranks: on rank 0 each in its place, None on the others.
+    """Generate greedy answers to the rows' prompts, on all ranks.
 
     Returns:
-        Text, and whether it ended by itself.
+        On rank 0 the text for each row, and whether it ended by itself; None on other ranks.
     """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     lengths = data.lengths - data.answer_lengths
     model = engine.module
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    # under ZeRO-3 a rank whose answers are complete goes on until those of all are
+    # under ZeRO-3 a rank with complete answers continues until all ranks are done
     synced = engine.zero_optimization_stage() == 3 and world_size > 1
     mine: dict[int, tuple[str, bool]] = {}
     for batch in deal_batches(rows, lengths, batch_size, rank, world_size):
@@ -96,7 +96,7 @@ def gather_answers(
 
 
 class Validation:
-    """Validates, keeps the best model, and says when to stop. Each method is called on every rank.
+    """Validates, saves the best model, and decides on early stopping. Each method is called on every rank.
 
     Args:
         engine: DeepSpeed's.
@@ -107,7 +107,7 @@ class Validation:
         save_result: writes the model to a folder of this name in output_dir.
 
     Raises:
-        UserError: --best_metric is none of those that there will be.
+        UserError: there is no metric of the name --best_metric.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Validation:
         self.file = None
 
     def _read_references(self, path: str) -> tuple[str, list[str]]:
-        """Read what to compare with. Returns its kind, and the names of the scores."""
+        """Read the references of the generated rows. Returns their kind, and the names of the scores."""
         lines = {int(self.data.lines[i]) for i in self.generated}
         found = {}
         for line, row in scan_rows(path, several_outputs=True, empty_outputs=True):
@@ -154,7 +154,7 @@ class Validation:
         return kind, [name for name in score(kind, one[:1], [one], [True]) if name not in NO_DIRECTION]
 
     def _ids(self, row: dict) -> tuple[int, ...]:
-        """A row's sample, empty if it has none."""
+        """Token ids of a row; empty if there is no room for an answer."""
         try:
             return tuple(encode_sample(self.tokenizer, row, self.args.max_len, self.args.max_src_len).input_ids)
         except ValueError:  # no room for an answer
@@ -166,7 +166,7 @@ class Validation:
         return f"ROUGE and BLEU need {missing(self.kind)}" if missing(self.kind) else f"answers are {self.kind}"
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a training state keeps."""
+        """Tensors for a training state."""
         return {
             "best": torch.tensor(self.best, dtype=torch.float64),
             "best_step": torch.tensor(self.best_step),
@@ -174,13 +174,13 @@ class Validation:
         }
 
     def set_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Undo `state`; nothing is there if the run had no validation before."""
+        """Restore what `state` returned; empty if the run had no validation before."""
         if tensors:
             self.best, self.best_step = float(tensors["best"]), int(tensors["best_step"])
             self.stale = int(tensors["stale"])
 
     def begin(self) -> None:
-        """Get ready, after a state was loaded."""
+        """Start, after a training state was loaded: print the settings, and validate if --eval_at_start."""
         text = f"validation: {len(self.rows)} rows"
         if self.kind:
             text += (
@@ -195,12 +195,12 @@ class Validation:
             self._measure(0)
 
     def due(self) -> bool:
-        """Whether the step that has just ended is to be validated."""
+        """Whether to validate after this step."""
         step = self.engine.global_steps
         return step % self.every == 0 or step == self.total_steps
 
     def run(self, epoch: int) -> bool:
-        """Validate, and keep the model if it is the best so far. Returns whether training is to stop early."""
+        """Validate, and save the model if it is the best so far. Returns whether training should stop early."""
         value = self._measure(epoch)[self.args.best_metric]
         step, patience = self.engine.global_steps, self.args.early_stopping_patience
         better = value < self.best if self.lower else value > self.best
@@ -218,11 +218,11 @@ class Validation:
         return True
 
     def describe_best(self) -> str | None:
-        """The best figure so far and its step, in words; None if no validation had one."""
+        """The best value so far and its step as text; None if no validation had a value."""
         return f"best at step {self.best_step}: {self.args.best_metric} {self.best:.4f}" if self.best_step else None
 
     def close(self) -> None:
-        """No validation comes any more."""
+        """Close the file, after the last validation."""
         if self.file is not None:
             self.file.close()
 
@@ -233,7 +233,7 @@ class Validation:
             write_file(path, json.dumps(content) + "\n")
 
     def _measure(self, epoch: int) -> dict[str, float]:
-        """All figures by name, the same on every rank; printed and written on rank 0."""
+        """All metrics by name, the same on every rank; rank 0 prints and writes them."""
         step, start = self.engine.global_steps, time.perf_counter()
         with self.log.paused():
             self.engine.eval()
@@ -250,7 +250,7 @@ class Validation:
                 raise
             finally:
                 self.engine.train()
-            # ZeRO-3 fetches ahead as if a backward pass came: what is on its way must not meet a saving
+            # ZeRO-3 prefetches as if a backward pass followed: parameters in flight must not meet a save
             self.engine.empty_partition_cache()
             seconds = time.perf_counter() - start
             if self.file is not None:
@@ -258,7 +258,7 @@ class Validation:
         return values
 
     def _score(self, answers: list[tuple[str, bool]], step: int) -> dict[str, float]:
-        """Scores of the answers, which are written beside the references."""
+        """Score the answers, and write them beside the references."""
         lines = []
         for row, (text, ended) in zip(self.asked, answers, strict=True):
             keys = {key: row[key] for key in ("instruction", "input", "output", AS_WRITTEN) if key in row}
