@@ -4,7 +4,7 @@
     python predict.py --mode glm3 --model_path ... --instruction "..." --input "..."
     python predict.py --mode glm3 --model_path ...            (chat; an empty line ends it)
 
-The folder may be a full model, a P-Tuning result, or a LoRA adapter: which, it finds out by itself.
+The folder may be a full model, a P-Tuning result or a LoRA adapter; predict.py detects which.
 """
 
 import contextlib
@@ -28,21 +28,10 @@ from glm_models.generation import generate_answers
 from glm_models.tokenization import Prompt
 from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, named_device
 from tuning.errors import DataError, UserError
-from tuning.evaluate.answers import AnswerFile, Made, describe_model, file_hash
+from tuning.evaluate.answers import AnswerFile, Made, describe_model, describe_scores, file_hash
 from tuning.exits import clear_errors
 from tuning.lora.adapter import find_base
-from tuning.metrics import (
-    AS_WRITTEN,
-    describe,
-    describe_outputs,
-    kind_of,
-    label_scores,
-    missing,
-    references_of,
-    relation_scores,
-    score,
-    with_references,
-)
+from tuning.metrics import AS_WRITTEN, references_of, with_references
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.findings import FIRST, lines_text
 from tuning.samples.formats import KEYS, to_dialogue, unused_keys
@@ -50,15 +39,15 @@ from tuning.samples.row_files import read_rows
 from tuning.terminal import visible
 from utils import quiet, set_seed
 
-PARTS = {"triples": relation_scores, "classes": label_scores}  # scores of each relation, of each label
-CHUNK = 1000  # rows whose prompts are held at once to count cuts
+CHUNK = 1000  # rows per batch when counting prompts that are cut
 
 
 @torch.inference_mode()
 def answer(model, tokenizer, questions: list[Dialogue], args) -> list[tuple[str, bool]]:
     """Answers to a batch of questions, each with whether it ended by itself.
 
-    A row's answer does not depend on the rows beside it: --max_length is counted for each row without its padding.
+    The answer to a row does not depend on the rest of the batch: --max_length counts the tokens of each row, without
+    padding.
     """
     prompts = [prompt.ids.tolist() for prompt in encode(tokenizer, questions, args.max_src_len)]
     sampling = {}
@@ -70,9 +59,9 @@ def answer(model, tokenizer, questions: list[Dialogue], args) -> list[tuple[str,
 
 
 def predict_file(args) -> None:
-    """Answer all rows of --predict_path into --output_path, JSON lines; go on where an earlier run stopped.
+    """Answer all rows of --predict_path into --output_path (JSON lines); continue where an earlier run stopped.
 
-    All that can be refused is refused before the model is loaded, which takes minutes.
+    All input is checked before the model is loaded, which takes minutes.
     """
     numbered = list(read_rows(args.predict_path, several_outputs=True, empty_outputs=True, missing_outputs=True))
     if unused := unused_keys((row for _, row in numbered), KEYS | {AS_WRITTEN, "prediction", "ended"}):
@@ -84,7 +73,7 @@ def predict_file(args) -> None:
     with AnswerFile(args.output_path, rows, describe_run(args, len(rows), base, tokenizer), args.overwrite) as file:
         warn_of_cuts(tokenizer, rows, lines, args.max_src_len)
         if file.done:
-            print(f"{args.output_path} holds {len(file.done)} of {len(rows)} answers; going on from there")
+            print(f"{args.output_path} holds {len(file.done)} of {len(rows)} answers; continuing from there")
         if len(file.done) < len(rows):
             answer_rows(file, args)
         done = file.done
@@ -92,7 +81,8 @@ def predict_file(args) -> None:
     unended = sum(not row["ended"] for row in done)
     print(f"answers: {args.output_path}" + (f" ({unended} cut at --max_length {args.max_length})" if unended else ""))
     references = [references_of(row) if "output" in row else [] for row in rows]
-    show_scores(args.metrics, [row["prediction"] for row in done], references, [row["ended"] for row in done])
+    predictions, ended = [row["prediction"] for row in done], [row["ended"] for row in done]
+    print(*describe_scores(args.metrics, predictions, references, ended), sep="\n")
 
 
 def answer_rows(file: AnswerFile, args) -> None:
@@ -101,7 +91,7 @@ def answer_rows(file: AnswerFile, args) -> None:
     with tqdm(total=len(file.rows), initial=len(file.done)) as bar:
         for start in range(len(file.done), len(file.rows), args.batch_size):
             part = file.rows[start : start + args.batch_size]
-            set_seed(args.seed + start)  # with --do_sample: a run that goes on draws what it would have drawn
+            set_seed(args.seed + start)  # with --do_sample, a continued run draws the same samples
             file.add(answer(model, tokenizer, [question_in(row) for row in part], args))
             bar.update(len(part))
 
@@ -113,7 +103,7 @@ def question_in(row: dict) -> Dialogue:
 
 
 def describe_run(args, rows: int, base: str, tokenizer) -> Made:
-    """All that the answers to a file depend on. --batch_size is not among it."""
+    """Everything that the answers to a file depend on; --batch_size is not part of it."""
     names = ["mode", "max_length", "max_src_len", "num_beams", "repetition_penalty", "do_sample"]
     names += ["top_p", "temperature", "seed"] if args.do_sample else []
     settings = {f"--{name}": getattr(args, name) for name in names}
@@ -124,10 +114,10 @@ def describe_run(args, rows: int, base: str, tokenizer) -> Made:
 
 
 def warn_of_cuts(tokenizer, rows: list[dict], lines: list[int], max_src_len: int) -> None:
-    """Say which queries lose their end to --max_src_len.
+    """Warn about queries that are cut at --max_src_len.
 
     Raises:
-        UserError: the template alone is longer than that.
+        UserError: the prompt template alone is longer than that.
     """
     cut = []
     for start in range(0, len(rows), CHUNK):
@@ -139,49 +129,19 @@ def warn_of_cuts(tokenizer, rows: list[dict], lines: list[int], max_src_len: int
 
 
 def encode(tokenizer, questions: list[Dialogue], max_src_len: int) -> list[Prompt]:
-    """Prompts of some questions. Raises UserError: the template alone is longer than max_src_len."""
+    """Prompts of some questions. Raises UserError if the prompt template alone is longer than max_src_len."""
     try:
         return tokenizer.encode_questions(questions, max_src_len)
     except ValueError as error:
         raise UserError(f"--max_src_len: {error}") from None
 
 
-def show_scores(kind: str, predictions: list[str], references: list[list[str]], ended: list[bool]) -> None:
-    """Print the scores that fit the references, or those of the kind that --metrics names.
-
-    Args:
-        references: of each row; an empty list for a row without any, which is not scored.
-    """
-    known, count = [i for i, answers in enumerate(references) if answers], len(references)
-    references = [references[i] for i in known]
-    nothing = not any(text.strip() for answers in references for text in answers)
-    if not known or (kind == "auto" and nothing):
-        why = "every output is empty" if known else "the file has no references (output)"
-        print(f"no scores: {why}; {describe_outputs(predictions, ended)}")
-        return
-    if len(known) < count:
-        print(f"scored: the {len(known)} of {count} rows that have references (output)")
-    predictions, ended = [predictions[i] for i in known], [ended[i] for i in known]
-    kind = kind_of(references) if kind == "auto" else kind
-    *lines, outputs = describe(kind, score(kind, predictions, references, ended))
-    line = (
-        "  {}: precision {precision:.4f} recall {recall:.4f} F1 {f1:.4f} ({expected} expected, {predicted} predicted)"
-    )
-    table = PARTS[kind](predictions, references) if kind in PARTS else {}
-    lines += [line.format(name, **row) for name, row in table.items() if row["expected"]]
-    if kind == "classes" and (others := len(predictions) - sum(row["predicted"] for row in table.values())):
-        lines.append(f"  {others} of {len(predictions)} answers are none of these labels")
-    if missing(kind):
-        lines.append(f"ROUGE and BLEU are left out; they need: {missing(kind)}")
-    print(*lines, outputs, sep="\n")
-
-
 def chat(model, tokenizer, args) -> None:
-    """Talk in the terminal, answers shown as they come. Ctrl-C stops an answer; where a question is asked, the chat."""
+    """Chat in the terminal, with streamed answers. Ctrl-C stops an answer, or at the prompt the chat."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - input() then edits a line by characters, not by bytes
-    if hasattr(sys.stdin, "reconfigure"):  # before the first read: later it is refused
-        sys.stdin.reconfigure(errors="surrogateescape")  # else half a character ends the chat
+        import readline  # noqa: F401 - makes input() edit characters, not bytes
+    if hasattr(sys.stdin, "reconfigure"):  # only possible before the first read
+        sys.stdin.reconfigure(errors="surrogateescape")  # an incomplete character must not end the chat
     print("An empty line ends the chat, /new begins another, Ctrl-C stops an answer.")
     history = None
     while query := ask():
@@ -196,7 +156,7 @@ def chat(model, tokenizer, args) -> None:
 
 
 def ask() -> str:
-    """What is typed at the prompt; "" at its end, and for Ctrl-C."""
+    """Read a line from the terminal; "" at the end of input and for Ctrl-C."""
     while True:
         try:
             query = input("> ").strip()
@@ -207,20 +167,20 @@ def ask() -> str:
             query.encode()
             return query
         except UnicodeEncodeError:
-            print(f"not {sys.stdin.encoding} text, perhaps half a character that was erased; please type it again")
+            print(f"not valid {sys.stdin.encoding} text, perhaps a half-erased character; please type it again")
 
 
 def show_answer(model, tokenizer, query: str, history, args):
-    """Print an answer as it comes. Returns the history with it, or with the part of it that came before Ctrl-C."""
+    """Stream an answer to the terminal. Returns the history with the answer, or with its part before Ctrl-C."""
     shown = ""
     sampling = {"do_sample": args.do_sample, "top_p": args.top_p, "temperature": args.temperature}
     try:
         replies = model.stream_chat(tokenizer, query, history, max_length=args.max_length, **sampling)
         for response, history in replies:
             text = response
-            if not isinstance(response, str):  # ChatGLM3 calls a tool: its name, and what it is given
+            if not isinstance(response, str):  # ChatGLM3 calls a tool: name and arguments
                 text = f"{history[-1]['metadata'].strip()}\n{history[-1]['content']}"
-            if not text.startswith(shown):  # the clean-up changed what was already on the screen
+            if not text.startswith(shown):  # post-processing changed text that is already on the screen
                 print()
                 shown = ""
             print(visible(text[len(shown) :]), end="", flush=True)
@@ -232,7 +192,7 @@ def show_answer(model, tokenizer, query: str, history, args):
 
 
 def check_args(args) -> None:
-    """Resolve --device and fill in the defaults that depend on other flags."""
+    """Resolve --device and set the defaults that depend on other flags."""
     args.max_src_len = longest_prompt(args)
     if args.predict_path:
         name = os.path.splitext(os.path.basename(args.predict_path))[0]
@@ -253,7 +213,7 @@ def main(argv=None) -> None:
         if args.instruction or args.input:
             question = question_in({"instruction": args.instruction, "input": args.input})
             if encode(tokenizer, [question], args.max_src_len)[0].cut:
-                print(f"warning: the query's end is cut at --max_src_len {args.max_src_len}", file=sys.stderr)
+                print(f"warning: the end of the query is cut at --max_src_len {args.max_src_len}", file=sys.stderr)
             print(answer(model, tokenizer, [question], args)[0][0])
         else:
             chat(model, tokenizer, args)

@@ -25,7 +25,7 @@ use_large_pages()
 import deepspeed
 import torch
 
-from data_set import Sources, load_sources, training_steps
+from data_set import Sources, batch_shape, data_settings, load_sources, training_steps
 from glm_models import MODE
 from glm_models.ops import TiledMLP
 from tuning.engine import patches
@@ -47,8 +47,7 @@ from tuning.run.resume import States, ds_section
 from tuning.run.validation import Validation
 from tuning.samples.batches import Batch
 from tuning.samples.check import check_data
-from tuning.samples.epochs import count_steps
-from utils import data_parallel_size, is_main, on_rank_0, quiet, say, set_seed
+from utils import is_main, on_rank_0, quiet, say, set_seed
 
 
 def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
@@ -147,7 +146,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     resumed = {"log": log, "watch": watch}
     validation = None
     if validates(args):
-        validation = Validation(engine, data.tokenizer, data.sources, args, data.epoch_steps, log, save_result)
+        validation = Validation(engine, data.tokenizer, data.sources.held_out, args, data.epoch_steps, log, save_result)
         resumed["validation"] = validation
     states = States(engine, resumed, run, args.output_dir, args.save_state_steps, args.save_total_limit)
     on_rank_0(lambda: check_room(args, result_size(model, dtype), states, count_results(args, data.epoch_steps)))
@@ -177,8 +176,7 @@ def read_data(args) -> Data:
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     say(describe_devices(compute_dtype(load_training_config(args, 1, config.hidden_size))))
     sources = load_sources(args, tokenizer)
-    split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, data_parallel_size())
-    return Data(tokenizer, config, sources, count_steps(len(sources.packs(1)), *split))
+    return Data(tokenizer, config, sources, batch_shape(args).count_steps(len(sources.packs(1))))
 
 
 def start_engine(args, ds_config: dict, more: dict):
@@ -220,8 +218,7 @@ def finish(args, model, result: str, log: RunLog, validation: Validation | None)
 def check(args) -> None:
     """--check_data: needs the tokenizer, and neither other processes nor the model."""
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
-    limits = (args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output, args.on_bad_row == "skip")
-    check_data(args.train_path, tokenizer, *limits, args.test_path, args.output_dir)
+    check_data(data_settings(args, args.train_path), tokenizer, args.test_path, args.output_dir)
 
 
 def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:

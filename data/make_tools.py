@@ -3,6 +3,7 @@
     python data/make_tools.py                  # rewrites both files, byte for byte the same
     python data/make_tools.py --check          # only checks the files that are there
     python data/make_tools.py --more 3000 FILE # writes more training rows, none of their calls in tools_1
+    python data/make_tools.py --repeat 8000 FILE # writes names and numbers to repeat: a small base learns to copy first
     python data/make_tools.py --text FILE      # writes what a model reads in tools_0, to train a tokenizer on
 
 The rows have the official form of ChatGLM3: `tools`, and `conversations` with user, tool and assistant messages, a tool
@@ -28,11 +29,13 @@ TRAIN, TEST = 1200, 100
 # The official chat's system message before the tools.
 SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
 
-# Places and people are put together from characters, so that a model must copy them and cannot know them.
-PLACE_FIRST = "青云白石金玉清长安平新古东南西北高大明秋春松柳竹梅桃兰龙凤鹤"
+# Places and people are put together from characters, so that a model must copy them and cannot know them. No character
+# stands in two of these lists: which one comes next is then easy to find for a small model.
+PLACE_FIRST = "青云白石金玉清长安福新古东南西北高大明秋春松柳竹梅桃兰龙凤鹤"
 PLACE_LAST = "河山州城桥江湖海岭泉原口"
 SURNAMES = "王李张刘陈杨赵黄周吴徐孙朱马胡林郭何罗梁"
-GIVEN = "伟芳娜敏静丽强磊军洋勇艳杰娟涛超霞平刚桂文辉玲斌宁"
+GIVEN_FIRST = "伟芳敏静丽强志军洋永艳"
+GIVEN_LAST = "杰娟涛超霞平刚文辉玲斌宁"
 DAYS = ("今天", "明天", "后天")
 SKIES = ("晴", "多云", "阴", "小雨", "大雨", "小雪", "大风")
 OPERATIONS = {"加": lambda a, b: a + b, "减": lambda a, b: a - b, "乘": lambda a, b: a * b}
@@ -49,6 +52,7 @@ TOOLS = {
     "read_obd": ("读故障码", {"plate": "车牌尾号", "system": "系统"}),
     "book_table": ("订桌", {"name": "姓名", "people": "人数", "hour": "几点"}),
 }
+REPEAT = "重复："
 QUESTIONS = {
     "weather": (
         "{city}{day}天气怎么样？",
@@ -104,9 +108,7 @@ class Values:
         self.rng = rng
         names = random.Random(SEED)
         places = [a + b for a in PLACE_FIRST for b in PLACE_LAST]
-        people = [a + b for a in SURNAMES for b in GIVEN] + [
-            a + b + c for a in SURNAMES for b in GIVEN for c in GIVEN if b != c
-        ]
+        people = [a + b + c for a in SURNAMES for b in ("", *GIVEN_FIRST) for c in GIVEN_LAST]
         for pool in (places, people):
             names.shuffle(pool)
         self.places, self.people = (
@@ -122,14 +124,14 @@ class Values:
         if name == "weather":
             return {"city": choice(self.places), "day": choice(DAYS)}
         if name == "calculate":
-            a, b = sorted((self.number(choice((2, 3))), self.number(2)), reverse=True)
+            a, b = sorted((self.number(2), self.number(2)), reverse=True)
             return {"a": a, "op": choice(list(OPERATIONS)), "b": b}
         if name == "track_order":
-            return {"number": self.number(5)}
+            return {"number": self.number(4)}
         if name == "find_phone":
             return {"name": choice(self.people)}
         if name == "read_obd":
-            return {"plate": self.number(4), "system": choice(SYSTEMS)}
+            return {"plate": self.number(3), "system": choice(SYSTEMS)}
         return {"name": choice(self.people), "people": self.rng.randint(2, 20), "hour": self.rng.randint(10, 21)}
 
     def result(self, name: str, given: dict) -> tuple[object, str]:
@@ -148,10 +150,10 @@ class Values:
             state, place = choice(STATES), choice(self.places)
             return {"状态": state, "位置": place}, f"订单{given['number']}{state}，现在在{place}。"
         if name == "find_phone":
-            phone = str(self.number(6))
+            phone = str(self.number(4))
             return phone, f"{given['name']}的电话是{phone}。"
         if name == "read_obd":
-            codes = [f"P0{self.number(3)}" for _ in range(choice((0, 1, 1, 2)))]
+            codes = [f"P03{self.number(2)}" for _ in range(choice((0, 1, 1, 2)))]
             said = f"有故障码{'和'.join(codes)}" if codes else "没有故障码"
             return {"codes": codes}, "尾号{plate}的{system}{said}。".format(**given, said=said)
         if self.rng.random() < 0.2:
@@ -173,10 +175,11 @@ def call_key(name: str, parameters: dict) -> str:
 
 
 class Maker:
-    """Makes rows; no call occurs twice, nor one of `taken`."""
+    """Makes rows without a call of `taken`; `unique`: no call occurs twice (a few thousand rows have calls enough)."""
 
-    def __init__(self, seed: int, test: bool, taken: set[str] = frozenset()):
+    def __init__(self, seed: int, test: bool, taken: set[str] = frozenset(), unique: bool = True):
         self.rng = random.Random(seed)
+        self.unique = unique
         self.values = Values(self.rng, test)
         self.seen = set(taken)
 
@@ -185,7 +188,8 @@ class Maker:
         parameters = self.values.draw(name)
         while call_key(name, parameters) in self.seen:
             parameters = self.values.draw(name)
-        self.seen.add(call_key(name, parameters))
+        if self.unique:
+            self.seen.add(call_key(name, parameters))
         observation, answer = self.values.result(name, parameters)
         return [
             {"role": "user", "content": self.rng.choice(QUESTIONS[name]).format(**parameters)},
@@ -221,9 +225,27 @@ def make_tools(train: int = TRAIN, test: int = TEST) -> tuple[list[dict], list[d
 
 
 def make_more(count: int) -> list[dict]:
-    """Further training rows: no call of theirs is in tools_1; a few may be in tools_0."""
-    maker = Maker(SEED + 2, test=False, taken=calls_of(read_rows("tools_1.json")))
+    """Any number of further training rows: no call of theirs is in tools_1; some are in tools_0, some occur twice."""
+    maker = Maker(SEED + 2, test=False, taken=calls_of(read_rows("tools_1.json")), unique=False)
     return [maker.row() for _ in range(count)]
+
+
+def make_repeats(count: int) -> list[dict]:
+    """Rows that ask to repeat places, people and numbers, none of tools_1: what a small base must know before tools.
+
+    A random model learns the form of a call in minutes, but to copy from the question only after many more: rows that
+    are nothing but copying teach it that in fewer.
+    """
+    rng = random.Random(SEED + 3)
+    values = Values(rng, test=False)
+    rows = []
+    for _ in range(count):
+        draws = (lambda: rng.choice(values.places), lambda: rng.choice(values.people))
+        draws += (lambda: str(values.number(rng.randint(2, 4))),)
+        text = "，".join(rng.choice(draws)() for _ in range(rng.randint(2, 5)))
+        messages = [{"role": "user", "content": REPEAT + text}, {"role": "assistant", "content": text}]
+        rows.append({"conversations": messages})
+    return rows
 
 
 # ---- writing and checking
@@ -249,7 +271,7 @@ def tokenizer_text(rows: list[dict]) -> str:
     The digit 0 stands for every place and person, since a digit is always a piece of its own: their characters get
     pieces (by the last line) but are never merged, or new names would be cut in another way than known ones.
     """
-    lines = []
+    lines = [REPEAT] * 20
     for row in rows:
         texts, names = [SYSTEM, json.dumps(row["tools"], indent=4, ensure_ascii=False)], set()
         for message in row["conversations"]:
@@ -263,7 +285,7 @@ def tokenizer_text(rows: list[dict]) -> str:
         for name in sorted(names - {None}, key=lambda name: (-len(name), name)):
             texts = [text.replace(name, "0") for text in texts]
         lines += texts
-    return "\n".join([*lines, "0".join(PLACE_FIRST + PLACE_LAST + SURNAMES + GIVEN)]) + "\n"
+    return "\n".join([*lines, "0".join(PLACE_FIRST + PLACE_LAST + SURNAMES + GIVEN_FIRST + GIVEN_LAST)]) + "\n"
 
 
 def check() -> None:
@@ -294,22 +316,25 @@ def parse_args(argv=None):
     group = parser.group("what is made (default: tools_0.json and tools_1.json)")
     group.add_argument("--check", **SWITCH, help="check the files that are there and write nothing")
     group.add_argument("--more", nargs="+", metavar="COUNT FILE", help="write more rows, no call of tools_1 in them")
+    group.add_argument("--repeat", nargs="+", metavar="COUNT FILE", help="write rows that ask to repeat a text")
     group.add_argument("--text", metavar="FILE", help="write the texts of tools_0, to train a tokenizer on")
     return parser.parse_args(argv)
 
 
 def contradictions(args) -> list[str]:
     """What is wrong with the flags; see Parser."""
-    given = [flag for flag in ("check", "more", "text") if getattr(args, flag)]
+    given = [flag for flag in ("check", "more", "repeat", "text") if getattr(args, flag)]
     wrong = [f"--{' and --'.join(given)} exclude each other"] if len(given) > 1 else []
-    if args.more is None:
-        return wrong
-    if len(args.more) != 2:
-        return [*wrong, f"--more takes a count and a file, not {' '.join(args.more)}"]
-    try:
-        Integer()(args.more[0])
-    except ValueError as error:
-        wrong.append(f"--more {args.more[0]}: {error}")
+    for flag in ("more", "repeat"):
+        if (values := getattr(args, flag)) is None:
+            continue
+        if len(values) != 2:
+            wrong.append(f"--{flag} takes a count and a file, not {' '.join(values)}")
+            continue
+        try:
+            Integer()(values[0])
+        except ValueError as error:
+            wrong.append(f"--{flag} {values[0]}: {error}")
     return wrong
 
 
@@ -323,6 +348,8 @@ def main():
     try:
         if args.more:
             write(Path(args.more[1]), lines_of(make_more(int(args.more[0]))))
+        elif args.repeat:
+            write(Path(args.repeat[1]), lines_of(make_repeats(int(args.repeat[0]))))
         elif args.text:
             write(Path(args.text), tokenizer_text(read_rows("tools_0.json")))
         else:

@@ -97,7 +97,7 @@ def test_ctrl_c_where_a_question_is_asked_ends_the_chat(talk):
 def test_half_a_character_is_asked_again(talk, half):
     model = Model(["a"], ["b"])
     shown = talk(model, typed("x", half, "y", ""))
-    assert shown == "> a\n> not utf-8 text, perhaps half a character that was erased; please type it again\n> b\n> "
+    assert shown == "> a\n> not valid utf-8 text, perhaps a half-erased character; please type it again\n> b\n> "
     assert [query for query, _ in model.asked] == ["x", "y"] and model.asked[1][1]
 
 

@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from glm_models import MODE
 from tuning.errors import DataError
 from tuning.samples.batches import MicroBatch, collate
-from tuning.samples.dataset import InstructionData
+from tuning.samples.dataset import DataSettings, InstructionData
 from tuning.samples.encoding import IGNORE_INDEX, Sample, encode_sample
-from tuning.samples.epochs import count_steps, pack_rows, plan_epoch
+from tuning.samples.epochs import BatchShape, Packs, pack_rows, plan_epoch
 from tuning.samples.row_files import read_rows
 
 GOOD = {"instruction": "抽取故障：", "input": "水泵漏水。", "output": "水泵_部件故障_漏水"}
@@ -78,12 +78,12 @@ def test_a_broken_file_is_one_clear_error(write, text, message):
 def test_an_empty_output_can_be_an_answer(tiny, mode, write):
     tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
     path = write(line() + line(output=""))
-    data = InstructionData(path, tokenizer, 120, 60, empty_outputs=True)
+    data = InstructionData(DataSettings(path, 120, 60, empty_outputs=True), tokenizer)
     *answer, end = data.samples[1].learnt
     assert end == tokenizer.eos_token_id
     assert tokenizer.decode_answer(answer) == ""
     with pytest.raises(DataError, match="line 2: output is empty; --allow_empty_output"):
-        InstructionData(path, tokenizer, 120, 60)
+        InstructionData(DataSettings(path, 120, 60), tokenizer)
 
 
 def test_several_references_are_for_predictions_only(write):
@@ -122,13 +122,13 @@ def test_a_cut_answer_has_no_end_token(tiny, mode):
 def test_limits_are_reported_and_impossible_ones_refused(tiny, mode, write):
     tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
     path = write(line() + line(input="很长的一段文字，" * 20) + line(output="很长的答案，" * 30))
-    data = InstructionData(path, tokenizer, 120, 60)
+    data = InstructionData(DataSettings(path, 120, 60), tokenizer)
     assert (data.prompts_cut, data.answers_cut) == (1, 1)
-    skipping = InstructionData(path, tokenizer, 120, 60, is_skip=True)
+    skipping = InstructionData(DataSettings(path, 120, 60, skip_cut=True), tokenizer)
     assert (len(skipping), skipping.skipped, skipping.lines.tolist()) == (1, 2, [1])
     prompt = len(encode_sample(tokenizer, GOOD, 100, 80).prompt)
     with pytest.raises(DataError, match=r"rows\.json line 1: the prompt's \d+ tokens leave no room"):
-        InstructionData(path, tokenizer, prompt, 60)
+        InstructionData(DataSettings(path, prompt, 60), tokenizer)
 
 
 class Rows:
@@ -147,7 +147,7 @@ class Rows:
 
 
 def singly(data):
-    return [[i] for i in range(len(data))]
+    return Packs(np.arange(len(data)))
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -155,16 +155,16 @@ def singly(data):
 @pytest.mark.parametrize("count", [1, 4, 10, 23])
 def test_every_row_is_dealt_once_and_all_ranks_get_as_many_batches(split, count, by_length):
     data = Rows(count)
-    batch_size, accumulation, world_size = split
+    shape = BatchShape(*split)
     for epoch in (1, 2):
-        steps = plan_epoch(data, singly(data), *split, seed=1, epoch=epoch, by_length=by_length)
-        assert len(steps) == count_steps(count, *split)
+        steps = plan_epoch(data, singly(data), shape, seed=1, epoch=epoch, by_length=by_length)
+        assert len(steps) == shape.count_steps(count)
         dealt = [row for step in steps for micro_batch in step if not micro_batch.is_filler for row in micro_batch.rows]
         assert sorted(dealt) == list(range(count))
         for step in steps:
-            assert len(step) == accumulation * world_size
+            assert len(step) == shape.accumulation * shape.data_parallel
             real = [row for micro_batch in step if not micro_batch.is_filler for row in micro_batch.rows]
-            assert all(1 <= len(micro_batch.rows) <= batch_size for micro_batch in step)
+            assert all(1 <= len(micro_batch.rows) <= shape.rows for micro_batch in step)
             for micro_batch in step:
                 assert micro_batch.num_items * len(step) == pytest.approx(data.answer_tokens(real))
 
@@ -173,7 +173,8 @@ def test_the_order_is_new_each_epoch_and_the_same_for_a_seed():
     data = Rows(30)
 
     def plan(*split_seed_epoch):
-        return plan_epoch(data, singly(data), *split_seed_epoch)
+        *split, seed, epoch = split_seed_epoch
+        return list(plan_epoch(data, singly(data), BatchShape(*split), seed, epoch))
 
     plans = {key: plan(2, 2, 1, *key) for key in [(1, 1), (1, 2), (2, 1), (2, 2)]}
     assert plans[1, 1] == plan(2, 2, 1, 1, 1)
@@ -186,7 +187,7 @@ def test_the_order_is_new_each_epoch_and_the_same_for_a_seed():
 @pytest.mark.parametrize("by_length", [False, True])
 def test_the_largest_batch_comes_first(by_length):
     data = Rows(40)
-    steps = plan_epoch(data, singly(data), 2, 2, 1, seed=1, epoch=1, by_length=by_length)
+    steps = plan_epoch(data, singly(data), BatchShape(2, 2), seed=1, epoch=1, by_length=by_length)
     assert data.tokens(steps[0][0].rows) == max(data.tokens(m.rows) for step in steps for m in step)
     assert sorted(steps[0][0].rows) == sorted(sorted(range(40), key=data.length)[-2:])
 
@@ -195,7 +196,7 @@ def test_steps_by_length_differ_little_within():
     data = Rows(400)
 
     def spread(by_length):
-        steps = plan_epoch(data, singly(data), 2, 2, 1, seed=1, epoch=2, by_length=by_length)
+        steps = plan_epoch(data, singly(data), BatchShape(2, 2), seed=1, epoch=2, by_length=by_length)
         lengths = [[data.length(row) for m in step for row in m.rows] for step in steps]
         return sum(max(step) - min(step) for step in lengths)
 
@@ -209,9 +210,9 @@ def test_packs_hold_every_row_once_and_are_nearly_full(max_len):
     assert sorted(row for pack in packs for row in pack) == list(range(500))
     assert max(map(data.tokens, packs)) <= max_len
     assert len(packs) <= 1.05 * data.tokens(range(500)) / max_len + 1
-    assert packs != pack_rows(data, max_len, seed=2)
-    steps = plan_epoch(data, packs, 1, 2, 2, seed=1, epoch=1)
-    assert len(steps) == count_steps(len(packs), 1, 2, 2)
+    assert list(packs) != list(pack_rows(data, max_len, seed=2))
+    steps = plan_epoch(data, packs, BatchShape(1, 2, 2), seed=1, epoch=1)
+    assert len(steps) == BatchShape(1, 2, 2).count_steps(len(packs))
     assert sorted(row for step in steps for m in step if not m.is_filler for row in m.rows) == list(range(500))
 
 

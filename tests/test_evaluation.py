@@ -23,7 +23,7 @@ from tuning.errors import DataError, UserError
 from tuning.run import validation as evaluation
 from tuning.run.log import JsonLines
 from tuning.run.validation import deal_batches, spread
-from tuning.samples.dataset import InstructionData, split_rows
+from tuning.samples.dataset import DataSettings, InstructionData, split_rows
 
 MAX_LEN, MAX_SRC_LEN = 160, 96  # of runs.command
 
@@ -74,7 +74,7 @@ def plain_loss(mode: str, folder: Path, path: Path) -> float:
     """One sample at a time, in float64: the mean of -log p of each answer token, all logits at once."""
     tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
     model = MODE[mode].model.from_pretrained(folder, dtype=torch.float64).eval()
-    data = InstructionData(str(path), tokenizer, MAX_LEN, MAX_SRC_LEN, several_outputs=True)
+    data = InstructionData(DataSettings(str(path), MAX_LEN, MAX_SRC_LEN, several_outputs=True), tokenizer)
     total, tokens = 0.0, 0
     for i in range(len(data)):
         sample = data.samples[i]
@@ -331,9 +331,9 @@ def test_the_split_is_stable_and_keeps_equal_prompts_together(tmp_path, tokenize
     rows = [{"instruction": f"{i % 60} 写：", "input": TEXT[i % 60], "output": f"{i}"} for i in range(180)]
 
     def sides(name, some):
-        data = InstructionData(str(write_rows(tmp_path / name, some)), tokenizer, MAX_LEN, MAX_SRC_LEN)
+        data = InstructionData(DataSettings(str(write_rows(tmp_path / name, some)), MAX_LEN, MAX_SRC_LEN), tokenizer)
         trained, held = split_rows(data, 0.3)
-        assert sorted(trained + held) == list(range(len(some)))
+        assert sorted([*trained, *held]) == list(range(len(some)))
         return {some[i]["output"]: i in set(held) for i in range(len(some))}, len(held)
 
     first, count = sides("first", rows)
@@ -343,7 +343,7 @@ def test_the_split_is_stable_and_keeps_equal_prompts_together(tmp_path, tokenize
     more = [{"instruction": "新：", "input": TEXT[i], "output": f"new {i}"} for i in range(40)]
     second, _ = sides("second", more + rows[::-1][:150])
     assert all(second[name] == first[name] for name in second if not name.startswith("new"))
-    data = InstructionData(str(tmp_path / "first"), tokenizer, MAX_LEN, MAX_SRC_LEN)
+    data = InstructionData(DataSettings(str(tmp_path / "first"), MAX_LEN, MAX_SRC_LEN), tokenizer)
     with pytest.raises(DataError, match="leaves none of 180 rows to validate on"):
         split_rows(data, 1e-9)
     with pytest.raises(DataError, match="leaves none of 180 rows to train on"):
@@ -375,7 +375,7 @@ def test_rows_of_one_line_find_their_references(tmp_path, tokenizers):
     path = tmp_path / "array.json"
     path.write_text(json.dumps(rows, ensure_ascii=False))
     tokenizer = tokenizers["glm3"]
-    data = InstructionData(str(path), tokenizer, MAX_LEN, MAX_SRC_LEN, several_outputs=True)
+    data = InstructionData(DataSettings(str(path), MAX_LEN, MAX_SRC_LEN, several_outputs=True), tokenizer)
     assert set(data.lines.tolist()) == {1}
     args = types.SimpleNamespace(max_len=MAX_LEN, max_src_len=MAX_SRC_LEN, eval_generate="auto")
     validation = evaluation.Validation.__new__(evaluation.Validation)

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from tuning import exits, folders
-from tuning.errors import DataError, UserError
-from tuning.exits import StopTraining, clear_errors
+from tuning.errors import DataError, StopTraining, UserError
+from tuning.exits import clear_errors
 from tuning.run import health, launch, log, resume
 from tuning.run.launch import rank_variables
 
@@ -328,7 +328,7 @@ def test_a_reader_that_is_gone_is_one_line(ranks, capsys, monkeypatch):
     monkeypatch.setattr(exits, "drop_output", lambda: None)
     with pytest.raises(SystemExit) as end, clear_errors():
         raise BrokenPipeError
-    assert end.value.code == 1 and "another program, which is gone" in capsys.readouterr().err
+    assert end.value.code == 1 and "the program that reads this output has ended" in capsys.readouterr().err
 
 
 # States that were moved to another disk, with a link in their place

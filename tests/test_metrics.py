@@ -14,6 +14,7 @@ import pytest
 import predict
 from tuning import metrics
 from tuning.errors import UserError
+from tuning.evaluate.answers import describe_scores
 from tuning.metrics import bootstrap, describe, kind_of, relation_scores, repeats, row_scores, score
 from tuning.metrics import questions as question_metrics
 from tuning.metrics import text as text_metrics
@@ -34,6 +35,10 @@ QUESTIONS = [
     ["森林公园的门票多少钱？", "坐几路车能到森林公园？"],
     ["羽毛球双打怎样轮换发球？", "羽毛球拍的磅数怎么选？"],
 ]
+
+
+def show_scores(*args):
+    print(*describe_scores(*args), sep="\n")
 
 
 def first(references):
@@ -318,7 +323,7 @@ def test_rouge_and_bleu_are_left_out_without_their_packages(monkeypatch, capsys,
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "jieba" else real(name, *rest))
     scores = score("text", ["水泵"], [["水泵"]])
     assert "rouge_l" not in scores and scores["exact_match"] == 1.0
-    predict.show_scores("auto", ["漏水"], [["水泵漏水"]], [True])
+    show_scores("auto", ["漏水"], [["水泵漏水"]], [True])
     assert f"left out; they need: pip install {metrics.PACKAGES['jieba']}\n" in capsys.readouterr().out
     (tmp_path / "rows.json").write_text("")
     args = f"--mode glm3 --model_path . --predict_path {tmp_path / 'rows.json'} --device cpu --metrics".split()
@@ -436,21 +441,21 @@ def test_every_kind_has_its_headline_and_lines():
 
 
 def test_predict_prints_what_fits(capsys):
-    predict.show_scores("auto", first(TRIPLES), TRIPLES, [True] * 4)
+    show_scores("auto", first(TRIPLES), TRIPLES, [True] * 4)
     out = capsys.readouterr().out
     assert "triples, mean over rows: precision 1.0000 recall 1.0000 F1 1.0000\n" in out
     assert "  部件故障: precision 1.0000 recall 1.0000 F1 1.0000 (6 expected, 6 predicted)\n" in out
     assert "outputs: 100.0% end by themselves, 0.0% repeat to the end, 0.0% are wrongly empty" in out
-    predict.show_scores("classes", ["正", "正", "中", "?"], [["正"], ["负"], ["中"], ["正"]], [True] * 4)
+    show_scores("classes", ["正", "正", "中", "?"], [["正"], ["负"], ["中"], ["正"]], [True] * 4)
     assert capsys.readouterr().out.splitlines()[1:5] == [
         "  正: precision 0.5000 recall 0.5000 F1 0.5000 (2 expected, 2 predicted)",
         "  中: precision 1.0000 recall 1.0000 F1 1.0000 (1 expected, 1 predicted)",
         "  负: precision 0.0000 recall 0.0000 F1 0.0000 (1 expected, 0 predicted)",
         "  1 of 4 answers are none of these labels",
     ]
-    predict.show_scores("auto", half(first(QUESTIONS)), QUESTIONS, [True] * 6)
+    show_scores("auto", half(first(QUESTIONS)), QUESTIONS, [True] * 6)
     assert "questions: 50.00 of 100 points (accuracy 25.00 of 50, diversity 25.00 of 50)" in capsys.readouterr().out
-    predict.show_scores("text", first(QUESTIONS), QUESTIONS, [False] * 6)
+    show_scores("text", first(QUESTIONS), QUESTIONS, [False] * 6)
     out = capsys.readouterr().out
     assert "text: ROUGE-1 100.0000 ROUGE-2 100.0000 ROUGE-L 100.0000 BLEU-4 100.0000\n" in out
     assert "outputs: 0.0% end by themselves" in out

@@ -15,7 +15,7 @@ from conftest import TEXT
 import predict
 from glm_models.tiny import make_tiny_checkpoint
 from tuning.errors import FolderError, UserError
-from tuning.evaluate import answers, report
+from tuning.evaluate import answers, inputs
 from tuning.lora.adapter import find_base
 
 
@@ -77,7 +77,7 @@ def echo(monkeypatch):
     monkeypatch.setattr(
         predict,
         "answer",
-        lambda model, _, questions, args: [(f"{model}:{question.prompt}", True) for question in questions],
+        lambda model, _, questions, args: [(f"{model}:{one.prompt}", True) for one in questions],
     )
     return loaded
 
@@ -89,7 +89,7 @@ def test_answers_of_a_real_model_go_on_after_a_stop(work, capsys):
     work.output.write_bytes(first + second + third[:20])
     work.predict("--batch_size", "2")
     assert work.output.read_bytes() == whole
-    assert "holds 2 of 5 answers; going on from there" in capsys.readouterr().out
+    assert "holds 2 of 5 answers; continuing from there" in capsys.readouterr().out
 
 
 def test_drawn_answers_are_those_of_a_run_without_a_stop(work):
@@ -121,7 +121,7 @@ def test_a_whole_file_needs_no_model(work, echo):
 def test_answers_that_were_made_otherwise_are_refused_and_overwritten_if_asked(work, echo, flags, model, said):
     work.predict()
     before = work.output.read_bytes()
-    with pytest.raises(UserError, match=r"out.jsonl holds 5 answers of .*/a that were made otherwise: ") as error:
+    with pytest.raises(UserError, match=r"out.jsonl holds 5 answers of .*/a that were produced differently: ") as error:
         work.predict(*flags, model=model)
     assert said in str(error.value)
     assert "--overwrite" in str(error.value)
@@ -184,7 +184,7 @@ def test_answers_without_a_record_are_refused(work, echo):
         if content:
             record.write_text(content)
         with pytest.raises(
-            UserError, match=r"holds answers without out.jsonl.run.json, so what made them is not known"
+            UserError, match=r"holds answers without out.jsonl.run.json, so it is unknown what produced them"
         ):
             work.predict(model="b")
         work.predict("--overwrite")
@@ -195,7 +195,7 @@ def test_answers_without_a_record_are_refused(work, echo):
 def test_other_files_are_never_overwritten(work, echo, content, flags):
     work.output.parent.mkdir()
     work.output.write_text(content)
-    with pytest.raises(UserError, match=r"out.jsonl is no file of answers; name another one"):
+    with pytest.raises(UserError, match=r"out.jsonl is not an answer file; choose another one"):
         work.predict(*flags)
     assert work.output.read_text() == content
     assert not echo
@@ -231,13 +231,13 @@ def test_one_process_at_a_time(work, echo):
 
 def test_what_cannot_be_written_is_found_before_the_model_is_loaded(work, echo, monkeypatch):
     work.output.mkdir(parents=True)
-    with pytest.raises(UserError, match=r"out.jsonl is no plain file"):
+    with pytest.raises(UserError, match=r"out.jsonl is not a regular file"):
         work.predict()
     work.output = Path(os.devnull)
-    with pytest.raises(UserError, match="null is no plain file"):
+    with pytest.raises(UserError, match="null is not a regular file"):
         work.predict()
     work.output = work.rows / "folder" / "out.jsonl"
-    with pytest.raises(UserError, match=r"cannot write .*: Not a directory; --output_path names another place"):
+    with pytest.raises(UserError, match=r"cannot write .*: Not a directory; choose another --output_path"):
         work.predict()
 
     def read_only(path, *args, **kwargs):
@@ -245,7 +245,7 @@ def test_what_cannot_be_written_is_found_before_the_model_is_loaded(work, echo, 
 
     work.output = work.rows.parent / "out.jsonl"
     monkeypatch.setattr(answers, "open", read_only, raising=False)
-    with pytest.raises(UserError, match=r"cannot write .*: Read-only file system; --output_path names another place"):
+    with pytest.raises(UserError, match=r"cannot write .*: Read-only file system; choose another --output_path"):
         answers._open_locked(str(work.output))
     assert not echo
 
@@ -258,7 +258,7 @@ def test_a_full_disk_keeps_the_answers_so_far(work, echo):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) - 10, before[1]))
     try:
-        with pytest.raises(FolderError, match=r"it keeps 4 of 5 answers, and the same command goes on from there"):
+        with pytest.raises(FolderError, match=r"it keeps 4 of 5 answers, and the same command continues from there"):
             work.predict("--batch_size", "1")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -278,7 +278,7 @@ def test_rows_without_references_are_answered_and_not_scored(work, echo, capsys)
     assert "exact match" not in out
     assert "output" not in work.lines()[0]
     with pytest.raises(UserError, match="has no references"):
-        report.read_answers(str(work.output))
+        inputs.read_answers(str(work.output))
     write_rows(work.rows, output="")
     work.predict("--overwrite")
     assert "no scores: every output is empty" in capsys.readouterr().out
@@ -308,7 +308,7 @@ def test_queries_that_are_cut_are_named(work, echo, capsys):
 def test_a_single_query_that_is_cut_is_named(models, capsys):
     command = ["--mode", "glm3", "--model_path", str(models / "a"), "--device", "cpu", "--max_length", "60"]
     predict.main([*command, "--input", TEXT[0] * 3])
-    assert "warning: the query's end is cut at --max_src_len 44" in capsys.readouterr().err
+    assert "warning: the end of the query is cut at --max_src_len 44" in capsys.readouterr().err
     predict.main([*command, "--input", "短"])
     assert "cut" not in capsys.readouterr().err
 
@@ -318,18 +318,18 @@ def test_a_single_query_that_is_cut_is_named(models, capsys):
 
 def test_reports_take_whole_files_only(work, echo):
     work.predict()
-    assert len(report.read_answers(str(work.output))[0]) == 5
+    assert len(inputs.read_answers(str(work.output))[0]) == 5
     text = work.output.read_text()
     lines = text.splitlines(keepends=True)
     work.output.write_text("".join(lines[:3]))
-    with pytest.raises(UserError, match=r"holds 3 of 5 answers; predict.py's same command goes on"):
-        report.read_answers(str(work.output))
+    with pytest.raises(UserError, match=r"holds 3 of 5 answers; the same predict.py command continues"):
+        inputs.read_answers(str(work.output))
     twice = "".join(line * 2 for line in lines)
     work.output.write_text(twice)
     with pytest.raises(UserError, match="holds 10 answers to 5 rows"):
-        report.read_answers(str(work.output))
+        inputs.read_answers(str(work.output))
     Path(f"{work.output}.run.json").unlink()
     with pytest.raises(UserError, match="answers each row 2 times"):
-        report.read_answers(str(work.output))
+        inputs.read_answers(str(work.output))
     work.output.write_text(text + lines[0])  # a file may hold a row twice
-    assert len(report.read_answers(str(work.output))[0]) == 6
+    assert len(inputs.read_answers(str(work.output))[0]) == 6

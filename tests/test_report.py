@@ -1,5 +1,6 @@
 """The report: its figures against hand-made runs, pages that parse, hostile data that stays data."""
 
+import base64
 import csv
 import json
 import re
@@ -11,12 +12,24 @@ import numpy as np
 import pytest
 
 from tuning.errors import UserError
-from tuning.evaluate import charts, report
-from tuning.evaluate.report import evaluate, quality_table, write_report
+from tuning.evaluate import charts, page, report, tables
+from tuning.evaluate.inputs import count_seen, read_answers, read_curves
+from tuning.evaluate.report import write_report
+from tuning.evaluate.scores import SampleAnswer, evaluate, pick_samples
 from tuning.metrics import bootstrap
 
 HOSTILE = '<script>alert("1")</script>&amp;|x|\'"</td></svg>'
 VOID = {"meta", "br", "link", "img"}
+
+
+def svg_of(uri: str) -> ElementTree.Element:
+    return ElementTree.fromstring(base64.b64decode(uri.removeprefix("data:image/svg+xml;base64,")))
+
+
+def svg_texts(uri: str) -> list[tuple[str, str]]:
+    """Texts of a chart; "title" is the one in bold."""
+    texts = [e for e in svg_of(uri).iter() if e.tag.endswith("}text")]
+    return [("title" if "font-weight: 700" in e.get("style") else "label", e.text) for e in texts]
 
 
 class Page(HTMLParser):
@@ -79,29 +92,35 @@ def test_tables_have_the_runs_figures(runs, tmp_path):
     assert (family.kind, family.measure) == ("triples", "f1")
     assert base.mean == 0.25 and lora.seeds == [0.75, 1.0]
     low, high = bootstrap([1, 1, 1, 0.5], seed=0)
-    quality = dict(zip(quality_table(family).columns, quality_table(family).rows[1], strict=True))
+    quality = dict(zip(tables.quality_table(family).columns, tables.quality_table(family).rows[1], strict=True))
     assert quality["F1"] == "0.8750" and quality["± over seeds"] == f"{np.std([0.75, 1], ddof=1):.4f}"
     assert quality["95 % over rows"] == f"{low:.4f} to {high:.4f}"
     assert quality["precision"] == quality["recall"] == "0.8750" and quality["end by themselves"] == "75%"
-    (cost,) = report.cost_table(family).rows
+    (cost,) = tables.cost_table(family).rows
     assert cost == ["lora", "0.002", "70", "1000", "0.50", "10", "1.00%", "3.00"]
-    (difference,) = report.difference_table(family).rows
+    (difference,) = tables.difference_table(family).rows
     low, high = bootstrap([0, 1, 1, 0.5], seed=0)
     assert difference == ["lora over base", "0.6250", f"{low:.4f} to {high:.4f}", "yes" if low > 0 else "not shown"]
-    assert report.relation_table(family).columns == ["method", "组成 (4)"]
+    assert tables.relation_table(family).columns == ["method", "组成 (4)"]
     # all predicted right but one in seed 1: F1 of 3 right of 3 said and 4 expected, mean with 1
-    assert report.relation_table(family).rows[1] == ["lora", f"{(2 * 0.75 / 1.75 + 1) / 2:.4f}"]
-    (forgetting,) = report.forgetting_table(family).rows
+    assert tables.relation_table(family).rows[1] == ["lora", f"{(2 * 0.75 / 1.75 + 1) / 2:.4f}"]
+    (forgetting,) = tables.forgetting_table(family).rows
     assert forgetting == ["lora", "+0.500", "+1.000", "+0.750"]
 
 
 def test_files_of_a_report(runs, tmp_path):
     path, _ = write_report(str(tmp_path), runs, {"data": "rows.json"})
-    page = Page(Path(path).read_text())
-    assert page.tags.count("svg") == 5  # scores, three curves, forgetting against gain
-    assert not {"script", "link", "img", "iframe"} & set(page.tags)
-    assert not [value for name, value in page.attributes if name in ("src", "href")]
-    assert "http" not in re.sub(r'xmlns="[^"]*"', "", Path(path).read_text())
+    found = Page(Path(path).read_text())
+    images = [value for name, value in found.attributes if name == "src"]
+    # scores, three curves, forgetting against gain
+    assert len(images) == 5 and all(uri.startswith("data:image/svg+xml;base64,") for uri in images)
+    assert [dict(svg_texts(uri))["title"] for uri in images] == [v for name, v in found.attributes if name == "alt"]
+    assert not {"script", "link", "iframe", "svg", "style"} & set(found.tags[found.tags.index("body") :])
+    assert not [value for name, value in found.attributes if name == "href"]
+    assert "http" not in Path(path).read_text()
+    for uri in images:  # nothing is loaded from elsewhere
+        refers = [v for e in svg_of(uri).iter() for k, v in e.attrib.items() if k.endswith("href") or "url(" in v]
+        assert all(v.startswith("#") or v.startswith("url(#") for v in refers)
     rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     assert [(r["method"], r["seed"], r["value"], r["forgetting"]) for r in rows] == [
         ("base", "", "0.250000", ""),
@@ -119,11 +138,11 @@ def test_hostile_data_stays_data(runs, tmp_path):
         run |= {"method": run["method"] + HOSTILE, "commands": {"train": HOSTILE}}
     sweep = [{"mode": HOSTILE, "method": HOSTILE, "learning_rate": 1.0, "score": 0.5, "chosen": True}]
     path, _ = write_report(str(tmp_path), runs, {HOSTILE: HOSTILE}, sweep, title=HOSTILE)
-    page = Page(Path(path).read_text())
-    assert "script" not in page.tags
-    assert "".join(page.texts).count(HOSTILE) > 20  # shown, as it is
-    for svg in re.findall("<svg.*?</svg>", Path(path).read_text()):
-        ElementTree.fromstring(svg)
+    found = Page(Path(path).read_text())
+    assert not {"script", "svg"} & set(found.tags)
+    assert "".join(found.texts).count(HOSTILE) > 20  # shown, as it is
+    names = svg_texts(next(value for name, value in found.attributes if name == "src"))
+    assert ("label", 'base<script>alert("1"…') in names
     markdown = (tmp_path / "report.md").read_text()
     assert "<script" not in markdown
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("| lora")]
@@ -133,7 +152,7 @@ def test_hostile_data_stays_data(runs, tmp_path):
 def test_samples_show_right_and_wrong_answers_of_the_best_method(runs, tmp_path):
     runs[2]["predictions"] = runs[1]["predictions"]  # three of four right
     (family,) = evaluate(tmp_path, runs)
-    shown = report.samples(family)
+    shown = pick_samples(family)
     assert [row["input"] for row, _ in shown] == ["第0行", "第1行", "第2行", "第3行"]
     assert shown[0][1] == [("base, lora", "甲_组成_乙", 1.0)]
     assert shown[1][1] == [("lora", "甲_组成_乙", 1.0), ("base", "甲_部件故障_乙", 0.0)]
@@ -142,9 +161,19 @@ def test_samples_show_right_and_wrong_answers_of_the_best_method(runs, tmp_path)
 
 def test_of_a_half_right_answer_the_right_lines_stand_out():
     row = {"input": "甲", "output": "甲_组成_乙\n丙_组成_丁"}
-    text = report.html_sample(row, [("lora", "甲_组成_乙\n<戊>", 0.5), ("all", "丙_组成_丁 \n甲_组成_乙", 1.0)], 1.0)
-    assert '<span class="right">甲_组成_乙</span>\n<span class="wrong">&lt;戊&gt;</span>   (0.50)' in text
-    assert '<span class="right">丙_组成_丁 </span>\n<span class="right">甲_组成_乙</span>   (1.00)' in text
+    answers = [SampleAnswer("lora", "甲_组成_乙\n<戊>", 0.5), SampleAnswer("all", "丙_组成_丁 \n甲_组成_乙", 1.0)]
+    half, full = page.sample_values(row, answers, 1.0)["answers"]
+    half, full = ([(line["mark"], line["text"]) for line in answer["lines"]] for answer in (half, full))
+    assert half == [("right", "甲_组成_乙"), ("wrong", "<戊>")]
+    assert full == [("right", "丙_组成_丁 "), ("right", "甲_组成_乙")]
+
+
+def test_the_page_keeps_the_lines_of_an_answer_as_they_are(runs, tmp_path):
+    for run in runs[:3]:
+        write_answers(tmp_path / run["predictions"], {0}, text="甲_组成_乙\n丙_组成_丁", wrong="  甲_组成_乙 \n<戊>")
+    text = Path(write_report(str(tmp_path), runs, {})[0]).read_text()
+    lines = '<span class="wrong">  甲_组成_乙 </span>\n<span class="wrong">&lt;戊&gt;</span>   (0.50)</td>'
+    assert "<td>" + lines.replace('"wrong">  甲', '"right">  甲') in text
 
 
 def test_other_kinds_of_answers_and_runs_without_any(tmp_path):
@@ -183,7 +212,7 @@ def test_rows_of_wrong_types_are_named(tmp_path, change, said):
     path = tmp_path / "a.jsonl"
     path.write_text(f"{json.dumps(ROW)}\n{json.dumps(ROW | change)}\n")
     with pytest.raises(UserError, match=f"a.jsonl, line 2: {said}"):
-        report.read_answers(str(path))
+        read_answers(str(path))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +225,7 @@ def test_lines_that_are_no_answers_are_named(tmp_path, line, said):
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(ROW).encode() + b"\n" + line + b"\n")
     with pytest.raises(UserError, match=f"a.jsonl, line 2: {said}"):
-        report.read_answers(str(path))
+        read_answers(str(path))
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "validation.jsonl"])
@@ -204,10 +233,10 @@ def test_lines_of_a_training_that_are_none_are_named(tmp_path, name):
     for line in ('{"step": 1}', '{"step": "1", "loss": 1}', '{"step": 1, "loss": "x"}', "[]", "{"):
         (tmp_path / name).write_text(f'{{"step": 1, "loss": null}}\n{line}\n')
         with pytest.raises(UserError, match=f"{name}, line 2: "):
-            report.read_curves(str(tmp_path))
+            read_curves(str(tmp_path))
     (tmp_path / name).write_text('{"step": 1, "loss": 1, "scores": []}\n')
     with pytest.raises(UserError, match="scores is not an object"):
-        report.read_curves(str(tmp_path))
+        read_curves(str(tmp_path))
 
 
 def test_a_report_claims_nothing_it_cannot_know(tmp_path, capsys):
@@ -258,31 +287,63 @@ def test_control_characters_and_empty_texts_can_be_seen(tmp_path, capsys):
 
 
 def test_curves_are_read_from_a_training(tmp_path):
-    assert report.read_curves(str(tmp_path)) == {"curve": [], "validation": []}
+    assert read_curves(str(tmp_path)) == {"curve": [], "validation": []}
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')  # a line under way
     (tmp_path / "validation.jsonl").write_text('{"step": 1, "loss": 2.5, "scores": {"f1": 0.1}}\n')
-    found = report.read_curves(str(tmp_path))
+    found = read_curves(str(tmp_path))
     assert found["curve"] == [{"step": 1, "loss": 2.0}] and found["validation"][0]["scores"] == {"f1": 0.1}
 
 
-def test_charts_put_values_where_they_belong():
-    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert charts.ticks(-0.003, 0.0042, 4) == [-0.002, 0, 0.002, 0.004]
-    svg = charts.line_chart("t", "x", "y", {"a": [[(0, 1), (10, 3)], [(0, 3), (10, 5)]]}, {"a": "red"})
-    bold = next(e for e in ElementTree.fromstring(svg).iter() if e.get("stroke-width") == "2")
-    (x0, y0), (x1, y1) = [tuple(map(float, point.split(","))) for point in bold.get("points").split()]
-    frame = charts.Axes("t", "x", "y", [0, 10], [1, 5])
-    assert (x0, x1) == (pytest.approx(frame.x(0), abs=0.1), pytest.approx(frame.x(10), abs=0.1))
-    assert (y0, y1) == (pytest.approx(frame.y(2), abs=0.1), pytest.approx(frame.y(4), abs=0.1))  # the mean of both
-    assert frame.y(5) < frame.y(1) and charts.LEFT < frame.x(0) < frame.x(10) < charts.WIDTH
-    assert charts.line_chart("t", "x", "y", {"a": [[(0, float("nan"))]], "b": []}, {}) == ""
-    assert (
-        charts.scatter_chart("t", "x", "y", {"a": [(1, float("inf"))]}, {})
-        == ""
-        == charts.interval_chart("t", "x", [], {})
-    )
-    one = charts.scatter_chart("t", "x", "y", {"a": [(2.0, 2.0)]}, {"a": "red"})
-    assert ElementTree.fromstring(one).tag.endswith("svg")
+def drawn(chart, *args):
+    """The axes of a chart, before it becomes an SVG."""
+    return chart.__wrapped__(*args).axes[0]
+
+
+def test_curves_are_thin_and_their_mean_is_bold():
+    curves = [[(0, 1), (5, float("nan")), (10, 3)], [(0, 3), (10, 5)]]
+    axes = drawn(charts.line_chart, "t", "x", "y", {"a": curves, "b": []}, {"a": "red"})
+    lines = {line.get_linewidth(): line for line in axes.lines}
+    assert len(axes.lines) == 3 and all(line.get_color() == "red" for line in axes.lines)
+    assert [list(line.get_ydata()) for line in axes.lines] == [[1, 3], [3, 5], [2, 4]]
+    assert list(lines[max(lines)].get_ydata()) == [2, 4]
+    assert (axes.get_title("left") or axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("t", "x", "y")
+    apart = [[(0, 1), (10, 3)], [(0, 3), (9, 5)]]  # curves over other steps have no mean
+    assert len(drawn(charts.line_chart, "t", "x", "y", {"a": apart}, {"a": "red"}).lines) == 2
+
+
+def test_intervals_and_points_are_where_they_belong():
+    rows = [charts.Interval("甲", 0.5, 0.4, 0.6, [0.45, 0.55]), charts.Interval("b", 0.2, 0.1, 0.3, [0.2])]
+    axes = drawn(charts.interval_chart, "t", "x", rows, {"甲": "red", "b": "blue"})
+    bar, ticks, dot = axes.lines[:3]
+    assert list(bar.get_xdata()) == [0.4, 0.6] and list(ticks.get_xdata()) == [0.45, 0.55]
+    assert list(dot.get_xdata()) == [0.5] and {line.get_color() for line in axes.lines[:3]} == {"red"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["甲", "b"]
+    top, bottom = (axes.transData.transform((0, at))[1] for at in (0, 1))
+    assert top > bottom  # the first row is the upper one
+    axes = drawn(charts.scatter_chart, "t", "x", "y", {"a": [(1.0, 2.0), (3.0, float("inf"))]}, {"a": "red"})
+    assert axes.collections[0].get_offsets().tolist() == [[1.0, 2.0]]
+    zeros = [(set(line.get_xdata()), set(line.get_ydata())) for line in axes.lines]
+    assert zeros[0][1] == {0} and zeros[1][0] == {0}
+
+
+def test_charts_without_data_are_left_out():
+    assert charts.line_chart("t", "x", "y", {"a": [[(0, float("nan"))]], "b": []}, {}) is None
+    assert charts.scatter_chart("t", "x", "y", {"a": [(1, float("inf"))]}, {}) is None
+    assert charts.interval_chart("t", "x", [], {}) is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_in_a_chart_is_text_of_the_browser_and_fits():
+    """No font of matplotlib has Chinese characters, and a $ must not begin a formula."""
+    names = ["甲的方法", "a$b$", "x" * 40, "长" * 40, "bad\x00\uffff\n\ud800"]
+    rows = [charts.Interval(name, 0.5, 0.4, 0.6, [0.5]) for name in names]
+    chart = charts.interval_chart("t", "x", rows, dict.fromkeys(names, "red"))
+    texts = [text for _, text in svg_texts(chart.uri)]
+    for shown in ("甲的方法", "a$b$", "x" * 21 + "…", "长" * 10 + "…", r"bad\x00 \ud800"):
+        assert shown in texts
+    assert chart == charts.interval_chart("t", "x", rows, dict.fromkeys(names, "red"))  # the same file each time
+    left = drawn(charts.interval_chart, "t", "x", rows, dict.fromkeys(names, "red")).get_position().x0 * chart.width
+    assert left > 22 * 5  # room for 22 half-width characters
 
 
 def test_a_report_goes_into_a_new_folder(tmp_path, capsys):
@@ -307,7 +368,7 @@ def write_training(folder, rows):
 @pytest.mark.parametrize(
     ("trained_on", "said"),
     [
-        (range(2, 9), "Warning: training saw 2 of them in that of lora: such scores say nothing of unseen rows."),
+        (range(2, 9), "Warning: training saw 2 of them in that of lora: such scores say nothing about unseen rows."),
         (range(4, 9), "No row of the training files asks the same."),
         (None, "Whether training saw some of them is not known."),
     ],
@@ -323,7 +384,7 @@ def test_a_report_claims_of_unseen_rows_what_it_knows(tmp_path, capsys, trained_
     assert said in (tmp_path / "report" / "report.md").read_text()
     (training / "rows.json").unlink(missing_ok=True)  # or the file is gone
     if trained_on:
-        assert report.count_seen(str(training), str(tmp_path / "a.jsonl")) is None
+        assert count_seen(str(training), str(tmp_path / "a.jsonl")) is None
 
 
 def test_an_empty_answer_is_shown_as_one(tmp_path, capsys):

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from runs import Launched, command, make_base, make_rows, result_bytes
 
-from tuning import folders
+from tuning import ROOT, folders
 from tuning.arguments.train import parse_args
 from tuning.errors import FolderError, UserError
-from tuning.evaluate import report
+from tuning.evaluate.inputs import read_commands
 from tuning.run import record as run_record
 from tuning.run import results
 from tuning.run.resume import Run
@@ -352,7 +352,7 @@ def inputs(tmp_path_factory):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_second_runs(inputs, tmp_path, ranks):
     base, rows = inputs
-    bf16 = json.loads(Path(folders.__file__).with_name("ds_zero2_no_offload.json").read_text())
+    bf16 = json.loads(Path(ROOT, "ds_zero2_no_offload.json").read_text())
     bf16["bf16"] = {"enabled": True}
     (tmp_path / "bf16.json").write_text(json.dumps(bf16))
     trial = Trial(tmp_path, base, rows, ranks)
@@ -370,7 +370,7 @@ def test_second_runs(inputs, tmp_path, ranks):
     assert only["ds_config"]["bf16"]["enabled"] is True
     assert only["run"]["settings"]["SHA-256 of --train_path"]
     assert set(only["versions"]) > {"python", "torch", "deepspeed"}
-    assert report.read_commands(str(out)) == {"train": only["command"]}
+    assert read_commands(str(out)) == {"train": only["command"]}
 
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     codes, text = trial.run("--learning_rate", "1e-3")

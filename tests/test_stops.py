@@ -342,7 +342,7 @@ def test_a_loss_beyond_reason_stops(trial):
     codes, text = trial.run("--skip_nonfinite", "5", prepare=loss_times(1e4, 6))
     assert codes == {0: 3}
     (error,) = errors(text)
-    assert "step 6: the loss is " in error and "there is no way back" in error
+    assert "step 6: the loss is " in error and "training has diverged" in error
 
 
 def test_so_many_bad_steps_are_passed_over(trial, work, base, rows):

@@ -348,9 +348,13 @@ def test_flags_of_the_script_that_makes_them(make_tools):
         (["--check", "--text", "x"], "--check and --text exclude each other"),
         (["--more", "3"], "--more takes a count and a file"),
         (["--more", "many", "x"], "--more many"),
+        (["--repeat", "0", "x", "y"], "--repeat takes a count and a file"),
     ):
         with pytest.raises(UserError, match=message):
             make_tools.parse_args(flags)
+    for row in make_tools.make_repeats(50):
+        question, answer = (message["content"] for message in row["conversations"])
+        assert question == make_tools.REPEAT + answer
     rows = make_tools.read_rows("tools_1.json")
     text = make_tools.tokenizer_text(rows)
     assert "tool_call(city='0', day=" in text and make_tools.SYSTEM in text

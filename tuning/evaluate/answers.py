@@ -1,10 +1,10 @@
-"""predict.py's answer files: JSON lines of rows with their answers, and beside each file a record of what made it.
+"""Answer files of predict.py: JSON lines with the answered rows, and beside each file a record of what produced it.
 
-    predictions.jsonl             a line a row: the row's own keys, prediction, ended
+    predictions.jsonl             one line per row: the keys of the row, prediction, ended
     predictions.jsonl.run.json    what the answers depend on: weights, flags, SHA-256 of the file that was answered
 
-An interrupted run goes on only where all of that is the same: answers of another model are never counted as this
-model's. One process at a time writes to a file.
+An interrupted run continues only if all of this is the same, so that answers of two models are never mixed. Only one
+process at a time writes to a file.
 """
 
 import contextlib
@@ -18,18 +18,20 @@ from glm_models.checkpoint import CheckpointError, read_json
 from glm_models.identify import describe_base
 from tuning.errors import FolderError, UserError
 from tuning.folders import MANIFEST, write_errors, write_file
+from tuning.metrics import describe, describe_outputs, kind_of, label_scores, missing, relation_scores, score
 
 RECORD = ".run.json"  # appended to the name of the answer file
 FORMAT = 1  # of the record
 SHOWN = 12  # characters of a hash or another long value in a message
+PARTS = {"triples": relation_scores, "classes": label_scores}  # scores by relation, by label
 
 
 class Made(NamedTuple):
-    """What made a file of answers.
+    """What produced an answer file.
 
-    settings: all that the answers depend on, by the name that a user knows it by.
+    settings: everything that the answers depend on, by the name that users know.
     rows: number of rows in the file that is answered.
-    model: --model_path as it was typed, for messages.
+    model: --model_path as typed, for messages.
     """
 
     settings: dict
@@ -37,14 +39,14 @@ class Made(NamedTuple):
     model: str
 
 
-# What answers depend on
+# What the answers depend on
 
 
 def file_hash(path: str) -> str:
     """SHA-256 of a file, in hexadecimal digits.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -54,7 +56,7 @@ def file_hash(path: str) -> str:
 
 
 def describe_model(mode: str, folder: str, base: str, tokenizer) -> dict:
-    """What answers depend on of a model: hashes of what lies in its folder, by name.
+    """What answers depend on in a model: name -> hash of its weights, config, tokenizer and other files.
 
     Args:
         base: see adapter.find_base.
@@ -69,7 +71,7 @@ def describe_model(mode: str, folder: str, base: str, tokenizer) -> dict:
     found[f"weights of {whose}"] = model["fingerprint"]
     found[f"config.json of {whose}"] = model["config"]
     found[f"tokenizer of {whose}"] = tokenizer.fingerprint()
-    for name in (MANIFEST, "generation_config.json"):  # the manifest has the hash of each byte of the weights
+    for name in (MANIFEST, "generation_config.json"):  # the manifest has hashes of the complete weights
         path = os.path.join(base, name)
         found[f"{name} of {whose}"] = file_hash(path) if os.path.isfile(path) else None
     return found
@@ -79,7 +81,7 @@ def describe_model(mode: str, folder: str, base: str, tokenizer) -> dict:
 
 
 def read_record(path: str) -> Made | None:
-    """What made a file of answers; None if no record says so."""
+    """The record of an answer file; None if there is no valid one."""
     try:
         content = read_json(path + RECORD)
         if content["format"] != FORMAT or not isinstance(content["settings"], dict):
@@ -90,11 +92,13 @@ def read_record(path: str) -> Made | None:
 
 
 def read_rows_of(path: str) -> tuple[list[dict], int, bool]:
-    """The rows of a file of answers up to the first line that is none, how many bytes they take, and whether that line
-    is the file's last and was cut.
+    """Read an answer file up to the first invalid line.
+
+    Returns:
+        The rows, their size in bytes, and whether nothing follows them but one incomplete line.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     rows, size = [], 0
     with open(path, "rb") as file:
@@ -111,17 +115,17 @@ def read_rows_of(path: str) -> tuple[list[dict], int, bool]:
 
 
 class AnswerFile:
-    """A file of answers that grows as a run goes on. A context manager: it holds the file's lock.
+    """An answer file that a run appends to. A context manager: it holds the lock of the file.
 
     Args:
-        path: made if it is not there, its folder too.
-        rows: what is asked, in its order.
-        made: what makes these answers.
-        overwrite: remove answers that are there, and start anew.
+        path: created if needed, with its folder.
+        rows: the rows to answer, in order.
+        made: what produces these answers.
+        overwrite: remove existing answers and start again.
 
     Raises:
-        UserError: the file cannot be written; another process writes to it; it holds something else, or answers that
-            something else made.
+        UserError: the file cannot be written; another process writes to it; it holds something else, or answers
+            produced in another way.
     """
 
     def __init__(self, path: str, rows: list[dict], made: Made, overwrite: bool):
@@ -131,56 +135,56 @@ class AnswerFile:
             undo.callback(self.file.close)
             self.done, self.size = self._take_over(made, overwrite)
             with write_errors(path + RECORD):
-                os.ftruncate(self.file.fileno(), self.size)  # first: answers never stand beside the record of others
+                os.ftruncate(self.file.fileno(), self.size)  # first: old answers must not stand beside the new record
                 text = json.dumps({"format": FORMAT, **made._asdict()}, ensure_ascii=False, indent=1)
                 write_file(path + RECORD, text + "\n")
             undo.pop_all()
 
     def _take_over(self, made: Made, overwrite: bool) -> tuple[list[dict], int]:
-        """The rows that are there already and count, and how many bytes they take."""
+        """The existing answers to keep, and their size in bytes."""
         path, record = self.path, read_record(self.path)
         done, size, only_cut = read_rows_of(path)
         if not os.path.getsize(path):
             return [], 0
         if not done and (record is None or not only_cut):
-            raise UserError(f"--output_path {path} is no file of answers; name another one")
+            raise UserError(f"--output_path {path} is not an answer file; choose another one")
         if overwrite:
             return [], 0
-        anew = "--overwrite removes them and starts anew; or name another --output_path"
+        remedy = "--overwrite removes them and starts again; or choose another --output_path"
         if record is None:
             raise UserError(
-                f"{path} holds answers without {os.path.basename(path)}{RECORD}, so what made them is not known "
-                f"(an older version?); {anew}"
+                f"{path} holds answers without {os.path.basename(path)}{RECORD}, so it is unknown what produced them "
+                f"(an older version?); {remedy}"
             )
         if changed := compare(record.settings, made.settings):
             raise UserError(
-                f"{path} holds {len(done)} answers of {record.model} that were made otherwise: {'; '.join(changed)}. "
-                + anew
+                f"{path} holds {len(done)} answers of {record.model} that were produced differently: "
+                f"{'; '.join(changed)}. {remedy}"
             )
         if not only_cut or len(done) > len(self.rows) or not all(map(_same_row, done, self.rows)):
-            raise UserError(f"{path} does not hold the rows of --predict_path in their order; {anew}")
+            raise UserError(f"{path} does not hold the rows of --predict_path in their order; {remedy}")
         return done, size
 
     def add(self, answers: list[tuple[str, bool]]) -> None:
         """Append the answers to the next rows, each with whether it ended by itself.
 
         Raises:
-            FolderError: they cannot be written; those before are kept.
+            FolderError: they cannot be written; earlier answers are kept.
         """
         part = self.rows[len(self.done) : len(self.done) + len(answers)]
         more = [{**row, "prediction": text, "ended": ended} for row, (text, ended) in zip(part, answers, strict=True)]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in more)
-        rest = memoryview(text.encode(errors="backslashreplace"))  # half a surrogate pair: as JSON escapes it
+        rest = memoryview(text.encode(errors="backslashreplace"))  # an unpaired surrogate is written as a JSON escape
         size = len(rest)
         try:
             while rest:
-                rest = rest[os.write(self.file.fileno(), rest) :]  # a disk that is nearly full takes a part of it
+                rest = rest[os.write(self.file.fileno(), rest) :]  # a nearly full disk may accept only a part
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.file.fileno(), self.size)
             raise FolderError(
                 f"cannot write {self.path}: {error.strerror}; it keeps {len(self.done)} of {len(self.rows)} answers, "
-                "and the same command goes on from there"
+                "and the same command continues from there"
             ) from error
         self.done += more
         self.size += size
@@ -193,20 +197,20 @@ class AnswerFile:
 
 
 def _open_locked(path: str):
-    """Open a file to append to, and keep other processes from doing so."""
+    """Open a file to append to, and lock it."""
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise UserError(f"--output_path {path} is no plain file; name another one")
+        raise UserError(f"--output_path {path} is not a regular file; choose another one")
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the lock is held
+        file = open(path, "ab", buffering=0)  # noqa: SIM115 - stays open while the lock is held
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; --output_path names another place") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --output_path") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise UserError(
-            f"another predict.py is writing to {path}; wait for its end, or name another --output_path"
+            f"another predict.py is writing to {path}; wait for it to end, or choose another --output_path"
         ) from None
     except OSError:
         pass  # a file system without locks
@@ -218,7 +222,7 @@ def _same_row(answered: dict, row: dict) -> bool:
 
 
 def compare(before: dict, now: dict) -> list[str]:
-    """What differs between two settings, in words."""
+    """The differences between two settings as texts."""
     changed = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
@@ -233,3 +237,38 @@ def compare(before: dict, now: dict) -> list[str]:
 def _short(value) -> str:
     text = str(value)
     return text if len(text) <= 2 * SHOWN else text[:SHOWN] + "..."
+
+
+# Scores
+
+
+def describe_scores(kind: str, predictions: list[str], references: list[list[str]], ended: list[bool]) -> list[str]:
+    """The scores of answers as lines of text.
+
+    Args:
+        kind: a key of HEADLINE, or "auto": as fits the references.
+        references: of each row; an empty list for a row without references, which is not scored.
+        ended: whether each prediction ended by itself.
+    """
+    known, count = [i for i, answers in enumerate(references) if answers], len(references)
+    references = [references[i] for i in known]
+    nothing = not any(text.strip() for answers in references for text in answers)
+    if not known or (kind == "auto" and nothing):
+        why = "every output is empty" if known else "the file has no references (output)"
+        return [f"no scores: {why}; {describe_outputs(predictions, ended)}"]
+    lines = []
+    if len(known) < count:
+        lines.append(f"scored: the {len(known)} of {count} rows that have references (output)")
+    predictions, ended = [predictions[i] for i in known], [ended[i] for i in known]
+    kind = kind_of(references) if kind == "auto" else kind
+    *means, outputs = describe(kind, score(kind, predictions, references, ended))
+    line = (
+        "  {}: precision {precision:.4f} recall {recall:.4f} F1 {f1:.4f} ({expected} expected, {predicted} predicted)"
+    )
+    table = PARTS[kind](predictions, references) if kind in PARTS else {}
+    lines += [*means, *(line.format(name, **row) for name, row in table.items() if row["expected"])]
+    if kind == "classes" and (others := len(predictions) - sum(row["predicted"] for row in table.values())):
+        lines.append(f"  {others} of {len(predictions)} answers are none of these labels")
+    if missing(kind):
+        lines.append(f"ROUGE and BLEU are left out; they need: {missing(kind)}")
+    return [*lines, outputs]

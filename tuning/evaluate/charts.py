@@ -1,175 +1,202 @@
-"""Charts as inline SVG: lines, points, intervals. No script, no font, no file beside the page is needed."""
+"""Charts of a report, drawn by matplotlib: intervals, curves, points.
 
+A chart is an SVG in a data URI, so that the report stays one file. Its text is shown in the fonts of the browser:
+method names may be Chinese, and matplotlib's own font has no Chinese characters.
+"""
+
+import base64
+import functools
+import io
 import math
-from html import escape
+import unicodedata
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
-# colour-blind safe (Okabe and Ito 2008), darkened for white paper; one a series, in order
+import matplotlib
+from matplotlib.figure import Figure
+
+from tuning.terminal import visible
+
+# Okabe and Ito 2008, safe for colour-blind readers, darkened for a white background; assigned to methods in order
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5489a", "#b38600", "#56a5d8", "#666666")
 WIDTH, HEIGHT = 400, 260  # of a chart, pixels
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 40  # what stands around the axes
+ROW = 26  # height of a method in an interval chart, pixels
+NAME_WIDTH = 22  # maximum length of a method's name in a chart, in half-width characters
+STYLE = {
+    "axes.edgecolor": "#999999",
+    "axes.grid": True,
+    "axes.labelcolor": "#444444",
+    "axes.labelsize": 10,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.h_pad": 0.1,  # inches
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.dpi": 72,  # one point is one pixel
+    "font.size": 9,
+    "grid.color": "#e3e3e3",
+    "savefig.dpi": 72,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "report",  # the same data give the same file
+    "text.color": "#222222",
+    "text.parse_math": False,  # a "$" in a name is a dollar sign
+    "xtick.color": "#444444",
+    "xtick.labelsize": 9,
+    "ytick.color": "#444444",
+    "ytick.labelsize": 9,
+}
+Point = tuple[float, float]
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
-    step = 10 ** math.floor(math.log10((high - low) / about))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= about)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+class Chart(NamedTuple):
+    """What the page needs of a chart.
+
+    uri: the SVG as a data URI. width, height: pixels.
+    """
+
+    title: str
+    uri: str
+    width: int
+    height: int
 
 
-def span(values: list[float]) -> tuple[float, float]:
-    """Ends of an axis with a little room around the values."""
-    low, high = min(values), max(values)
-    room = 0.05 * (high - low) or abs(high) / 10 or 1.0
-    return low - room, high + room
+class Interval(NamedTuple):
+    """A row of an interval chart.
+
+    mean: drawn as a dot. low, high: ends of the bar. values: drawn as ticks, one per seed.
+    """
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    values: list[float]
 
 
-class Axes:
-    """The frame of a chart and the way from values to pixels."""
-
-    def __init__(self, title: str, x_label: str, y_label: str, xs, ys, height: int = HEIGHT, left: int = LEFT):
-        self.height, self.left = height, left
-        (self.x0, self.x1), (self.y0, self.y1) = span(xs), span(ys)
-        middle = (TOP + height - BOTTOM) / 2
-        self.parts = [
-            f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" '
-            f'aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">',
-            text(8, 16, title, anchor="start", style="title"),
-            text((left + WIDTH - RIGHT) / 2, height - 6, x_label),
-            f'<g transform="translate(12 {middle:.1f}) rotate(-90)">{text(0, 0, y_label)}</g>',
-        ]
-
-    def x(self, value: float) -> float:
-        return self.left + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - self.left - RIGHT)
-
-    def y(self, value: float) -> float:
-        return self.height - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (self.height - TOP - BOTTOM)
-
-    def x_ticks(self) -> None:
-        for value in ticks(self.x0, self.x1):
-            x = self.x(value)
-            self.line(x, TOP, x, self.height - BOTTOM)
-            self.parts.append(text(x, self.height - BOTTOM + 14, f"{value:g}"))
-
-    def y_ticks(self) -> None:
-        for value in ticks(self.y0, self.y1):
-            y = self.y(value)
-            self.line(self.left, y, WIDTH - RIGHT, y)
-            self.parts.append(text(self.left - 5, y + 4, f"{value:g}", anchor="end"))
-
-    def line(self, x0, y0, x1, y1, style: str = 'stroke="#e3e3e3"') -> None:
-        self.parts.append(f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" {style}/>')
-
-    def dot(self, x: float, y: float, colour: str, hint: str, radius: float = 4.5) -> None:
-        self.parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}" fill-opacity="0.85" '
-            f'stroke="#fff"><title>{escape(hint)}</title></circle>'
-        )
-
-    def svg(self) -> str:
-        return "".join([*self.parts, "</svg>"])
+def render(figure: Figure) -> Chart:
+    """A figure as an SVG in a data URI."""
+    with io.BytesIO() as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has one, see the module
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        content = base64.b64encode(file.getvalue()).decode()
+    width, height = (round(inches * 72) for inches in figure.get_size_inches())
+    return Chart(figure.axes[0].get_title("left"), f"data:image/svg+xml;base64,{content}", width, height)
 
 
-def text(x: float, y: float, content: str, anchor: str = "middle", style: str = "label") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{style}">{escape(str(content))}</text>'
+def in_style(draw: Callable[..., Figure | None]) -> Callable[..., Chart | None]:
+    """Decorator: draw in this module's style, not that of the user's matplotlibrc, and render the figure."""
+
+    @functools.wraps(draw)
+    def drawn(*args) -> Chart | None:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(STYLE)
+            figure = draw(*args)
+            return None if figure is None else render(figure)
+
+    return drawn
 
 
-def finite(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def new_axes(title: str, x_label: str, y_label: str, height: int = HEIGHT, layout: str | None = "constrained"):
+    """A figure with one pair of axes."""
+    figure = Figure(figsize=(WIDTH / 72, height / 72), layout=layout)
+    axes = figure.add_subplot()
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def finite(points: list[Point]) -> list[Point]:
     return [point for point in points if all(map(math.isfinite, point))]
 
 
+@in_style
 def line_chart(
-    title: str, x_label: str, y_label: str, series: dict[str, list[list[tuple[float, float]]]], colours
-) -> str:
-    """Curves. Returns "" if there is nothing to draw.
+    title: str, x_label: str, y_label: str, series: dict[str, list[list[Point]]], colours: dict[str, str]
+) -> Figure | None:
+    """Curves. None if there is nothing to draw.
 
     Args:
-        series: name -> one curve a seed, each a list of (x, y); what is not finite is left out. The mean of curves
-            with the same xs is drawn boldly, the curves themselves faintly.
+        series: name -> one curve per seed, a list of (x, y); points that are not finite are left out. Curves over the
+            same x are drawn thin, and their mean bold.
         colours: name -> colour.
     """
-    series = {name: [c for c in map(finite, curves) if c] for name, curves in series.items()}
-    points = [point for curves in series.values() for curve in curves for point in curve]
-    if not points:
-        return ""
-    axes = Axes(title, x_label, y_label, *map(list, zip(*points, strict=True)))
-    axes.x_ticks()
-    axes.y_ticks()
+    series = {name: [curve for curve in map(finite, curves) if curve] for name, curves in series.items()}
+    if not any(series.values()):
+        return None
+    figure, axes = new_axes(title, x_label, y_label)
     for name, curves in series.items():
-        if not curves:
-            continue
+        style = {"color": colours[name], "solid_joinstyle": "round"} if curves else {}
         bold = curves
         if len(curves) > 1 and len({tuple(x for x, _ in curve) for curve in curves}) == 1:
             bold = [[(at[0][0], sum(y for _, y in at) / len(at)) for at in zip(*curves, strict=True)]]
             for curve in curves:
-                axes.parts.append(path(axes, curve, colours[name], name, width=0.8, opacity=0.35))
+                axes.plot(*zip(*curve, strict=True), linewidth=0.8, alpha=0.35, **style)
         for curve in bold:
-            axes.parts.append(path(axes, curve, colours[name], name, width=2, opacity=1))
-            if len(curve) < 12:
-                for x, y in curve:
-                    axes.dot(axes.x(x), axes.y(y), colours[name], f"{name}: {y:.4g} at {x:g}", radius=3)
-    return axes.svg()
+            marker = {"marker": "o", "markersize": 4, "markeredgecolor": "white"} if len(curve) < 12 else {}
+            axes.plot(*zip(*curve, strict=True), linewidth=1.8, **marker, **style)
+    return figure
 
 
-def path(axes: Axes, curve, colour: str, name: str, width: float, opacity: float) -> str:
-    points = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in curve)
-    return (
-        f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{width}" '
-        f'stroke-opacity="{opacity}" stroke-linejoin="round"><title>{escape(name)}</title></polyline>'
-    )
-
-
-def scatter_chart(title: str, x_label: str, y_label: str, series: dict[str, list[tuple[float, float]]], colours) -> str:
-    """Points, and the lines x = 0 and y = 0. Returns "" if there is nothing to draw.
+@in_style
+def scatter_chart(
+    title: str, x_label: str, y_label: str, series: dict[str, list[Point]], colours: dict[str, str]
+) -> Figure | None:
+    """Points, and the lines x = 0 and y = 0. None if there is nothing to draw.
 
     Args:
-        series: name -> points (x, y); what is not finite is left out.
+        series: name -> points (x, y); points that are not finite are left out.
+        colours: name -> colour.
     """
     series = {name: finite(points) for name, points in series.items()}
-    points = [point for each in series.values() for point in each]
-    if not points:
-        return ""
-    xs, ys = map(list, zip(*points, strict=True))
-    axes = Axes(title, x_label, y_label, [*xs, 0], [*ys, 0])
-    axes.x_ticks()
-    axes.y_ticks()
-    axes.line(axes.x(0), TOP, axes.x(0), axes.height - BOTTOM, 'stroke="#888"')
-    axes.line(LEFT, axes.y(0), WIDTH - RIGHT, axes.y(0), 'stroke="#888"')
-    for name, each in series.items():
-        for x, y in each:
-            axes.dot(axes.x(x), axes.y(y), colours[name], f"{name}: {x:.4g}, {y:.4g}")
-    return axes.svg()
+    if not any(series.values()):
+        return None
+    figure, axes = new_axes(title, x_label, y_label)
+    axes.axhline(0, color="#888888", linewidth=1)
+    axes.axvline(0, color="#888888", linewidth=1)
+    for name, points in series.items():
+        if points:
+            axes.scatter(*zip(*points, strict=True), s=42, color=colours[name], alpha=0.85, edgecolors="white")
+    return figure
 
 
-def interval_chart(title: str, x_label: str, rows: list[tuple[str, float, float, float, list[float]]], colours) -> str:
-    """A row a name: the mean as a dot, the interval as a bar, single values as ticks. Returns "" without rows.
-
-    Args:
-        rows: name, mean, lower end, upper end, single values (one a seed).
-    """
+@in_style
+def interval_chart(title: str, x_label: str, rows: list[Interval], colours: dict[str, str]) -> Figure | None:
+    """Means with their intervals, one row per method, from top to bottom. None without rows."""
     if not rows:
-        return ""
-    height = TOP + BOTTOM + 26 * len(rows)
-    values = [value for _, mean, low, high, single in rows for value in (mean, low, high, *single)]
-    widest = max(len(name) for name, *_ in rows)
-    axes = Axes(title, x_label, "", values, [0, 1], height, left=min(150, 16 + 7 * widest))
-    axes.x_ticks()
-    for i, (name, mean, low, high, single) in enumerate(rows):
-        y, colour = TOP + 26 * i + 13, colours[name]
-        axes.line(axes.x(low), y, axes.x(high), y, f'stroke="{colour}" stroke-width="5" stroke-opacity="0.35"')
-        for value in single:
-            axes.line(axes.x(value), y - 5, axes.x(value), y + 5, f'stroke="{colour}" stroke-width="1.2"')
-        axes.dot(axes.x(mean), y, colour, f"{name}: {mean:.4g} ({low:.4g} to {high:.4g})")
-        axes.parts.append(text(axes.left - 5, y + 4, name, anchor="end"))
-    return axes.svg()
+        return None
+    names = [short_name(row.name) for row in rows]
+    height = 76 + ROW * len(rows)
+    figure, axes = new_axes(title, x_label, "", height, layout=None)
+    # matplotlib cannot measure characters missing from its font: margins are set by hand
+    left = 16 + 5.6 * max(map(half_widths, names))
+    figure.subplots_adjust(left / WIDTH, 40 / height, 1 - 12 / WIDTH, 1 - 28 / height)
+    for at, row in enumerate(rows):
+        colour = colours[row.name]
+        axes.plot((row.low, row.high), (at, at), color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
+        axes.plot(row.values, [at] * len(row.values), linestyle="", marker="|", markersize=10, color=colour)
+        axes.plot(row.mean, at, marker="o", markersize=7, color=colour, markeredgecolor="white")
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    return figure
 
 
-def legend(colours: dict[str, str]) -> str:
-    """Names and their colours, as HTML."""
-    return (
-        '<p class="legend">'
-        + "".join(
-            f'<span><i style="background:{colour}"></i>{escape(name)}</span> ' for name, colour in colours.items()
-        )
-        + "</p>"
-    )
+def half_widths(text: str) -> int:
+    """Width of a text in half-width characters; Chinese ones are twice as wide as Latin ones."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def short_name(name: str) -> str:
+    """A name as a chart shows it: one line, at most NAME_WIDTH wide, no characters that are invalid in an SVG."""
+    name = "".join(filter(str.isprintable, " ".join(visible(name).split())))
+    if half_widths(name) <= NAME_WIDTH:
+        return name
+    while half_widths(name) > NAME_WIDTH - 1:
+        name = name[:-1]
+    return f"{name}…"

@@ -1,10 +1,10 @@
-"""Compare the tuning methods: train each from the same base, with several seeds, evaluate all, and write a report.
+"""Compare tuning methods: train each from the same base with several seeds, evaluate all, and write a report.
 
     python -m tuning.evaluate.compare --model glm3=ChatGLM3-6B/ --train_path data/spo_0.json \\
         --test_path data/spo_1.json --output_dir output-compare
 
-Everything is done by train.py, predict.py and forgetting.py, whose commands are in the report. What is finished is not
-done again: the same line goes on after a stop. A run that fails is named in the report and does not stop the others.
+The work is done by train.py, predict.py and forgetting.py; their commands are in the report. Finished stages are not
+repeated: after a stop, the same command continues. A failed run is named in the report and does not stop the others.
 """
 
 import concurrent.futures
@@ -28,25 +28,24 @@ if __name__ == "__main__":
     answer_early(parse_args)
 
 from glm_models.checkpoint import read_json
-from tuning.errors import DataError, UserError
-from tuning.evaluate import report
+from tuning.errors import DataError, ExitCode, UserError
+from tuning.evaluate import report, scores
+from tuning.evaluate.inputs import read_curves
 from tuning.exits import clear_errors
 from tuning.folders import write_errors, write_file
 from tuning.samples.formats import question_of, unused_keys
 from tuning.samples.row_files import read_rows
 
-INTERRUPTED = 75  # exit code of a training that saved its state and can go on
-
 # Data
 
 
 def split_rows(args) -> dict[str, str]:
-    """Hold rows of train_path out, the same whatever the seed. Returns paths: train, sweep (part of it), validation.
+    """Hold out rows of train_path, independently of the seed. Returns paths: train, sweep (a part of it), validation.
 
-    A row is held out by the hash of what is asked, so that rows which ask the same stay together.
+    A row is held out by the hash of its question, so that rows with the same question stay together.
 
     Raises:
-        UserError: a test row's question is among the training rows, or too few rows are left to train on.
+        UserError: the question of a test row is among the training rows, or too few rows are left to train on.
     """
     rows = [row for _, row in read_rows(args.train_path, empty_outputs=True)]
     test = {question_of(row) for _, row in read_rows(args.test_path, several_outputs=True, empty_outputs=True)}
@@ -74,18 +73,19 @@ def split_rows(args) -> dict[str, str]:
     return paths
 
 
-# A run: stages of one training, each a command; finished ones are in run.json
+# A run: the stages of one training, each a command; run.json lists the finished ones
 
 
 class Interrupted(Exception):
-    """The comparison is to stop; the same command goes on."""
+    """The comparison was stopped; the same command continues it."""
 
 
 class Runner:
-    """Runs commands of several runs at a time, and stops all of them together.
+    """Runs commands, several at a time, and stops all of them together.
 
     Args:
-        jobs: how many at a time; on a CPU each gets its share of the cores.
+        jobs: number of commands at a time; each gets its share of the CPU cores.
+        port: the first of `jobs` ports for the deepspeed launcher.
     """
 
     def __init__(self, jobs: int, port: int):
@@ -94,11 +94,11 @@ class Runner:
         self.threads = max(1, (os.cpu_count() or 1) // jobs)
 
     def __call__(self, command: list[str], log: str) -> None:
-        """Run a command, its output into a file.
+        """Run a command and write its output to the file `log`.
 
         Raises:
-            Interrupted: it, or all, were stopped.
-            RuntimeError: it failed; the message is what it said last.
+            Interrupted: this command or the whole comparison was stopped.
+            RuntimeError: the command failed; the message has its last output.
         """
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         environment.setdefault("OMP_NUM_THREADS", str(self.threads))
@@ -116,34 +116,34 @@ class Runner:
             with self.lock:
                 self.children.remove(child)
                 self.ports.append(port)
-        if self.stopped.is_set() or code == INTERRUPTED:
+        if self.stopped.is_set() or code == ExitCode.RESUMABLE:
             raise Interrupted
         if code:
             raise RuntimeError(
-                f"{command[1] if len(command) > 1 else command[0]} ended with code {code}: {said_last(log)}"
+                f"{command[1] if len(command) > 1 else command[0]} ended with code {code}: {last_output(log)}"
             )
 
     def stop(self) -> None:
-        """Ask all that runs to save its state and end."""
+        """Ask all running commands to save their state and end."""
         self.stopped.set()
         with self.lock:
             for child in self.children:
                 child.send_signal(signal.SIGTERM)
 
 
-def said_last(log: str, lines: int = 3) -> str:
-    """The error of a log, or its last lines."""
+def last_output(log: str, lines: int = 3) -> str:
+    """The error message in a log, or else its last lines."""
     with open(log, encoding="utf-8", errors="replace") as file:
         text = [line.strip() for line in file if line.strip() and "\r" not in line]
     at = next((i for i, line in enumerate(text) if line.startswith("error:")), len(text) - lines)
-    return " ".join(text[max(0, at) :][:lines]) or "it said nothing"
+    return " ".join(text[max(0, at) :][:lines]) or "it printed nothing"
 
 
 def train_command(args, paths: dict, mode: str, method: str, seed: int, rate: float, folder: str, on: str) -> list[str]:
-    """The training of a run, results in folder/training.
+    """The command that trains a run, with results in folder/training.
 
     Args:
-        on: which rows, a key of paths.
+        on: the rows to train on, a key of `paths`.
     """
     command = [sys.executable, "train.py"]
     if args.num_gpus > 1:
@@ -158,49 +158,50 @@ def train_command(args, paths: dict, mode: str, method: str, seed: int, rate: fl
 
 
 def predict_command(args, mode: str, model: str, rows: str, output: str) -> list[str]:
-    """Answers of a model to a file of rows."""
+    """The command that answers a file of rows with a model."""
     command = [sys.executable, "predict.py", "--mode", mode, "--model_path", model, "--predict_path", rows]
     return [*command, "--output_path", output, *predict_lengths(args.model[mode]), *shlex.split(args.predict_flags)]
 
 
-def do_run(args, paths: dict, runner, folder: str, run: dict, on: str = "train") -> dict:
-    """Take a run through its stages: train, predict, forget. Returns it with all that is known of it.
-
-    folder/run.json is written after each stage; stages in it are not done again as long as the commands are the same.
+def stage_commands(args, paths: dict, folder: str, run: dict, on: str, rows: str) -> dict[str, list[str]]:
+    """Stage -> command: train, predict, forget. {MODEL} stands for the folder of the model to evaluate.
 
     Args:
-        run: mode, method ("base" is the model as it is), seed, learning_rate.
-        on: train for a run of the comparison, sweep for one that tries a rate.
+        rows: the file to answer. For the others see `do_run`.
+    """
+    base, answers = args.model[run["mode"]], os.path.join(folder, "predictions.jsonl")
+    if run["method"] == "base":
+        return {"predict": predict_command(args, run["mode"], base, rows, answers)}
+    which = run["mode"], run["method"], run["seed"], run["learning_rate"]
+    commands = {"train": train_command(args, paths, *which, folder, on)}
+    commands["predict"] = predict_command(args, run["mode"], "{MODEL}", rows, answers)
+    if on == "train" and args.suite != "none":
+        command = [sys.executable, "-m", "tuning.evaluate.forgetting", "--mode", run["mode"]]
+        command += ["--base", base, "--tuned", "{MODEL}"]
+        command += ["--suite", args.suite] if args.suite else []
+        command += ["--max_new_tokens", "32"] if is_small(base) else []
+        commands["forget"] = [*command, "--output", os.path.join(folder, "forgetting.json")]
+    return commands
+
+
+def do_run(args, paths: dict, runner, folder: str, run: dict, on: str = "train") -> dict:
+    """Do the stages of a run that are not finished yet: train, predict, forget. Returns the run with its results.
+
+    folder/run.json is written after each stage. Its stages are not repeated as long as commands and inputs are the
+    same; otherwise the run starts again.
+
+    Args:
+        run: mode, method ("base" is the untrained model), seed, learning_rate.
+        on: "train" for a run of the comparison, "sweep" for one that tries a learning rate.
 
     Raises:
         Interrupted: see Runner.
     """
     file = os.path.join(folder, "run.json")
-    base, answers = args.model[run["mode"]], os.path.join(folder, "predictions.jsonl")
     rows = paths["validation"] if on == "sweep" else args.test_path
-    training = os.path.join(folder, "training")
-    commands = {}
-    if run["method"] != "base":
-        which = run["mode"], run["method"], run["seed"], run["learning_rate"]
-        commands["train"] = train_command(args, paths, *which, folder, on)
-    commands["predict"] = predict_command(args, run["mode"], "{MODEL}" if commands else base, rows, answers)
-    if run["method"] != "base" and on == "train" and args.suite != "none":
-        command = [
-            sys.executable,
-            "-m",
-            "tuning.evaluate.forgetting",
-            "--mode",
-            run["mode"],
-            "--base",
-            base,
-            "--tuned",
-            "{MODEL}",
-        ]
-        command += ["--suite", args.suite] if args.suite else []
-        command += ["--max_new_tokens", "32"] if is_small(args.model[run["mode"]]) else []
-        commands["forget"] = [*command, "--output", os.path.join(folder, "forgetting.json")]
-    key = hashlib.sha256(json.dumps([commands, contents([rows, paths[on], base])]).encode()).hexdigest()
-
+    commands = stage_commands(args, paths, folder, run, on, rows)
+    inputs = fingerprints([rows, paths[on], args.model[run["mode"]]])
+    key = hashlib.sha256(json.dumps([commands, inputs]).encode()).hexdigest()
     old = read_json(file) if os.path.isfile(file) else {}
     if old.get("key") != key:
         shutil.rmtree(folder, ignore_errors=True)
@@ -208,23 +209,18 @@ def do_run(args, paths: dict, runner, folder: str, run: dict, on: str = "train")
     os.makedirs(folder, exist_ok=True)
     run = {**old, **run, "key": key, "commands": {}, "status": "unfinished", "error": ""}
     write_file(file, json.dumps(run, ensure_ascii=False, indent=1))
-    model = base
+    training = os.path.join(folder, "training")
     try:
         for stage, command in commands.items():
-            if stage != "train" and "train" in run["stages"]:
-                model = os.path.join(training, run["result"])
+            model = os.path.join(training, run["result"]) if "train" in run["stages"] else ""
             command = [part.replace("{MODEL}", model) for part in command]
             run["commands"][stage] = shlex.join(command)
             if stage in run["stages"]:
                 continue
-            start, log = time.perf_counter(), os.path.join(folder, f"{stage}.log")
-            runner(command, log)
+            start = time.perf_counter()
+            runner(command, os.path.join(folder, f"{stage}.log"))
             run[f"{stage}_seconds"] = time.perf_counter() - start
-            if stage == "train":
-                run |= read_training(training)
-            elif stage == "forget":
-                found = read_json(os.path.join(folder, "forgetting.json"))
-                run["forgetting"] = {name: some["forgetting"] for name, some in found["categories"].items()}
+            run |= read_training(training) if stage == "train" else read_forgetting(folder) if stage == "forget" else {}
             run["stages"] = [*run["stages"], stage]
             write_file(file, json.dumps(run, ensure_ascii=False, indent=1))
         run["status"] = "done"
@@ -236,8 +232,8 @@ def do_run(args, paths: dict, runner, folder: str, run: dict, on: str = "train")
     return run
 
 
-def contents(paths: list[str]) -> list:
-    """What tells that files are the same: of a file its hash, of a model folder sizes and times."""
+def fingerprints(paths: list[str]) -> list:
+    """Values that are equal if the inputs are: the hash of a file, file sizes and times of a model folder."""
     found = []
     for path in paths:
         if os.path.isdir(path):
@@ -250,10 +246,10 @@ def contents(paths: list[str]) -> list:
 
 
 def read_training(training: str) -> dict:
-    """What a finished training tells of itself: result (name of its folder), sizes, speed, memory, curves.
+    """The results of a finished training: result (name of its folder), sizes, speed, memory, curves.
 
     Raises:
-        ValueError: it has not reached its end.
+        ValueError: the training has not reached its end.
     """
     path = os.path.join(training, "summary.json")
     if not os.path.isfile(path):
@@ -261,12 +257,18 @@ def read_training(training: str) -> dict:
     keys = ("result", "trained", "parameters", "seconds", "tokens_per_second", "memory_gib")
     found = {key: read_json(path)[key] for key in keys}
     size = sum(entry.stat().st_size for entry in os.scandir(os.path.join(training, found["result"])))
-    # no test rows seen: `split_rows` refuses them
-    return {**found, "output_bytes": size, "seen": 0, **report.read_curves(training)}
+    # seen: `split_rows` refuses test rows among the training rows
+    return {**found, "output_bytes": size, "seen": 0, **read_curves(training)}
+
+
+def read_forgetting(folder: str) -> dict:
+    """The forgetting of each category, nats per answer token."""
+    found = read_json(os.path.join(folder, "forgetting.json"))
+    return {"forgetting": {name: values["forgetting"] for name, values in found["categories"].items()}}
 
 
 def remove_weights(training: str) -> None:
-    """Leave of a training what is small: logs, not weights and states."""
+    """Delete weights and training states; keep logs."""
     if os.path.isdir(training):
         for entry in os.scandir(training):
             if entry.is_dir() and (entry.name.startswith("epoch-") or entry.name in ("states", "best")):
@@ -277,15 +279,15 @@ def remove_weights(training: str) -> None:
 
 
 def rate_of(args, mode: str, method: str) -> float:
-    """The learning rate of a method: the user's, else the default for the model's size."""
+    """The learning rate of a method: from --learning_rates, else the default for the size of the model."""
     return args.learning_rates.get(method) or METHODS[method][2 if is_small(args.model[mode]) else 1]
 
 
 def sweep_rates(args, paths: dict, runner, run_all) -> list[dict]:
-    """Try a third, once and three times each method's rate on part of the rows; the best on the rows held out is taken.
+    """Try each method's learning rate times 1/3, 1 and 3 on part of the rows; the best on held-out rows is chosen.
 
     Returns:
-        A row a training: mode, method, learning_rate, score, chosen. args.learning_rates is not changed.
+        One row per training: mode, method, learning_rate, score, chosen.
     """
     todo = {}
     for mode in args.model:
@@ -298,7 +300,7 @@ def sweep_rates(args, paths: dict, runner, run_all) -> list[dict]:
     for folder, run in run_all(todo, "sweep").items():
         row = {key: run[key] for key in ("mode", "method", "learning_rate")} | {"score": None, "chosen": False}
         if run["status"] == "done":
-            row["score"] = report.mean_score(os.path.join(folder, "predictions.jsonl"))
+            row["score"] = scores.mean_score(os.path.join(folder, "predictions.jsonl"))
         table.append(row)
     for mode in args.model:
         for method in args.methods:
@@ -309,13 +311,13 @@ def sweep_rates(args, paths: dict, runner, run_all) -> list[dict]:
 
 
 def compare(args, runner=None) -> str:
-    """The whole comparison. Returns the report's path.
+    """Run the whole comparison. Returns the path of the report.
 
     Args:
-        runner: runs a command, its output into a file; see Runner, which is the default.
+        runner: called with a command and the path of its log; default: a Runner.
 
     Raises:
-        Interrupted: after the stop of what was running; the same call goes on.
+        Interrupted: all running commands were stopped; the same call continues.
     """
     with write_errors(args.output_dir):
         os.makedirs(args.output_dir, exist_ok=True)
@@ -367,8 +369,8 @@ def main(argv=None) -> None:
         try:
             path = compare(args)
         except (KeyboardInterrupt, Interrupted):
-            print("stopped; the same command goes on", file=sys.stderr)
-            os._exit(INTERRUPTED)  # no waiting for threads
+            print("stopped; the same command continues", file=sys.stderr)
+            os._exit(ExitCode.RESUMABLE)  # do not wait for threads
         print(f"report: {path}")
 
 

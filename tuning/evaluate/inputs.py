@@ -1,4 +1,4 @@
-"""What report.py reads: predict.py's answers, a training's logs. A line that is none of theirs is named."""
+"""Input files of a report: answers of predict.py, logs of a training. Errors name the file and the line."""
 
 import json
 import math
@@ -17,14 +17,14 @@ CURVES = {"curve": "log.jsonl", "validation": "validation.jsonl"}
 
 
 def read_lines(path: str, problem: Callable[[dict], str | None], may_be_cut: bool = False) -> list[dict]:
-    """The objects of a file of JSON lines.
+    """The objects of a JSON lines file.
 
     Args:
-        problem: what is wrong with an object; None where nothing is.
-        may_be_cut: the last line may be under way.
+        problem: returns what is wrong with an object, or None.
+        may_be_cut: ignore a last line that is still being written.
 
     Raises:
-        UserError: the file cannot be read, or a line is not such an object; file and line are named.
+        UserError: the file cannot be read, or a line is not such an object; names the file and the line.
     """
     try:
         with open(path, "rb") as file:
@@ -56,7 +56,7 @@ def _is_number(value) -> bool:
 
 
 def _answer_problem(row: dict) -> str | None:
-    """What is wrong with a row that predict.py is said to have answered."""
+    """What is wrong with a row of an answer file, or None."""
     for key in ("instruction", "input", "prediction"):
         if not isinstance(row.get(key), str):
             return f"{key} is not a text, as predict.py writes it"
@@ -70,14 +70,14 @@ def _answer_problem(row: dict) -> str | None:
 
 
 def read_answers(path: str, mode: str | None = None) -> tuple[list[dict], list[str], list[list[str]], list[bool]]:
-    """predict.py's file: rows, predictions, references of each row, whether each prediction ended.
+    """Read an answer file: rows, predictions, references of each row, whether each prediction ended by itself.
 
     Args:
-        mode: the family that is said to have answered.
+        mode: the family that must have answered.
 
     Raises:
-        UserError: not such a file, or another family's; rows are missing, or answered more than once; there is nothing
-            to compare with.
+        UserError: not an answer file, or one of another family; rows are missing, or answered more than once; there are
+            no references.
     """
     rows = read_lines(path, _answer_problem)
     check_count(path, rows, mode)
@@ -85,7 +85,7 @@ def read_answers(path: str, mode: str | None = None) -> tuple[list[dict], list[s
         raise UserError(f"{path} is empty: it is not a file of answers that predict.py wrote")
     without = [number for number, row in enumerate(rows, 1) if "output" not in row]
     if len(without) == len(rows):
-        raise UserError(f"{path} has no references (output) to hold the answers against")
+        raise UserError(f"{path} has no references (output) to compare the answers with")
     if without:
         raise UserError(f"{path}, line {without[0]}: no reference (output), though other rows have one")
     predictions, ended = [row["prediction"] for row in rows], [row["ended"] for row in rows]
@@ -93,28 +93,30 @@ def read_answers(path: str, mode: str | None = None) -> tuple[list[dict], list[s
 
 
 def check_count(path: str, rows: list[dict], mode: str | None = None) -> None:
-    """Make sure that each row has one answer, and of this family.
+    """Check that each row has one answer, of this family. Uses the record beside the file, if there is one.
 
     Raises:
-        UserError: it has not, as far as can be told: the record beside the file has family and number of rows.
+        UserError: it does not.
     """
     made = read_record(path)
     if made and mode and made.settings.get("--mode", mode) != mode:
         raise UserError(f"{path} has answers of --mode {made.settings['--mode']}, not of --mode {mode}")
     if made and len(rows) < made.rows:
-        raise UserError(f"{path} holds {len(rows)} of {made.rows} answers; predict.py's same command goes on with them")
+        raise UserError(f"{path} holds {len(rows)} of {made.rows} answers; the same predict.py command continues")
     if made and len(rows) > made.rows:
-        raise UserError(f"{path} holds {len(rows)} answers to {made.rows} rows: other programs wrote to it as well")
+        raise UserError(f"{path} holds {len(rows)} answers to {made.rows} rows: other programs also wrote to it")
     asked = Counter(json.dumps([row["instruction"], row["input"], row.get("output")]) for row in rows)
     if not made and rows and min(asked.values()) > 1:
-        raise UserError(f"{path} answers each row {min(asked.values())} times: two runs wrote to it; answer it anew")
+        raise UserError(
+            f"{path} answers each row {min(asked.values())} times: two runs wrote to it; run predict.py again"
+        )
 
 
 # Trainings
 
 
 def _curve_problem(line: dict) -> str | None:
-    """What is wrong with a line of a training's log. A loss that was no finite number is null there."""
+    """What is wrong with a line of a training log, or None. A loss that is not finite is null there."""
     if not _is_number(line.get("step")):
         return "step is not a number"
     if "loss" not in line or not (line["loss"] is None or _is_number(line["loss"])):
@@ -125,13 +127,13 @@ def _curve_problem(line: dict) -> str | None:
 
 
 def read_curves(training: str) -> dict:
-    """curve: the training's lines (step, loss); validation: its validations (step, loss, scores); empty without files.
+    """curve: training steps (step, loss); validation: validations (step, loss, scores). Empty if a file is missing.
 
     Args:
-        training: the training's output_dir, with log.jsonl and validation.jsonl.
+        training: output_dir of a training, with log.jsonl and validation.jsonl.
 
     Raises:
-        UserError: a line of these files is none of theirs.
+        UserError: a line of these files is malformed.
     """
     found = {}
     for key, name in CURVES.items():
@@ -141,22 +143,22 @@ def read_curves(training: str) -> dict:
 
 
 def point(value) -> float:
-    """A value of a curve; NaN for one that was not finite, or is not there."""
+    """A value of a curve as a float; NaN if it is missing or was not finite."""
     return float(value) if _is_number(value) else math.nan
 
 
 def read_commands(training: str) -> dict[str, str]:
-    """The command line of a training's last start, as its run.json has it."""
+    """The command line of the last start of a training, from its run.json."""
     starts = read_starts(training)
     return {"train": str(starts[-1]["command"])} if starts and starts[-1].get("command") else {}
 
 
 def count_seen(training: str, answers: str) -> int | None:
-    """How many answered rows ask what a row of the training file asks; None where no training file can be read.
+    """Number of answered rows whose question is also in the training file; None if that file cannot be read.
 
     Args:
-        training: the training's output_dir, whose run.json names the file.
-        answers: predict.py's file.
+        training: output_dir of the training; its run.json names the training file.
+        answers: a file of predict.py.
     """
     starts = read_starts(training)
     try:

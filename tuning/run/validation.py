@@ -19,7 +19,7 @@ from tuning.metrics import AS_WRITTEN, FROM_LOSS, HEADLINE, kind_of, missing, re
 from tuning.run.log import JsonLines
 from tuning.run.results import BEST
 from tuning.samples.batches import MicroBatch
-from tuning.samples.dataset import InstructionData
+from tuning.samples.dataset import HeldOut, InstructionData
 from tuning.samples.encoding import encode_sample
 from tuning.samples.row_files import RowError, scan_rows
 from utils import control_group, data_parallel_rank, data_parallel_size, device, is_main, on_rank_0, say
@@ -100,7 +100,7 @@ class Validation:
 
     Args:
         engine: DeepSpeed's.
-        sources: of data_set.load_sources; has the held-out rows.
+        held_out: the samples to validate on.
         args: of train.py.
         epoch_steps: optimiser steps of an epoch.
         log: the run's (log.RunLog).
@@ -114,14 +114,14 @@ class Validation:
         self,
         engine,
         tokenizer,
-        sources,
+        held_out: HeldOut,
         args,
         epoch_steps: int,
         log,
         save_result: Callable[[str], None],
     ):
         self.engine, self.tokenizer, self.args, self.log, self.save_result = engine, tokenizer, args, log, save_result
-        self.data, self.rows = sources.held_out, sources.held_out_rows
+        self.data, self.rows = held_out.data, held_out.rows
         self.every, self.total_steps = args.eval_steps or epoch_steps, args.num_train_epochs * epoch_steps
         self.kind, names = None, list(FROM_LOSS)
         if args.eval_generate != "off":
@@ -130,7 +130,7 @@ class Validation:
             self.max_new_tokens = args.eval_max_new_tokens or math.ceil(1.25 * longest)
             self.asked: list[dict] = []  # rank 0: the rows of the file, as `generated`
             self.references: list[list[str]] = []
-            self.kind, more = on_rank_0(lambda: self._read_references(args.eval_path or args.train_path))
+            self.kind, more = on_rank_0(lambda: self._read_references(held_out.path))
             names += more
         if args.best_metric not in names:
             raise UserError(f"--best_metric {args.best_metric}: there are {', '.join(names)}; {self._more_names()}")

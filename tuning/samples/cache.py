@@ -2,8 +2,8 @@
 
     header (one JSON object, padded with spaces to HEADER bytes) | ids, int32 | spans, int32 | records, RECORD
 
-Files are named by a key that holds all that decides what is in them, written beside and renamed, and trusted only when
-size and checksum are right. So they can be shared by runs, and deleted whenever no run is starting.
+A file is named by a key of everything that determines its content. It is written under another name and renamed, and
+used only if size and checksum are right. So runs can share files, and files can be deleted whenever no run is starting.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FORMAT = 4  # part of the key: raise it when the layout here changes
+FORMAT = 4  # part of the key: increase it when the layout changes
 HEADER = 4096
 RECORD = np.dtype([("end", "<i8"), ("spans_end", "<i8"), ("line", "<i8"), ("learnt", "<i4"), ("cut", "<i4")])
 BLOCK = 1 << 20  # bytes read at once
@@ -41,11 +41,11 @@ class CachedSamples(NamedTuple):
     ids: np.ndarray
     spans: np.ndarray
     records: np.ndarray
-    counts: dict  # what else its writer counted; json values
+    counts: dict  # what else the writer counted; JSON values
 
 
 def default_folder() -> str:
-    """Where caches of this user go."""
+    """The folder for caches of this user."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "chatglm-tuning")
 
@@ -61,7 +61,7 @@ def file_hash(path: str) -> tuple[str, int]:
 
 
 def cache_file(folder: str, *parts) -> str:
-    """Path in `folder` for what these parts (strings, numbers) decide."""
+    """Path in `folder` for a key of these parts (strings, numbers)."""
     key = hashlib.sha256(repr((FORMAT, *parts)).encode()).hexdigest()
     return os.path.join(folder, f"{key[:32]}.samples")
 
@@ -70,7 +70,7 @@ def open_cache(path: str) -> CachedSamples:
     """Map a file.
 
     Raises:
-        ValueError: it is not whole.
+        ValueError: it is incomplete.
         OSError: it cannot be read.
     """
     header = _read_header(path)
@@ -82,7 +82,7 @@ def open_cache(path: str) -> CachedSamples:
 
 
 def _read_header(path):
-    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would be to wait for its writer
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
         raise ValueError(f"{path} is no regular file")
     with open(path, "rb") as file:
         header = json.loads(file.read(HEADER))
@@ -93,7 +93,7 @@ def _read_header(path):
 
 
 def is_whole(path: str, counts: Iterable[str]) -> bool:
-    """Whether there is such a file, each byte of it as it was written, with these counts."""
+    """Whether the file exists, every byte is as it was written, and it has these counts."""
     try:
         header = _read_header(path)
         if header["counts"].keys() != {*counts}:
@@ -109,7 +109,7 @@ def is_whole(path: str, counts: Iterable[str]) -> bool:
 
 
 def is_cut(mapped: np.memmap) -> bool:
-    """Whether a file has become shorter since it was mapped: to read what is gone would end the process by a signal."""
+    """Whether a file has been truncated since it was mapped: reading beyond its end would kill the process (SIGBUS)."""
     return mapped.base.size() < mapped.offset + mapped.nbytes
 
 
@@ -119,14 +119,14 @@ def _seal(checksum: int, header: dict) -> int:
 
 
 def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], counts: dict) -> None:
-    """Write a file in one step: it has its name only once it is whole and on the disk. Memory: one chunk.
+    """Write a file atomically: it gets its name once it is complete and on the disk. Memory: one chunk.
 
-    Several processes may write the same file at once; each writes its own, and the last one stays.
+    Several processes may write the same file at once; each writes its own, and the last one remains.
 
     Args:
         chunks: ids, spans and records of some samples; here `end` and `spans_end` count from the start of the chunk,
             and are changed.
-        counts: read when the chunks are through.
+        counts: read after the last chunk.
 
     Raises:
         OSError: it cannot be written.
@@ -166,9 +166,9 @@ def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray, np.nda
 
 @contextlib.contextmanager
 def whole_file(path: str, mode: str, **how):
-    """A new file to write, that takes its name once it is whole and on the disk. mode and how are `open`'s.
+    """A new file to write, which gets its name once it is complete and on the disk. mode and how are `open`'s.
 
-    While it is written it is locked, and so `sweep` knows it from those that killed writers left behind.
+    It is locked while it is written, so that `sweep` can tell it from files that killed writers left behind.
     """
     file = _open_locked(path, mode, how)
     try:
@@ -191,11 +191,11 @@ def _open_locked(path: str, mode: str, how: dict):
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.path.exists(file.name):
             return file
-        file.close()  # a sweep took it between the two
+        file.close()  # a sweep removed it between open and lock
 
 
 def _private(path, flags):
-    """For `open`: the data may be nobody else's business."""
+    """For `open`: nobody else may read the data."""
     return os.open(path, flags, 0o600)
 
 
@@ -206,11 +206,11 @@ def _host() -> str:
 def sweep(folder: str, names: str) -> None:
     """Remove what killed writers of `whole_file` left behind.
 
-    A partial file is dead when nobody holds its lock. Some network file systems have locks within one machine only, so
-    that those of other machines, which keep being written, are spared for an HOUR more.
+    A partial file is abandoned when nobody holds its lock. Some network file systems lock within one machine only, so
+    files of other machines are removed only after an HOUR without a write.
 
     Args:
-        names: pattern of the names that the files were to have.
+        names: pattern of the names that the files would have got.
     """
     for entry in os.scandir(folder):
         found = re.fullmatch(rf"(?:{names})\.(?:(\w+)-)?\w+\.partial", entry.name)

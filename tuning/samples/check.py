@@ -1,7 +1,7 @@
-"""`train.py --check_data`: one pass over an instruction file that says all that is wrong or odd in it, row by row.
+"""`train.py --check_data`: one pass over a data file that reports everything wrong or unusual in it, row by row.
 
-The terminal gets counts and first lines; every finding is a line of JSON in FILE. What is counted before each training
-too is in findings.py.
+The terminal shows counts and the first lines; every finding is a line of JSON in FILE. findings.py has what is also
+counted before each training.
 """
 
 import itertools
@@ -14,14 +14,14 @@ import numpy as np
 
 from tuning.errors import DataError
 from tuning.samples.cache import sweep, whole_file
-from tuning.samples.dataset import Chunk, encode_file
+from tuning.samples.dataset import Chunk, DataSettings, encode_file
 from tuning.samples.encoding import ANSWER_CUT, IGNORE_INDEX, PROMPT_CUT, Sample, encode_samples
 from tuning.samples.findings import BROKEN, CHANGED, WARNINGS, Findings, lines_text
 from tuning.samples.formats import few_unused, to_dialogue, unused_text
 from tuning.samples.row_files import RowError, scan_rows
 
 FILE = "data_check.jsonl"
-LENGTHS = {  # kinds of findings that only --check_data counts, and what is said of them
+LENGTHS = {  # kinds of findings that only --check_data counts, and their titles
     "prompt_cut": "queries that lose their end to --max_src_len",
     "answer_cut": "answers that lose their end and the end token to --max_len",
 }
@@ -41,6 +41,7 @@ class Lengths:
         self.prompts: list[np.ndarray] = []
         self.answers: list[np.ndarray] = []
         self.prompt_lost = self.answer_lost = 0
+        self.rows = 0
         self.whole = 0  # samples that are not cut
 
     def feed(self, tokenizer, chunk: Chunk, findings: Findings) -> None:
@@ -66,13 +67,14 @@ class Lengths:
                     findings.note("answer_cut", int(records["line"][i]), tokens=int(answers[i]), lost=from_answer)
             self.prompt_lost += int(prompt_lost.sum())
             self.answer_lost += int(answer_lost.sum())
+        self.rows += len(chunk.rows)
         self.whole += len(samples) - len(cut)
         self.prompts.append(prompts)
         self.answers.append(answers)
 
 
 def histogram(lengths: np.ndarray, limit: int | None = None, limit_name: str = "") -> list[str]:
-    """Lines of a histogram; the bar in which `limit` lies is marked."""
+    """Lines of a histogram; the bar that contains `limit` is marked."""
     top = max(int(np.percentile(lengths, 99.5)), 1)
     width = next(w for power in range(12) for w in (10**power, 2 * 10**power, 5 * 10**power) if top / w <= 12)
     bins = np.minimum(lengths // width, top // width)  # the last one has no upper end
@@ -92,7 +94,7 @@ def histogram(lengths: np.ndarray, limit: int | None = None, limit_name: str = "
 
 
 def sample_lines(tokenizer, sample: Sample) -> list[str]:
-    """A sample token by token: place, piece, id and label; the middle of long parts is left out."""
+    """A sample token by token: position, id, label and piece; the middle of long parts is left out."""
     pieces = tokenizer.convert_ids_to_tokens(sample.input_ids)
     labels = sample.labels
     lines = [f"  {'place':>6} {'id':>7} {'label':>7}  piece"]
@@ -108,13 +110,8 @@ def sample_lines(tokenizer, sample: Sample) -> list[str]:
 
 
 def check_data(
-    path: str,
+    settings: DataSettings,
     tokenizer,
-    max_len: int,
-    max_src_len: int,
-    is_skip: bool,
-    empty_outputs: bool,
-    skip_bad: bool,
     test_path: str | None,
     output_dir: str,
     say: Callable[[str], None] = print,
@@ -122,12 +119,11 @@ def check_data(
     """Read the whole file, print what was found, and write each finding to FILE in `output_dir`.
 
     Args:
-        path to skip_bad: as for `data_set.prepare`.
-        test_path: a file whose prompts should not stand in `path`; its rows may have several outputs, or an empty one.
+        test_path: a file whose prompts should not be in the data; its rows may have several outputs, or an empty one.
 
     Raises:
         DataError: a training would not start with this file: it cannot be read, a row is broken and `skip_bad` is
-            false, or none is left; or the report cannot be written. All but the last are said after the report.
+            false, or none is left; or the report cannot be written. All but the last are raised after the report.
     """
     report = os.path.join(output_dir, FILE)
     try:
@@ -139,7 +135,7 @@ def check_data(
                 file.write(json.dumps({"line": line, "kind": kind, **details}, ensure_ascii=False) + "\n")
 
             findings, lengths = Findings(tokenizer, record, changed=True), Lengths()
-            first, ends = _read(path, tokenizer, max_len, max_src_len, empty_outputs, findings, lengths)
+            first, ends = _read(settings, tokenizer, findings, lengths)
             findings.finish()
             if test_path:
                 _find_test_rows(test_path, findings)
@@ -148,8 +144,8 @@ def check_data(
 
     tally = findings.tally
     broken = sum(tally[kind][0] for kind in BROKEN if kind in tally)
-    usable = sum(map(len, lengths.prompts))
-    say(f"{path}: {usable + broken} rows, {usable} of them usable")
+    usable = lengths.rows
+    say(f"{settings.path}: {usable + broken} rows, {usable} of them usable")
     for kinds, title in ((BROKEN, "broken"), (LENGTHS | WARNINGS, "to look at"), (TEST, "test file")):
         there = [kind for kind in kinds if kind in tally]
         if there:
@@ -167,28 +163,30 @@ def check_data(
     if first:
         prompts, answers = (np.concatenate(some) for some in (lengths.prompts, lengths.answers))
         total = int(prompts.sum() + answers.sum())
-        dropped = "; --is_skip leaves such rows out" if is_skip and {*LENGTHS} & {*tally} else ""
+        dropped = "; --is_skip leaves such rows out" if settings.skip_cut and {*LENGTHS} & {*tally} else ""
         say(
             f"tokens: {total} (prompts {prompts.sum()}, answers {answers.sum()}); the cuts take {lengths.prompt_lost} "
             f"of the prompts (--max_src_len) and {lengths.answer_lost} of the answers (--max_len){dropped}"
         )
-        # the prompt's special tokens are not counted by max_src_len, so that its mark may lie a bar too early
-        say("\n".join(("tokens of prompts:", *histogram(prompts, max_src_len, "--max_src_len"))))
+        # max_src_len does not count the prompt's special tokens, so its mark may be one bar too early
+        say("\n".join(("tokens of prompts:", *histogram(prompts, settings.max_src_len, "--max_src_len"))))
         say("\n".join(("tokens of answers:", *histogram(answers))))
-        say("\n".join(("tokens of both:", *histogram(prompts + answers, max_len, "--max_len"))))
+        say("\n".join(("tokens of both:", *histogram(prompts + answers, settings.max_len, "--max_len"))))
         say("\n".join((f"first sample (line {first[0]}), token by token:", *sample_lines(tokenizer, first[1]))))
     say(f"all findings: {report}")
     if not usable:
-        raise DataError(f"{path}: every row is broken")
+        raise DataError(f"{settings.path}: every row is broken")
     if ends:
         raise DataError(str(ends))
-    if broken and not skip_bad:
-        raise DataError(f"{path}: {broken} rows are broken; mend them, or train without them: --on_bad_row skip")
-    if is_skip and not lengths.whole:
-        raise DataError(f"{path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
+    if broken and not settings.skip_bad:
+        raise DataError(
+            f"{settings.path}: {broken} rows are broken; mend them, or train without them: --on_bad_row skip"
+        )
+    if settings.skip_cut and not lengths.whole:
+        raise DataError(f"{settings.path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
 
 
-def _read(path, tokenizer, max_len, max_src_len, empty_outputs, findings, lengths):
+def _read(settings, tokenizer, findings, lengths):
     """Fill findings and lengths. Returns line and sample of the first usable row, and the error that ended the file."""
     first = ends = None
 
@@ -198,7 +196,7 @@ def _read(path, tokenizer, max_len, max_src_len, empty_outputs, findings, length
             ends = error
         findings.note(error.flaw.kind, error.line, problem=error.flaw.problem)
 
-    for chunk in encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, leave_out):
+    for chunk in encode_file(settings, tokenizer, leave_out):
         findings.feed(chunk.lines, chunk.rows, chunk.dialogues)
         lengths.feed(tokenizer, chunk, findings)
         if len(chunk.samples) and not first:

@@ -1,4 +1,4 @@
-"""Rows to token ids: in parallel, in order."""
+"""From rows to token ids, in parallel; the order is kept."""
 
 import os
 from collections import deque
@@ -16,12 +16,8 @@ from tuning.samples.formats import to_dialogue
 IGNORE_INDEX = -100
 
 
-CHUNK_ROWS, CHUNK_CHARACTERS = 500, 4_000_000  # most that is encoded at once
-
-
-AHEAD = 2  # chunks under way: while one is with SentencePiece, Python is at the other
-
-
+CHUNK_ROWS, CHUNK_CHARACTERS = 500, 4_000_000  # maximum that is encoded at once
+AHEAD = 2  # chunks in progress: while SentencePiece encodes one, Python prepares the other
 PROMPT_CUT, ANSWER_CUT = 1, 2  # bits of a record's `cut`
 
 
@@ -76,6 +72,16 @@ class Samples(Sequence):
         """Ids before the first learnt piece, int32."""
         start = int(self._record(i)["end"]) - int(self.lengths[i])
         return self.ids[start : start + int(self.spans[self._first_span(i), 0])]
+
+    def prompts(self) -> Iterator[memoryview]:
+        """The bytes of each `prompt`, in order; a million in about a second."""
+        self._record(0)
+        starts = 4 * (self.records["end"] - self.lengths)
+        first_spans = np.concatenate(([0], self.records["spans_end"][:-1]))
+        ends = starts + 4 * self.spans[first_spans, 0].astype(np.int64)
+        content = memoryview(self.ids).cast("B")
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            yield content[start:end]
 
     def _first_span(self, i: int) -> int:
         return int(self.records[i - 1]["spans_end"]) if i % len(self) else 0
@@ -148,14 +154,14 @@ def encode_sample(tokenizer, row: dict, max_len: int, max_src_len: int | None) -
 
 
 def _ahead(encode, chunks):
-    """encode(chunk) of each, in order, made ahead: while SentencePiece is at work, Python reads on."""
+    """encode(chunk) of each chunk in order, computed ahead: Python reads on while SentencePiece encodes."""
     with ThreadPoolExecutor(AHEAD) as pool:
 
         def jobs():
             try:
                 for chunk in chunks:
                     yield pool.submit(encode, chunk)
-            except DataError as error:  # takes its place in the order: a row before it may have an error of its own
+            except DataError as error:  # raised in its turn: an earlier row may have an error of its own
                 broken = Future()
                 broken.set_exception(error)
                 yield broken

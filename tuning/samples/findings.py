@@ -1,7 +1,7 @@
-"""What is worth a word in rows that can be trained, found in one pass: rows that repeat or contradict others, text that
-the tokenizer does not keep. Which rows cannot be trained is said by data_set.py, whose findings are counted here too.
+"""Warnings about rows that can be trained, found in one pass: rows that repeat or contradict others, text that the
+tokenizer does not keep. Rows that cannot be trained are found by row_files.py and counted here too.
 
-A tokenizer is known here by these only: `special_texts`, `lost_characters` and `changed_characters`.
+Of a tokenizer this uses only `special_texts`, `lost_characters` and `changed_characters`.
 """
 
 import re
@@ -13,9 +13,9 @@ import numpy as np
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.formats import count_unused
 
-FIRST = 3  # lines that are named of each kind
+FIRST = 3  # lines that are named for each kind
 
-# Kinds of findings. Rows of the first few cannot be trained.
+# Kinds of findings. Rows with one of the kinds in BROKEN cannot be trained.
 BROKEN = {
     "encoding": "not UTF-8 text",
     "json": "not valid JSON",
@@ -38,11 +38,11 @@ CHANGED = "changed_characters"  # the kind of finding that --check_data alone lo
 class Findings:
     """Counts findings by kind, and finds those of WARNINGS in the rows that it is given.
 
-    Texts are kept as hashes of 8 bytes: 24 bytes a row in all.
+    Texts are kept as hashes of 8 bytes: 24 bytes per row in total.
 
     Args:
-        record: gets each finding as it is made: kind, line and what else is known of it.
-        changed: also look for characters that the tokenizer writes otherwise.
+        record: called with each finding: kind, line and details.
+        changed: also look for characters that the tokenizer changes.
     """
 
     def __init__(self, tokenizer, record: Callable[[str, int, dict], None] | None = None, changed: bool = False):
@@ -80,11 +80,11 @@ class Findings:
         answers = [dialogue.answer for dialogue in dialogues]
         keys = [dialogue.prompt_key for dialogue in dialogues]
         self.lines.append(np.array(lines, np.int64))
-        # those of str are of 64 bits, with a seed that nobody outside knows
+        # Python's hashes of str: 64 bits, with a secret seed
         hashes = (map(hash, keys), map(hash, zip(keys, answers, strict=True)))
         self.hashes.append(np.stack([np.fromiter(some, np.int64, len(rows)) for some in hashes], 1))
 
-        text = "\n".join((*prompts, *answers))  # what is in none of the texts is looked for once
+        text = "\n".join((*prompts, *answers))  # one search for what is in none of the texts
         if self._holds_lost(text):
             for line, prompt, answer in zip(lines, prompts, answers, strict=True):
                 if found := sorted(self.lost.intersection(prompt + answer)):
