@@ -295,7 +295,7 @@ def write_side_files(folder: str, base: str, mode: str, dtype: torch.dtype, stop
         changes: keys of config.json to override.
     """
     content = read_json(os.path.join(base, "config.json"))
-    content = {key: value for key, value in content.items() if MODE[mode].config.hands_on(key)}
+    content = {key: value for key, value in content.items() if MODE[mode].config.is_copied(key)}
     official = f"THUDM/{FAMILIES[mode].title.lower()}"
     if official not in str(content.get("_name_or_path")):
         changes["_name_or_path"] = official

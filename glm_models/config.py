@@ -98,7 +98,7 @@ class ChatGLMConfigBase(PreTrainedConfig):
             raise CheckpointError(f"{path} does not describe a {cls.title}: {reason[:300]}") from error
 
     @classmethod
-    def hands_on(cls, key: str) -> bool:
+    def is_copied(cls, key: str) -> bool:
         """Whether this key of the base's config.json is copied into results."""
         return key not in ("dtype", *REFUSED, *IGNORED) and not callable(getattr(cls, key, None))
 

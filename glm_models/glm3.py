@@ -15,7 +15,7 @@ from .families import FAMILIES
 from .glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer
 from .tokenization import Encoded, Prompt
 
-# what the official example has in the system message before the tools
+# The official example has this text before the tools in the system message.
 TOOLS_SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
 
 
@@ -121,14 +121,14 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         ]
 
     def encode_answers(self, answers, threads=1) -> list[np.ndarray]:
-        line_break = np.array(self.line_break, np.int32)  # no metadata: the line break that ends it comes first
+        line_break = np.array(self.line_break, np.int32)  # the line break that ends the (empty) metadata comes first
         return [np.concatenate((line_break, ids)) for ids in self.encode_texts(answers, threads)]
 
     def encode_dialogues(self, dialogues, max_src_len=None, threads=1) -> list[Encoded]:
-        """Samples of conversations: one each, in which every learnt answer is a span.
+        """Samples of conversations: one per conversation, in which every learnt answer is a span.
 
         An answer is learnt with the token that ends it: the role of the next message, as in the official chat, or the
-        end token. max_src_len counts what is before the first learnt answer.
+        end token. max_src_len limits the tokens before the first learnt answer.
         """
         encoded = []
         for number, messages, contents in self._encode_messages(dialogues, threads):
@@ -160,7 +160,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         return prompts
 
     def _encode_messages(self, dialogues, threads):
-        """Yield number, messages and the ids of their contents of each dialogue; its tools are in a system message."""
+        """Yield index, messages and the ids of their contents for each dialogue; tools are in a system message."""
         each = [self._with_tools(dialogue) for dialogue in dialogues]
         ids = iter(self.encode_texts([message.content for messages in each for message in messages], threads))
         for number, messages in enumerate(each):
@@ -168,7 +168,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
 
     @staticmethod
     def _with_tools(dialogue):
-        """The messages, tools written into the system message as in the official chat."""
+        """The messages; tools are written into the system message as in the official chat."""
         if dialogue.tools is None:
             return dialogue.messages
         first, rest = dialogue.messages[0], dialogue.messages[1:]
@@ -181,7 +181,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         return (first._replace(content=f"{first.content}\n{tools}"), *rest)
 
     def _lay_out(self, messages, contents, max_src_len):
-        """Parts and length of the messages before an answer, the last one cut to max_src_len, and whether it was."""
+        """Ids and number of tokens of the messages before an answer, and whether the last was cut to max_src_len."""
         parts, counted = [self._frame[0]], 0
         for message, content in zip(messages, contents, strict=False):
             parts += (*self._head(message.role, message.metadata), content)
@@ -211,11 +211,13 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
 
     @functools.cached_property
     def _frame(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of what a sample begins with, and of its end token."""
+        """The ids with which a sample begins, and its end token."""
         return np.array(self.get_prefix_tokens(), np.int32), np.array([self.eos_token_id], np.int32)
 
     def decode_answer(self, ids: list[int]) -> str:
-        return self.decode(ids).removeprefix("\n").removeprefix(" ")  # the line break, and what begins a text
+        return (
+            self.decode(ids).removeprefix("\n").removeprefix(" ")
+        )  # the line break, and the space with which a text begins
 
     def build_prompt(self, query, history=None):
         raise NotImplementedError("ChatGLM3 prompts are ids, not text: use build_chat_input or encode_prompt")

@@ -49,11 +49,11 @@ class Prompt(NamedTuple):
 class Encoded(NamedTuple):
     """One sample of a dialogue, of any length.
 
-    dialogue: the number of the dialogue in the list that was encoded.
+    dialogue: index of the dialogue in the list that was encoded.
     parts: its ids in order, int32 [tokens] each; arrays may be shared between samples.
-    length: tokens of all parts together.
-    spans: the learnt pieces, as (first position, position after the last); at least one.
-    cut: the question before the first learnt piece lost its end to max_src_len.
+    length: total tokens of all parts.
+    spans: the learnt pieces, as (first position, position after the last); at least one piece.
+    cut: the end of the question before the first learnt piece was dropped because of max_src_len.
     """
 
     dialogue: int
@@ -151,9 +151,9 @@ def add_pieces(vocabulary: sentencepiece.SentencePieceProcessor, controls: tuple
 class ChatGLMTokenizerBase(PreTrainedTokenizer):
     """A SentencePiece vocabulary with the special tokens of one family.
 
-    Subclasses give `mode`, the special ids, and what differs: `_encode_each` or `encode_prompts`, `stop_token_ids`, and
-    for some `encode_texts`, `encode_answers`, `encode_dialogues` and `encode_questions`. The methods for one text call
-    those for many, so that there is one home for what they do.
+    Subclasses give `mode`, the special ids, `stop_token_ids`, `_encode_each` or `encode_prompts`, and some of them
+    `encode_texts`, `encode_answers`, `encode_dialogues` and `encode_questions`. The methods for one text call those for
+    many.
     """
 
     mode: str  # the key in MODE, for messages
@@ -236,11 +236,11 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
     def _encode_each(
         self, queries: list[str], histories: list, max_src_len: int | None = None, threads: int = 1
     ) -> list[Prompt]:
-        """`encode_prompts` of queries that have a history each."""
+        """As `encode_prompts`, but each query has its own history."""
         raise NotImplementedError
 
     def encode_dialogues(self, dialogues: Sequence, max_src_len: int | None = None, threads: int = 1) -> list[Encoded]:
-        """Samples of conversations, in order. Here each learnt answer is a sample, with the turns before it as history.
+        """Samples of conversations, in order: one for each learnt answer, with the earlier turns as its history.
 
         Args:
             dialogues: each has `messages` (with role, content, metadata and learn) and `tools`.
@@ -275,13 +275,13 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         return self._encode_each(queries, pairs, max_src_len, threads)
 
     def _pairs(self, dialogue) -> list[tuple[str, str]]:
-        """Question and answer of each whole turn.
+        """Question and answer of each complete turn.
 
         Raises:
-            ValueError: there are other messages than questions and answers in turn.
+            ValueError: the messages are not alternating questions and answers.
         """
         if dialogue.tools or any(message.metadata for message in dialogue.messages):
-            raise ValueError(f"{self.mode} has no tools; glm3 has")
+            raise ValueError(f"{self.mode} has no tools; only glm3 has")
         roles = [message.role for message in dialogue.messages]
         if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
             raise ValueError(f"a conversation of {self.mode} is user and assistant in turn, not {', '.join(roles)}")
@@ -289,7 +289,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         return list(zip(texts[::2], texts[1::2], strict=False))
 
     def encode_answers(self, answers: list[str], threads: int = 1) -> list[np.ndarray]:
-        """Ids of answers as the model is to write them after the prompt, int32 [tokens] each, without the end token."""
+        """Ids of answers as they follow the prompt, int32 [tokens] each, without the end token."""
         return self.encode_texts(answers, threads)
 
     def encode_text(self, text: str) -> list[int]:
@@ -385,14 +385,14 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
     ) -> list[tuple[np.ndarray, bool]]:
         """Ids of before + query + after, with the end of `query` dropped to fit max_src_len, and whether it was.
 
-        Args:
-            templates: what stands before and after each query.
+        The whole string is encoded at once because, as in the official chat, a piece may span template and query. A
+        piece that holds any character of the template counts as template.
 
-        The string is encoded whole because pieces may reach across the seams, as they do in the official chat. A piece
-        that holds any character of the template counts as template.
+        Args:
+            templates: the texts before and after each query.
         """
         fitted = []
-        find = functools.cache(self._find_template)  # many queries begin and end alike
+        find = functools.cache(self._find_template)  # many queries have the same beginning and end
         texts = [before + query + after for (before, after), query in zip(templates, queries, strict=True)]
         encoded = self._encode_pieces(texts, threads)
         for (before, after), query, ids in zip(templates, queries, encoded, strict=True):

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor, TextIteratorStreamer
 
 from glm_models import MODE, CheckpointError, attention, modeling, ops
+from glm_models.families import FAMILIES
 from glm_models.generation import generate_ids
 from tuning.engine.loading import load_base
 from tuning.run.flops import needed_flops
@@ -932,6 +933,20 @@ def test_wrong_mode_is_told_the_right_one(mode, wrong, tiny):
         assert tiny[mode] in str(error.value)
         fits = str(error.value).split("files fit")[1]
         assert f"--mode {mode} " in fits and f"--mode {wrong} " not in fits
+
+
+def test_every_family_has_its_signs():
+    """In the same order, and no two families have the same."""
+    assert list(FAMILIES) == list(MODE)
+    assert len(set(FAMILIES.values())) == len(FAMILIES)
+    for mode, signs in FAMILIES.items():
+        family = MODE[mode]
+        assert (family.config.title, family.tokenizer.vocab_files_names["vocab_file"]) == (
+            signs.title,
+            signs.vocabulary,
+        )
+        assert family.model.mode == family.tokenizer.mode == mode
+        assert signs.config_keys <= family.config.own_keys().keys()
 
 
 def without_names(folder):
