@@ -2,9 +2,9 @@
 
     python merge_lora.py --mode glm3 --ori_model_dir ChatGLM3-6B/ --model_dir output-glm3/epoch-2-step-750
 
-The base's files are read and written one by one, some rows of a weight at a time; each sum is made in float32 and
-rounded once, to the type of the base. Before the result takes its name it is read again: every weight is held against
-base and adapter, and its logits on a few prompts against those of the unmerged model.
+The base's files are read and written one by one, a few rows of a weight at a time; each sum is computed in float32 and
+rounded once, to the type of the base. Before the result gets its name it is verified: every weight is compared with
+base and adapter, and the logits on a few prompts with those of the unmerged model.
 """
 
 import argparse
@@ -27,10 +27,10 @@ def make_parser() -> Parser:
     group.add_argument("--ori_model_dir", type=Folder(), required=True, help="folder of the base model")
     group.add_argument("--model_dir", type=Folder(), required=True, help="folder of the LoRA adapter")
     group.add_argument(
-        "--output_dir", type=NewPath(), default_text="the adapter's, -merged appended",
+        "--output_dir", type=NewPath(), default_text="the adapter's with -merged appended",
         help="folder to write; must be empty or new",
     )  # fmt: skip
-    group.add_argument("--no_verify", **SWITCH, help="do not compare merged and unmerged model")
+    group.add_argument("--no_verify", **SWITCH, help="do not compare the merged with the unmerged model")
     return parser
 
 
@@ -56,14 +56,14 @@ from tuning.engine.loading import load_tokenizer
 from tuning.errors import UserError
 from tuning.exits import clear_errors
 from tuning.folders import check_space, claimed_folder
-from tuning.lora import verify
 from tuning.lora.adapter import Adapter, add_adapter, check_base, has_patterns, read_adapter, read_config, unread_keys
+from tuning.lora.verify import logits, skeleton, tied_weights
 from utils import quiet
 
-CHUNK = 2**21  # numbers of a weight at a time: 8 MiB in float32
+CHUNK = 2**21  # values of a weight that are added at a time: 8 MiB in float32
 
-# What merged and unmerged model are asked, in the family's template.
-PROBES = (
+# Questions for the comparison of merged and unmerged model, put into the family's template.
+QUESTIONS = (
     "你好，请用一句话介绍一下你自己。",
     "抽取下面文本里的部件和故障：发动机怠速不稳，拆开水泵以后发现密封圈老化。",
     "What should be checked first when the engine does not start on a cold morning?",
@@ -72,18 +72,16 @@ PROBES = (
 
 
 def check_fit(model: nn.Module, base: str, adapter: Adapter) -> None:
-    """Make sure that everything the adapter adds to is a linear layer of the model, of the right shape.
+    """Check that every weight of the adapter belongs to a linear layer of the model, of the right shape.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: one does not.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, (a, b) in adapter.pairs.items():
         module = linear.get(name.removesuffix(".weight"))
         if module is None:
-            raise CheckpointError(
-                f"{adapter.folder} adds to {name}, but {base} has no such linear layer: another base?"
-            )
+            raise CheckpointError(f"{adapter.folder} adapts {name}, but {base} has no such linear layer: another base?")
         if (b.shape[0], a.shape[1]) != tuple(module.weight.shape):
             shape = list(module.weight.shape)
             raise CheckpointError(
@@ -97,7 +95,7 @@ def check_fit(model: nn.Module, base: str, adapter: Adapter) -> None:
 
 
 def chunks(weight: torch.Tensor, b: torch.Tensor):
-    """Yield the same rows of a weight and of B, about CHUNK numbers at a time."""
+    """Yield the same rows of a weight and of B, about CHUNK values at a time."""
     rows = max(1, CHUNK // weight.shape[1])
     return zip(weight.split(rows), b.split(rows), strict=True)
 
@@ -106,7 +104,7 @@ def merged(name: str, weight: torch.Tensor, adapter: Adapter):
     """Yield weight + scale * B A, some rows at a time, in the weight's type.
 
     Raises:
-        CheckpointError: a sum is larger than that type can say.
+        CheckpointError: a sum is NaN or out of the range of that type.
     """
     if name not in adapter.pairs:
         yield weight
@@ -122,7 +120,7 @@ def merged(name: str, weight: torch.Tensor, adapter: Adapter):
 
 
 def write_merged(folder: str, base: str, adapter: Adapter) -> dict[str, str]:
-    """Write base + adapter, a file for each file of the base. Returns the base's file of each file written."""
+    """Write base + adapter, one file per file of the base. Returns the base's file for each written file."""
     layout = weight_layout(base)
     names = [f"model-{i:05d}-of-{len(layout):05d}.safetensors" for i in range(1, len(layout) + 1)]
     names = names if len(names) > 1 else ["model.safetensors"]
@@ -140,25 +138,25 @@ def write_merged(folder: str, base: str, adapter: Adapter) -> dict[str, str]:
 
 
 def total_bytes(layout: dict) -> int:
-    """Of all weights of a folder, see weight_layout."""
+    """Bytes of all weights of a folder, from its weight_layout."""
     return sum(shape.numel() * dtype.itemsize for weights in layout.values() for dtype, shape in weights.values())
 
 
 def compare_weights(files: dict[str, str], adapter: Adapter) -> float:
-    """Read the merged weights again and hold each against base and adapter.
+    """Read the merged weights again and compare each with base and adapter.
 
-    A weight without adapter must be the base's, bit by bit. Any other may differ from the sum, made in float64 here, by
-    half the distance of two numbers of its type and by what the sums in float32 may be wrong: rank + 2 roundings, of
-    |w| + scale |B| |A| at the most (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+    A weight without adapter must equal the base's bit for bit. Any other may differ from the sum, computed here in
+    float64, by half the spacing of its type and by the error of the sums in float32: rank + 2 roundings of at most
+    |w| + scale |B| |A| (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
 
     Args:
         files: see write_merged.
 
     Returns:
-        The share of the adapted numbers that are others than the base's: small additions vanish in rounding.
+        The share of the adapted values that differ from the base's: small changes are lost in rounding.
 
     Raises:
-        CheckpointError: one differs.
+        CheckpointError: a weight differs by more.
     """
     changed = adapted = 0
     for path, base_path in files.items():
@@ -188,27 +186,27 @@ def compare_weights(files: dict[str, str], adapter: Adapter) -> float:
 
 
 def compare_outputs(mode: str, base: str, folder: str, adapter: Adapter, tokenizer, dtype: torch.dtype) -> str:
-    """Hold the logits of the merged model on PROBES against those of base and adapter, unmerged, all in float32.
+    """Compare the logits of the merged model on QUESTIONS with those of base and adapter, unmerged, in float32.
 
-    Merging rounds each adapted weight once. How far that moves the logits depends on the model, so it is measured: a
-    third pass moves each adapted weight of the unmerged model at random by up to half a step of the type. The merged
-    model may be three times as far from the unmerged one (root mean square over all tokens and logits), and a further
-    1e-4 of the logits' own root mean square, for sums in float32 made in another order.
+    Merging rounds each adapted weight once. How much that changes the logits depends on the model, so it is measured: a
+    third pass changes each adapted weight of the unmerged model at random by up to half the spacing of the type. The
+    merged model may differ from the unmerged one three times as much (root mean square over all tokens and logits), and
+    by 1e-4 of the root mean square of the logits more, because sums in float32 depend on their order.
 
     Returns:
-        A line of figures.
+        A line with the measured differences.
 
     Raises:
-        CheckpointError: it is farther than that.
+        CheckpointError: they differ by more.
     """
-    batch = tokenizer.pad({"input_ids": [tokenizer.encode_prompt(text) for text in PROBES]}, return_tensors="pt")
-    unmerged = verify.logits(mode, base, batch, adapter)
-    rounded = rms(verify.logits(mode, base, batch, adapter, rounding=dtype) - unmerged)
-    found = verify.logits(mode, folder, batch)
+    batch = tokenizer.pad({"input_ids": [tokenizer.encode_prompt(text) for text in QUESTIONS]}, return_tensors="pt")
+    unmerged = logits(mode, base, batch, adapter)
+    rounded = rms(logits(mode, base, batch, adapter, rounding=dtype) - unmerged)
+    found = logits(mode, folder, batch)
     difference = found - unmerged
     same = (found.argmax(-1) == unmerged.argmax(-1)).sum().item()
     line = (
-        f"logits of merged and unmerged model on {len(PROBES)} prompts, {len(found)} tokens: "
+        f"logits of merged and unmerged model on {len(QUESTIONS)} prompts, {len(found)} tokens: "
         f"they differ by at most {difference.abs().max():.2g}, root mean square {rms(difference):.2g} "
         f"(rounding at random: {rounded:.2g}); the largest is {unmerged.abs().max():.3g}; "
         f"the likeliest next token is the same for {same} of {len(found)}"
@@ -227,13 +225,14 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
     """Write base + adapter to `output`. Everything is checked before anything is written.
 
     Args:
-        folder: the adapter's.
-        verify: read the result again and compare it; a result that is wrong never gets its name.
+        base: the base model's folder.
+        folder: the adapter's folder.
+        verify: read the result again and compare it; a wrong result is removed.
 
     Raises:
-        UserError, FolderError: output exists and is not an empty folder, there is no room for it, or it cannot be
-            written.
-        CheckpointError: the adapter is broken, empty or another base's, the base is broken, or the result is wrong.
+        UserError, FolderError: output exists and is not an empty folder, the disk has too little room, or it cannot
+            be written.
+        CheckpointError: the adapter is broken, empty or for another base, the base is broken, or the result is wrong.
     """
     if os.path.lexists(output) and (os.path.islink(output) or not os.path.isdir(output)):
         raise UserError(f"--output_dir {output} is not a folder; name another")
@@ -241,25 +240,27 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
         raise UserError(f"--output_dir {output} is not empty; name another")
     check_family(base, mode)
     adapter = read_adapter(folder)
-    model, layout = verify.skeleton(mode, base), weight_layout(base)
+    model, layout = skeleton(mode, base), weight_layout(base)
     check_fit(model, base, adapter)
     config = read_config(folder)
-    if not has_patterns(config):  # regular expressions from a file are not run
+    if not has_patterns(config):  # regular expressions from a file are not used
         add_adapter(model, folder, adapter.file)
     types = {name: dtype for weights in layout.values() for name, (dtype, _) in weights.items()}
     for name in adapter.pairs:
         if name not in types:
-            raise CheckpointError(f"{folder} adds to {name}, of which {base} has no weights of its own to add to")
+            raise CheckpointError(f"{folder} adapts {name}, but {base} has no weights of its own for it")
         if not types[name].is_floating_point:
-            raise CheckpointError(f"{name} of {base} is {DTYPES[types[name]]}; only float weights can be added to")
+            raise CheckpointError(
+                f"{name} of {base} is {DTYPES[types[name]]}; only float weights can be merged with an adapter"
+            )
     print(*map(printable, [check_base(folder, mode, base), *unread_keys(folder, config)]), sep="\n")
     tokenizer = load_tokenizer(mode, base)
     dtypes = {dtype for weights in layout.values() for dtype, shape in weights.values() if len(shape) == 2}
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     check_space(output, total_bytes(layout), "the merged model")
 
-    # an output layer that was tied to the embedding no longer equals it
-    changes = {"tie_word_embeddings": False} if "lm_head.weight" in adapter.pairs else {}
+    # an adapted output layer that was tied to the embedding no longer equals it
+    changes = {"tie_word_embeddings": False} if adapter.pairs.keys() & tied_weights(model) else {}
     with claimed_folder(output) as partial:
         files = write_merged(partial, base, adapter)
         write_side_files(partial, base, mode, dtype, tokenizer.stop_token_ids, **changes)
@@ -267,10 +268,10 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
             changed = compare_weights(files, adapter)
             print(
                 f"verified: the {len(types)} weights on disk are base + adapter, rounded once to {dtype}; "
-                f"of the numbers that the adapter adds to, {changed:.2%} changed"
+                f"{changed:.2%} of the values with an adapter changed"
             )
             if changed < 0.01:
-                print("WARNING: the rest is lost in rounding; predict.py with the adapter itself loses nothing")
+                print("WARNING: the other changes are lost in rounding; predict.py with the adapter itself loses none")
             print("verified: " + compare_outputs(mode, base, partial, adapter, tokenizer, dtype))
         else:
             print("not verified (--no_verify): merged and unmerged model were not compared")
@@ -282,7 +283,7 @@ def main(argv=None) -> None:
         quiet(verbose=False)
         output = args.output_dir or args.model_dir.rstrip("/") + "-merged"
         merge(args.mode, args.ori_model_dir, args.model_dir, output, not args.no_verify)
-        print(f"wrote {output}: {args.ori_model_dir} with {args.model_dir} merged in; both are as they were")
+        print(f"wrote {output}: {args.ori_model_dir} with {args.model_dir} merged in; both are unchanged")
 
 
 if __name__ == "__main__":

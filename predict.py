@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from glm_models.chat import generate_answers
+from glm_models.generation import generate_answers
 from glm_models.tokenization import Prompt
 from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, named_device
 from tuning.errors import DataError, UserError
@@ -32,8 +32,9 @@ from tuning.evaluate.answers import AnswerFile, Made, describe_model, describe_s
 from tuning.exits import clear_errors
 from tuning.lora.adapter import find_base
 from tuning.metrics import AS_WRITTEN, references_of, with_references
+from tuning.samples.dialogue import Dialogue
 from tuning.samples.findings import FIRST, lines_text
-from tuning.samples.formats import KEYS, unused_keys
+from tuning.samples.formats import KEYS, to_dialogue, unused_keys
 from tuning.samples.row_files import read_rows
 from tuning.terminal import visible
 from utils import quiet, set_seed
@@ -42,13 +43,13 @@ CHUNK = 1000  # rows per batch when counting prompts that are cut
 
 
 @torch.inference_mode()
-def answer(model, tokenizer, queries: list[str], args) -> list[tuple[str, bool]]:
-    """Answers to a batch of queries, each with whether it ended by itself.
+def answer(model, tokenizer, questions: list[Dialogue], args) -> list[tuple[str, bool]]:
+    """Answers to a batch of questions, each with whether it ended by itself.
 
     The answer to a row does not depend on the rest of the batch: --max_length counts the tokens of each row, without
     padding.
     """
-    prompts = [prompt.ids.tolist() for prompt in encode(tokenizer, queries, args.max_src_len)]
+    prompts = [prompt.ids.tolist() for prompt in encode(tokenizer, questions, args.max_src_len)]
     sampling = {}
     if args.do_sample:
         sampling = {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature}
@@ -91,12 +92,14 @@ def answer_rows(file: AnswerFile, args) -> None:
         for start in range(len(file.done), len(file.rows), args.batch_size):
             part = file.rows[start : start + args.batch_size]
             set_seed(args.seed + start)  # with --do_sample, a continued run draws the same samples
-            file.add(answer(model, tokenizer, [query_of(row) for row in part], args))
+            file.add(answer(model, tokenizer, [question_in(row) for row in part], args))
             bar.update(len(part))
 
 
-def query_of(row: dict) -> str:
-    return row["instruction"] + row["input"]
+def question_in(row: dict) -> Dialogue:
+    """What the model is asked in a row; a reference answer is no part of it."""
+    dialogue = to_dialogue(row)
+    return dialogue._replace(messages=dialogue.asked)
 
 
 def describe_run(args, rows: int, base: str, tokenizer) -> Made:
@@ -118,18 +121,17 @@ def warn_of_cuts(tokenizer, rows: list[dict], lines: list[int], max_src_len: int
     """
     cut = []
     for start in range(0, len(rows), CHUNK):
-        queries = [query_of(row) for row in rows[start : start + CHUNK]]
-        prompts = encode(tokenizer, queries, max_src_len)
+        prompts = encode(tokenizer, [question_in(row) for row in rows[start : start + CHUNK]], max_src_len)
         cut += [line for line, prompt in zip(lines[start : start + CHUNK], prompts, strict=True) if prompt.cut]
     if cut:
         where = lines_text(len(cut), cut[:FIRST])
         print(f"warning: the end of the query is cut at --max_src_len {max_src_len} in {where}")
 
 
-def encode(tokenizer, queries: list[str], max_src_len: int) -> list[Prompt]:
-    """Prompts of queries. Raises UserError if the prompt template alone is longer than max_src_len."""
+def encode(tokenizer, questions: list[Dialogue], max_src_len: int) -> list[Prompt]:
+    """Prompts of some questions. Raises UserError if the prompt template alone is longer than max_src_len."""
     try:
-        return tokenizer.encode_prompts(queries, max_src_len=max_src_len)
+        return tokenizer.encode_questions(questions, max_src_len)
     except ValueError as error:
         raise UserError(f"--max_src_len: {error}") from None
 
@@ -209,10 +211,10 @@ def main(argv=None) -> None:
         set_seed(args.seed)
         tokenizer, model = load_result(args.mode, args.model_path, args.ori_model_dir, args.device)
         if args.instruction or args.input:
-            query = args.instruction + args.input
-            if encode(tokenizer, [query], args.max_src_len)[0].cut:
+            question = question_in({"instruction": args.instruction, "input": args.input})
+            if encode(tokenizer, [question], args.max_src_len)[0].cut:
                 print(f"warning: the end of the query is cut at --max_src_len {args.max_src_len}", file=sys.stderr)
-            print(answer(model, tokenizer, [query], args)[0][0])
+            print(answer(model, tokenizer, [question], args)[0][0])
         else:
             chat(model, tokenizer, args)
 

@@ -2,11 +2,15 @@
 
     deepspeed train.py --mode glm3 --train_type lora --model_name_or_path ChatGLM3-6B/ --train_path data/spo_0.json
 
-`main` is the order of events. `TRAIN_TYPE` has one function a method.
+`train_step` is one optimiser step, `train` the order of events around it. The flags are in tuning/arguments/train.py,
+the methods in tuning/methods.py, the families in glm_models.
 """
 
+import functools
 import math
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 from tuning.arguments.parser import answer_early
 from tuning.arguments.train import parse_args, validates
@@ -20,176 +24,216 @@ use_large_pages()
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 
-from data_set import Sources, epoch_loader, load_sources
+from data_set import Sources, batch_shape, data_settings, load_sources, training_steps
 from glm_models import MODE
 from glm_models.ops import TiledMLP
-from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config, zero_layout
+from tuning.engine import patches
+from tuning.engine.ds_config import compute_dtype, ds_notes, fit_buckets, load_training_config, zero_layout
 from tuning.engine.loading import load_base, load_tokenizer
-from tuning.engine.patches import keep_freed_memory, trim_deepspeed
-from tuning.engine.saving import check_room, count_results, result_size, save
+from tuning.engine.saving import check_room, count_results, is_save_step, result_size, save
 from tuning.errors import DataError
 from tuning.exits import clear_errors
-from tuning.folders import lock_folder
 from tuning.lora.adapter import record_base
-from tuning.methods import build_model, parameter_groups
+from tuning.methods import build_model, count_parameters, parameter_groups
 from tuning.plan import planner
 from tuning.plan.planner import memory_advice, plan_setup
-from tuning.run import results
 from tuning.run.flops import matmul_peak, needed_flops
-from tuning.run.health import Peers, Watch, told_clearly
-from tuning.run.launch import check_shared, describe_devices, leaving_distributed, start_distributed
+from tuning.run.health import NO_HOOKS, Peers, StepHooks, Watch, told_clearly
+from tuning.run.launch import describe_devices, leaving_distributed, start_distributed
 from tuning.run.log import RunLog, next_steps
-from tuning.run.record import RunRecord, begin_output, check_restart, describe_run, describe_start, open_output
-from tuning.run.resume import States, check_run, ds_section
+from tuning.run.record import RunRecord, begin_output, check_resume, claim_output, describe_run, describe_start
+from tuning.run.resume import States, ds_section
 from tuning.run.validation import Validation
+from tuning.samples.batches import Batch
 from tuning.samples.check import check_data
-from tuning.samples.epochs import count_steps, plan_epoch
-from utils import device, is_main, on_rank_0, quiet, say, set_seed
+from utils import is_main, on_rank_0, quiet, say, set_seed
+
+
+def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
+    """One optimiser step of this rank. The engine accumulates, scales, clips and counts.
+
+    Args:
+        batches: the step's micro-batches, `gradient_accumulation_steps` of them.
+
+    Returns:
+        The loss of each, on the device.
+    """
+    losses = []
+    for batch in batches:
+        loss = engine(**batch.to(engine.device)).loss
+        engine.backward(loss)
+        engine.step()  # changes the weights after the last micro-batch only
+        losses.append(loss.detach())
+    return losses
+
+
+class Data(NamedTuple):
+    """What a run learns from, and how many optimiser steps an epoch of it has."""
+
+    tokenizer: object
+    config: object  # of the model
+    sources: Sources
+    epoch_steps: int
+
+
+class RunParts(NamedTuple):
+    """What goes with the engine through a run.
+
+    validation: None without held-out rows.
+    save_result: writes the model to a folder of this name in --output_dir.
+    """
+
+    log: RunLog
+    watch: Watch
+    validation: Validation | None
+    states: States
+    record: RunRecord
+    save_result: Callable[[str], None]
+
+
+def run_steps(args, engine, data: Data, parts: RunParts) -> str:
+    """The loop over all steps that are left. Returns the name of the last result."""
+    log, watch, validation, states, record, save_result = parts
+    total_steps = args.num_train_epochs * data.epoch_steps
+    result = f"epoch-{args.num_train_epochs}-step-{total_steps}"
+    for epoch, batches in training_steps(engine, data.sources, args, data.epoch_steps):
+        watch.begin_step(batches)
+        losses = train_step(engine, batches)
+        log.add(watch.end_step(losses), epoch)  # all ranks stop here if the loss went wrong
+
+        done, result = engine.global_steps, f"epoch-{epoch}-step-{engine.global_steps}"
+        saves = is_save_step(args, done, data.epoch_steps)
+        if saves:
+            save_result(result)
+        if validation and validation.due() and validation.run(epoch):  # early stopping
+            if not saves:
+                save_result(result)
+            record.start["exit"] = "stopped early"
+            break
+        if done < total_steps and (states.due() or watch.interrupted):
+            state = states.save()
+            watch.exit_if_interrupted(state)
+    return result
+
+
+def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
+    """A whole run. Returns step and loss of every line that was printed."""
+    # processes, seed, output folder
+    patches.apply()
+    start_distributed(args.verbose, args.local_rank)
+    peers = Peers()
+    set_seed(args.seed)
+    lock, state = claim_output(args)
+
+    # data, model, engine
+    data = read_data(args)
+    total_steps = args.num_train_epochs * data.epoch_steps
+    ds_config = load_training_config(args, total_steps, data.config.hidden_size)
+    for line in ds_notes(ds_config):
+        say(line)
+    dtype = compute_dtype(ds_config)
+    base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
+    run = describe_run(args, data.sources.contents, data.tokenizer, base, ds_config, zero_layout(ds_config))
+    check_resume(args, state, run)
+    engine = start_engine(args, ds_config, ds_section(state, run.ranks))
+    model = engine.module
+
+    # what goes with the engine
+    save_result = functools.partial(save, args, model, data.tokenizer, dtype, base)
+    log = RunLog(engine, args, total_steps, needed_flops(model), matmul_peak(dtype))
+    watch = Watch(engine, data.sources.data.files, math.log(data.config.vocab_size), args.skip_nonfinite, hooks)
+    resumed = {"log": log, "watch": watch}
+    validation = None
+    if validates(args):
+        validation = Validation(engine, data.tokenizer, data.sources.held_out, args, data.epoch_steps, log, save_result)
+        resumed["validation"] = validation
+    states = States(engine, resumed, run, args.output_dir, args.save_state_steps, args.save_total_limit)
+    on_rank_0(lambda: check_room(args, result_size(model, dtype), states, count_results(args, data.epoch_steps)))
+    if state:
+        states.load(state)
+    record = RunRecord(args.output_dir, describe_start(args, run, ds_config, state))
+
+    # training
+    say(f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows")
+    on_rank_0(lambda: begin_output(args, state, record))
+    patches.keep_freed_memory()
+    engine.train()
+    log.begin()
+    with record.until_the_end(), watch:
+        if validation:
+            validation.begin()
+        result = run_steps(args, engine, data, RunParts(log, watch, validation, states, record, save_result))
+    peers.close()
+    finish(args, model, result, log, validation)
+    del lock  # other runs may have the folder now
+    return log.history
+
+
+def read_data(args) -> Data:
+    """Tokenizer and rows, after the errors in the ds file: reading rows can take long."""
+    tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
+    config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
+    say(describe_devices(compute_dtype(load_training_config(args, 1, config.hidden_size))))
+    sources = load_sources(args, tokenizer)
+    return Data(tokenizer, config, sources, batch_shape(args).count_steps(len(sources.packs(1))))
+
+
+def start_engine(args, ds_config: dict, more: dict):
+    """DeepSpeed's engine around the model that the method makes of the base.
+
+    Args:
+        ds_config: gets bucket sizes that fit the model, and then `more`.
+    """
+
+    def load(**config):
+        dtype = compute_dtype(ds_config)
+        return load_base(args.mode, args.model_name_or_path, dtype, ds_config, args.attn_implementation, **config)
+
+    model = build_model(args, load)
+    if args.tiled_mlp and ds_config["zero_optimization"]["stage"] == 3:
+        deepspeed.utils.set_z3_leaf_modules(model, [TiledMLP])  # see there
+    trained, total = count_parameters(model)
+    say(f"model: {trained:,} of {total:,} parameters train ({trained / total:.2%}), in {compute_dtype(ds_config)}")
+
+    fit_buckets(ds_config, trained)
+    ds_config |= more
+    groups = parameter_groups(model, args.weight_decay)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+    engine.lr_scheduler.step(1)  # DeepSpeed's schedulers count from -1: the first two steps would have lr 0
+    return engine
+
+
+def finish(args, model, result: str, log: RunLog, validation: Validation | None) -> None:
+    """Close the files, and print what to do with the result."""
+    if validation:
+        validation.close()
+    trained, total = count_parameters(model)
+    log.close(result=result, trained=trained, parameters=total)
+    best = validation.describe_best() if validation else None
+    for line in next_steps(args, os.path.join(args.output_dir, result), best):
+        say(line)
 
 
 def check(args) -> None:
     """--check_data: needs the tokenizer, and neither other processes nor the model."""
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
-    limits = (args.max_len, args.max_src_len, args.is_skip, args.allow_empty_output, args.on_bad_row == "skip")
-    check_data(args.train_path, tokenizer, *limits, args.test_path, args.output_dir)
+    check_data(data_settings(args, args.train_path), tokenizer, args.test_path, args.output_dir)
 
 
-def train(args) -> list[tuple[int, float]]:
-    """The whole run. Returns (step, loss) of every line it showed."""
-    trim_deepspeed()
-    _, world_size = start_distributed(args.verbose, args.local_rank)
-    peers = Peers()
-    set_seed(args.seed)
-    locks = []  # held until this function returns
-    on_rank_0(lambda: locks.append(lock_folder(args.output_dir)))
-    check_shared(args.output_dir)
-    state = on_rank_0(lambda: open_output(args))
-
-    tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
-    config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
-    # the ds file first without the number of steps, which only the data tells: reading that may take long
-    dtype = compute_dtype(load_ds_config(args.ds_file, ds_values(args, world_size, 1, config.hidden_size)))
-    say(describe_devices(dtype))
-    sources = load_sources(args, tokenizer)
-    split = (args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size)
-    epoch_steps = count_steps(len(sources.packs(1)), *split)
-    total_steps = args.num_train_epochs * epoch_steps
-
-    ds_config = load_ds_config(args.ds_file, ds_values(args, world_size, total_steps, config.hidden_size))
-    for line in ds_notes(ds_config):
-        say(line)
-    dtype = compute_dtype(ds_config)
-    base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
-    layout = zero_layout(ds_config)
-    run = describe_run(args, sources.contents, tokenizer, base, ds_config, layout, world_size)
-    for change in check_run(state, run, args.resume_changed) if state else ():
-        say(f"warning: changed since {state}: {change}")
-    if args.resume_from_checkpoint and not state:
-        on_rank_0(lambda: check_restart(args.output_dir, results.find_traces(args.output_dir), run))
-
-    def load(**config):
-        return load_base(args.mode, args.model_name_or_path, dtype, ds_config, args.attn_implementation, **config)
-
-    model = build_model(args, load)
-    model.base_record = base
-    if args.tiled_mlp and model.zero3:
-        deepspeed.utils.set_z3_leaf_modules(model, [TiledMLP])  # see there
-    groups = parameter_groups(model, args.weight_decay)
-    trained = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
-    every = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    say(f"model: {trained:,} of {every:,} parameters train ({trained / every:.2%}), in {dtype}")
-
-    fit_buckets(ds_config, trained)
-    ds_config |= ds_section(state, world_size)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
-    engine.lr_scheduler.step(1)  # else the first two steps would have lr 0: DeepSpeed's schedulers count from -1
-    log = RunLog(
-        engine, args.output_dir, args.num_train_epochs, total_steps, args.show_loss_step, needed_flops(model),
-        matmul_peak(dtype),
-    )  # fmt: skip
-    watch = Watch(engine, sources.data.files, math.log(config.vocab_size), args.skip_nonfinite)
-    parts = {"log": log, "watch": watch}
-
-    def keep(name):
-        save(args, model, tokenizer, name, dtype)
-
-    validation = None
-    if validates(args):
-        rows = (sources.held_out, sources.held_out_rows, args.eval_path or args.train_path)
-        steps = (args.eval_steps or epoch_steps, total_steps)
-        validation = parts["validation"] = Validation(engine, tokenizer, *rows, args, *steps, log, lambda: keep("best"))
-    states = States(engine, parts, run, args.output_dir, args.save_state_steps, args.save_total_limit)
-    on_rank_0(lambda: check_room(args, result_size(model, dtype), states, count_results(args, epoch_steps)))
-    if state:
-        states.load(state)
-    record = RunRecord(args.output_dir, describe_start(args, run, ds_config, state))
-    say(f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows")
-
-    on_rank_0(lambda: begin_output(args, state, record))
-    keep_freed_memory()
-    engine.train()
-    result = f"epoch-{args.num_train_epochs}-step-{total_steps}"
-    log.begin()
-    with record.until_the_end(), watch:
-        if validation:
-            validation.begin()
-        for epoch, batch in training_batches(args, engine, sources, split, epoch_steps):
-            loss = engine(**watch.begin(batch).to(device())).loss
-            engine.backward(loss)
-            engine.step()
-
-            step = watch.end(loss)  # None until all micro-batches of an optimiser step are through
-            if step is None:
-                continue
-            log.add(step, epoch)
-            done, result = engine.global_steps, f"epoch-{epoch}-step-{engine.global_steps}"
-            wanted = done % epoch_steps == 0 or (args.save_model_step and done % args.save_model_step == 0)
-            if wanted:
-                keep(result)
-            if validation and validation.due() and validation.run(epoch):
-                if not wanted:
-                    keep(result)
-                record.start["exit"] = "stopped early"
-                break
-            if done < total_steps and (states.due() or watch.interrupted):
-                watch.end_if_interrupted(states.save())
-    peers.close()
-    if validation:
-        validation.close()
-    log.close(result=result, trained=trained, parameters=every)
-    best = validation.describe_best() if validation else None
-    for line in next_steps(args, os.path.join(args.output_dir, result), best):
-        say(line)
-    return log.history
-
-
-def training_batches(args, engine, sources: Sources, split, epoch_steps: int):
-    """Yield epoch and batch, each of this rank from where the engine is to the end of the run."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    pin = get_accelerator().device_name() != "cpu"
-    for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
-        plan = plan_epoch(sources.data, sources.packs(epoch), *split, args.seed, epoch, args.group_by_length)
-        todo = plan[engine.global_steps % epoch_steps :]
-        for batch in epoch_loader(sources.data, todo, rank, world_size, pin):
-            yield epoch, batch
-
-
-def main(argv=None) -> None:
+def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
     with clear_errors(DataError):
         args = parse_args(argv)
     quiet(args.verbose)
     with clear_errors(DataError), told_clearly(lambda: memory_advice(args)):
         if args.plan:
-            trim_deepspeed()
             planner.plan(args, plan_setup)
         elif args.check_data:
             if is_main():
                 check(args)
         else:
             with leaving_distributed():
-                train(args)
+                train(args, hooks)
 
 
 if __name__ == "__main__":

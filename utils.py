@@ -78,6 +78,19 @@ def on_rank_0(action):
     return _once(action, torch.distributed.get_rank() == 0)[0]
 
 
+def data_parallel_size() -> int:
+    """How many processes, or groups of them that share one copy of the model, take different rows.
+
+    All counts of rows and micro-batches use this, not the number of processes.
+    """
+    return torch.distributed.get_world_size()
+
+
+def data_parallel_rank() -> int:
+    """Number of this process, or of its group, among those that take different rows."""
+    return torch.distributed.get_rank()
+
+
 def is_main() -> bool:
     """Whether this is the process that prints and writes."""
     return int(os.environ.get("RANK", 0)) == 0

@@ -1,6 +1,6 @@
-"""The three ChatGLM families. `MODE` has one row a family; --mode of every script chooses a row.
+"""The three ChatGLM families. `MODE` has one row per family; --mode of every script selects a row.
 
-A family's code, and torch with it, is imported when its row is first read: so that scripts can answer --help at once.
+A family's code, and torch with it, is imported when its row is first read, so that scripts answer --help at once.
 """
 
 import importlib
@@ -18,7 +18,7 @@ class Families(Mapping):
     """Name -> Family.
 
     Args:
-        rows: name -> module, and in it the names of config, tokenizer and model.
+        rows: name -> module, and the names of its config, tokenizer and model class.
     """
 
     def __init__(self, rows: dict[str, tuple[str, str, str, str]]):
@@ -51,8 +51,8 @@ __all__ = ["MODE", "CheckpointError", "Families", "Family", "check_family"]
 
 
 def __getattr__(name: str):
-    """Names of modules that import torch, at their first use."""
-    home = {"CheckpointError": ".checkpoint", "check_family": ".families"}
+    """Import names from modules that need torch when they are first used."""
+    home = {"CheckpointError": ".checkpoint", "check_family": ".identify"}
     if name in home:
         return getattr(importlib.import_module(home[name], __name__), name)
     raise AttributeError(f"module {__name__} has no attribute {name}")

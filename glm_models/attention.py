@@ -1,27 +1,71 @@
-"""Which token sees which, and attention that never holds their scores.
+"""Which token sees which, and attention that never holds the scores of all pairs of tokens.
 
 Training batches are rows of whole samples end to end, without padding, and each sample attends to itself alone
 (`Segment`). Generation has rows with padding on the left, and masks (`visible_mask`).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class Segment(NamedTuple):
-    """One sample in a row of several."""
+    """One sample in a row of several samples."""
 
     tokens: int
-    context: int = 0  # so many first ones are seen by all tokens of the segment; the rest by later ones
+    context: int = 0  # the first `context` tokens are seen by all tokens of the segment, the others by later ones only
 
 
-def real_tokens(input_ids: torch.Tensor, pad_token_id: int, cached: int) -> torch.Tensor:
+class LayerInputs(NamedTuple):
+    """What a block needs beside hidden states; the same for all layers, except where `for_layer` selects.
+
+    A tuple, because the hooks of ZeRO-3 look for tensors in the tuples and lists among a module's arguments.
+
+    angles: cosine and sine of the rotary angles, as the family's `rotary_angles` gives them.
+    mask: see `visible_mask`; None for plain causal attention.
+    segments: the samples in the one row of a training batch; None for padded batches. Where given, mask is None.
+    prefix: keys and values of P-Tuning, [layers, 2, batch or segments, groups, pre_seq_len, head_dim], or None. For
+        one layer: without the first dimension.
+    cache: the key/value cache, or None.
+    keep_positions: see `select_tokens`; acts in the last block only.
+    """
+
+    angles: tuple[torch.Tensor, torch.Tensor]
+    mask: torch.Tensor | None = None
+    segments: tuple[Segment, ...] | None = None
+    prefix: torch.Tensor | None = None
+    cache: DynamicCache | None = None
+    keep_positions: torch.Tensor | None = None
+
+    def for_layer(self, layer: int, is_last: bool) -> "LayerInputs":
+        """The inputs of one layer: its part of the prefix, and keep_positions only if it is the last layer."""
+        return self._replace(
+            prefix=self.prefix[layer] if self.prefix is not None else None,
+            keep_positions=self.keep_positions if is_last else None,
+        )
+
+
+def as_segments(segments: torch.Tensor | Sequence[tuple[int, int]] | None) -> tuple[Segment, ...] | None:
+    """Segments from pairs (tokens, context), or from the tensor that `segments_tensor` makes."""
+    if segments is None:
+        return None
+    pairs = segments.tolist() if isinstance(segments, torch.Tensor) else segments
+    return tuple(Segment(*pair) for pair in pairs)
+
+
+def segments_tensor(segments: Sequence[tuple[int, int]], device: torch.device | str | None = None) -> torch.Tensor:
+    """Segments as a tensor, int64 [segments, 2]: tokens and context. In this form they can be sent to other ranks."""
+    return torch.tensor([tuple(segment) for segment in segments], dtype=torch.long, device=device).view(-1, 2)
+
+
+def default_attention_mask(input_ids: torch.Tensor, pad_token_id: int | None, cached: int) -> torch.Tensor:
     """The attention mask of ids that came without one: [batch, cached + tokens]; padding on the left is hidden.
 
-    Padding on the right needs no hiding: no earlier token sees it.
+    Padding on the right need not be hidden: no earlier token sees it.
     """
     mask = (
         (input_ids != pad_token_id).long().cummax(1).values if pad_token_id is not None else torch.ones_like(input_ids)
@@ -40,14 +84,14 @@ def visible_mask(
     """Which key each query may see, one mask for all layers.
 
     Args:
-        queries: number of query tokens, the last of the keys.
+        queries: number of query tokens; they are the last of the keys.
         attention_mask: [batch, keys], 1 real, 0 padding; None where no key is hidden.
-        prefix: the P-Tuning prefix; seen by every query.
-        context: [batch], so many first tokens are seen by every query.
+        prefix: the P-Tuning prefix, [..., pre_seq_len, head_dim]; seen by every query.
+        context: [batch], number of first tokens that every query sees.
 
     Returns:
-        [batch or 1, 1, queries, pre_seq_len + keys]: bool for sdpa, additive of `dtype` for eager; None where plain
-        causal attention is meant.
+        [batch or 1, 1, queries, pre_seq_len + keys]: bool for sdpa, additive of `dtype` for eager; None for plain
+        causal attention.
     """
     if attention_mask is None and prefix is None and context is None:
         return None
@@ -75,37 +119,37 @@ def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     return x.unflatten(-1, (-1, head_dim))
 
 
-def attend(module, q, k, v, mask, prefix, cache) -> torch.Tensor:
-    """Attention of one layer through transformers' registry of implementations.
+def attention_forward(module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+    """Attention of one layer, by an implementation of transformers' registry.
+
+    The prefix goes in front of the keys and values here, not through the cache: transformers drops the cache under
+    gradient checkpointing, and the prefix would lose its gradient.
 
     Args:
         module: has config, layer_idx, scaling, is_causal.
         q, k, v: [batch, tokens, heads, head_dim]; k and v may have fewer heads (groups).
-        mask: of `visible_mask`, or a list of Segments that fills the one row there is.
-        prefix: [2, batch or segments, groups, pre_seq_len, head_dim] or None. It goes in front of the keys and
-            values here, and never through the cache: transformers drops a cache under gradient checkpointing, and its
-            gradient with it.
-        cache: updated with k and v.
+        inputs: of this layer; its cache is updated with k and v.
 
     Returns:
         [batch, tokens, heads * head_dim].
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if isinstance(mask, list):
-        return _attend_segments(module, q, k, v, mask, prefix).flatten(2)
+    prefix, cache = inputs.prefix, inputs.cache
+    if inputs.segments is not None:
+        return _segment_attention(module, q, k, v, inputs.segments, prefix).flatten(2)
     if cache is not None:
         k, v = cache.update(k, v, module.layer_idx)
     if prefix is not None:
         k, v = torch.cat((prefix[0], k), dim=2), torch.cat((prefix[1], v), dim=2)
-    return _attention(module, q, k, v, mask).flatten(2)
+    return _attention(module, q, k, v, inputs.mask).flatten(2)
 
 
-def takes_groups(device: torch.device, dtype: torch.dtype) -> bool:
+def has_grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch has a kernel that takes grouped keys and values and never holds the scores.
 
-    On CUDA that is flash attention alone, which needs half precision and compute capability 8.0. The memory-efficient
-    kernel, which older GPUs and float32 have, wants as many heads of keys as of queries; without it torch takes plain
-    operations, which hold the scores in float32 several times: 1.5 GiB for 2,048 tokens and 32 heads.
+    On CUDA only flash attention does; it needs half precision and compute capability 8.0. The memory-efficient kernel,
+    for older GPUs and float32, needs as many key heads as query heads; without it torch falls back to plain operations,
+    which hold the scores in float32 several times: 1.5 GiB for 2,048 tokens and 32 heads.
     """
     if device.type != "cuda":
         return True
@@ -115,23 +159,23 @@ def takes_groups(device: torch.device, dtype: torch.dtype) -> bool:
 def _attention(module, q, k, v, mask, is_causal=None) -> torch.Tensor:
     groups = q.shape[1] // k.shape[1]
     sdpa = module.config._attn_implementation == "sdpa"
-    if groups > 1 and mask is None and sdpa and not takes_groups(q.device, q.dtype):
+    if groups > 1 and mask is None and sdpa and not has_grouped_kernel(q.device, q.dtype):
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         is_causal = q.shape[2] > 1 if is_causal is None else is_causal
-        # transformers' function would ask for groups all the same
+        # transformers' function would still ask for grouped keys
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=module.scaling).transpose(1, 2)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
     return function(module, q, k, v, mask, scaling=module.scaling, dropout=0.0, is_causal=is_causal)[0]
 
 
-def _attend_segments(module, q, k, v, segments, prefix) -> torch.Tensor:
-    """Each segment by itself, with kernels that know two patterns only: all see all, and the square causal one.
+def _segment_attention(module, q, k, v, segments, prefix) -> torch.Tensor:
+    """Each segment by itself. The kernels know two patterns only: every query sees every key, and square causal.
 
-    A prefix becomes the first keys of a square whose first queries are zeros and are dropped. A context is attended to
-    twice, as part of the square for the answer's sake and by itself; a mask would cost tokens^2 bytes instead.
+    A prefix becomes the first keys of a square whose first queries are zeros, and their outputs are dropped. A context
+    is computed twice: as part of the square for the answer, and by itself. A mask would cost tokens^2 bytes instead.
     """
     outputs = []
-    # split, not sliced: the gradient of a slice is as large as the whole
+    # split, not slices: the gradient of a slice is as large as the whole tensor
     parts = zip(*(x.split([segment.tokens for segment in segments], dim=2) for x in (q, k, v)), strict=True)
     for i, ((tokens, context), (query, key, value)) in enumerate(zip(segments, parts, strict=True)):
         before = 0
@@ -148,7 +192,7 @@ def _attend_segments(module, q, k, v, segments, prefix) -> torch.Tensor:
 
 
 def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, is_causal=None, **_):
-    """Attention spelled out, for --attn_implementation eager; arguments as the registry's other functions take them."""
+    """Attention in plain operations, for --attn_implementation eager; arguments as in transformers' registry."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = (query * scaling) @ key.transpose(2, 3)  # scaled first: in float16 the product could overflow

@@ -1,133 +1,97 @@
-"""`chat` and `stream_chat` of the three families, on top of transformers' `generate`."""
+"""The official chat methods of the three families: `chat` and `stream_chat`."""
 
-import contextlib
-import queue
-import threading
+from typing import ClassVar
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
-from transformers.generation.streamers import BaseStreamer
 
+from .generation import stream_ids
 
-class TokenQueue(BaseStreamer):
-    """Hands generated ids, one at a time, to another thread."""
-
-    def __init__(self):
-        self.queue = queue.SimpleQueue()
-        self.is_prompt = True
-
-    def put(self, value: torch.Tensor):
-        if self.is_prompt:  # generate sends the prompt first
-            self.is_prompt = False
-            return
-        self.queue.put(int(value.reshape(-1)[0]))
-
-    def end(self):
-        pass  # stream_ids sends the end itself, after an error too
-
-
-class Abandoned(StoppingCriteria):
-    """Stops generation once nobody reads it any more."""
-
-    def __init__(self):
-        self.event = threading.Event()
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
-
-
-def stream_ids(model, stop_ids: list[int], **kwargs):
-    """Yield the ids that `model.generate(**kwargs)` makes for a batch of one, as they come, stop id included.
-
-    generate runs in a thread of its own; its errors are raised here, and leaving this generator early stops it.
-    """
-    tokens, abandoned = TokenQueue(), Abandoned()
-    criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or []), abandoned])
-
-    def run():
-        outcome = None
-        try:
-            model.generate(streamer=tokens, stopping_criteria=criteria, eos_token_id=stop_ids, **kwargs)
-        except BaseException as error:  # handed over, not swallowed
-            outcome = error
-        tokens.queue.put(outcome)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while isinstance(item := tokens.queue.get(), int):
-            yield item
-        if item is not None:
-            raise item
-    finally:
-        abandoned.event.set()
-        thread.join()
-
-
-@contextlib.contextmanager
-def padded_batches(config):
-    """Attention that takes the masks of padded batches. flash-attn's does not: training never has any."""
-    before = config._attn_implementation
-    if before == "flash_attention_2":
-        config._attn_implementation = "sdpa"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-@torch.no_grad()
-def generate_ids(
-    model, tokenizer, prompts: list[list[int]], limits: list[int], **options
-) -> list[tuple[list[int], bool]]:
-    """Ids of answers to a batch of prompts, each with whether it ended by itself; greedy unless options say otherwise.
-
-    The token that ended it is not among them.
-
-    A row's answer does not depend on the rows beside it.
-
-    Args:
-        prompts: ids, of any lengths.
-        limits: most ids of each answer, at least 1.
-        options: further arguments of `generate`.
-    """
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-    stop = tokenizer.stop_token_ids
-    options = {"do_sample": False, "use_cache": True, "max_new_tokens": max(limits)} | options
-    with padded_batches(model.config):
-        output = model.generate(**batch, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, **options)
-    answers = []
-    for limit, ids in zip(limits, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-        ids = ids[:limit]
-        end = next((i for i, token in enumerate(ids) if token in stop), None)
-        answers.append((ids[:end], end is not None))
-    return answers
-
-
-def generate_answers(model, tokenizer, prompts, limits, **options) -> list[tuple[str, bool]]:
-    """`generate_ids`, as texts."""
-    answers = generate_ids(model, tokenizer, prompts, limits, **options)
-    return [(tokenizer.decode_answer(ids), ended) for ids, ended in answers]
+OFFICIAL = object()  # default of an argument whose official value differs between the families
 
 
 class ChatMixin:
-    """Turns prompts into replies. The families add the official signatures, and their ways with history."""
+    """`chat` and `stream_chat` for a model that can `generate`.
 
-    @staticmethod
-    def sampling(do_sample: bool, top_p: float, temperature: float) -> dict:
-        """generate's arguments; greedy decoding has no top_p and temperature."""
-        if not do_sample:
-            return {"do_sample": False}
-        return {"do_sample": True, "top_p": top_p, "temperature": temperature}
+    The families give the official values in `chat_defaults`, `process_response`, and other forms of history.
+    """
+
+    chat_defaults: ClassVar[dict]  # official max_length, top_p and temperature
+
+    def chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list | None = None,
+        max_length: int | None = OFFICIAL,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float = OFFICIAL,
+        temperature: float = OFFICIAL,
+        logits_processor=None,
+        *,
+        role: str | None = None,
+        **kwargs,
+    ) -> tuple:
+        """Answer one query, as the official model does.
+
+        Args:
+            history: earlier turns, in the family's form; see its tokenizer's `encode_prompts`.
+            max_length: maximum tokens of prompt and answer together; None for no limit.
+            role: who asks, for families with roles.
+            kwargs: more arguments of `generate`.
+
+        Returns:
+            The answer and a new history; the history passed in is not changed.
+
+        Raises:
+            ValueError: the prompt leaves no room for an answer, or the history has another form.
+        """
+        options = self._chat_options(max_length, do_sample, top_p, temperature) | kwargs
+        return self._reply(tokenizer, query, history, logits_processor, role, num_beams=num_beams, **options)
+
+    def stream_chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list | None = None,
+        past_key_values: DynamicCache | None = None,
+        max_length: int | None = OFFICIAL,
+        do_sample: bool = True,
+        top_p: float = OFFICIAL,
+        temperature: float = OFFICIAL,
+        logits_processor=None,
+        return_past_key_values: bool = False,
+        *,
+        role: str | None = None,
+        **kwargs,
+    ):
+        """As `chat`, but a generator of (answer so far, new history) after each token.
+
+        With `return_past_key_values` the key/value cache comes third. Passed back as `past_key_values` with the next
+        query, only the new part of the conversation is computed.
+        """
+        options = self._chat_options(max_length, do_sample, top_p, temperature) | kwargs
+        for *answer, cache in self._stream_reply(
+            tokenizer, query, history, logits_processor, role, past_key_values, **options
+        ):
+            yield (*answer, cache) if return_past_key_values else tuple(answer)
 
     def extend_history(self, history, query: str, response: str):
-        """The answer as shown, and a new history that holds it."""
+        """The answer as shown to the user, and a new history that includes it."""
         response = self.process_response(response)
         return response, [*(history or []), (query, response)]
 
-    def _inputs(self, tokenizer, query, history, max_length, logits_processor, **role):
-        """generate's arguments for a prompt; max_length counts prompt and answer."""
+    def _chat_options(self, max_length, do_sample: bool, top_p, temperature) -> dict:
+        """Arguments of `generate`, official where not given; greedy decoding has no top_p and temperature."""
+        given = {"max_length": max_length, "top_p": top_p, "temperature": temperature}
+        values = {key: self.chat_defaults[key] if value is OFFICIAL else value for key, value in given.items()}
+        if not do_sample:
+            values = {"max_length": values["max_length"]}
+        return values | {"do_sample": do_sample}
+
+    def _inputs(self, tokenizer, query, history, max_length, logits_processor, **role) -> dict:
+        """Arguments of `generate` for a prompt; max_length counts prompt and answer."""
         ids = tokenizer.encode_prompt(query, history, **role)
         input_ids = torch.tensor([ids], device=self.device)
         pad = tokenizer.pad_token_id
@@ -141,22 +105,22 @@ class ChatMixin:
         return inputs
 
     @torch.inference_mode()
-    def reply(self, tokenizer, query, history, max_length, logits_processor, role=None, **kwargs):
+    def _reply(self, tokenizer, query, history, logits_processor, role, *, max_length, **kwargs):
         """Generate one answer. Returns it and the new history."""
         role = {"role": role} if role else {}
         inputs = self._inputs(tokenizer, query, history, max_length, logits_processor, **role)
         stop_ids = tokenizer.stop_token_ids
         ids = self.generate(**inputs, eos_token_id=stop_ids, **kwargs)[0].tolist()[inputs["input_ids"].shape[1] :]
-        if ids and ids[-1] in stop_ids:  # only then: at max_length the last id belongs to the answer
+        if ids and ids[-1] in stop_ids:  # at max_length the last id belongs to the answer
             ids = ids[:-1]
         return self.extend_history(history, query, tokenizer.decode(ids), **role)
 
-    def stream_reply(self, tokenizer, query, history, max_length, logits_processor, cache=None, role=None, **kwargs):
+    def _stream_reply(self, tokenizer, query, history, logits_processor, role, cache, *, max_length, **kwargs):
         """Yield (answer so far, history with it, key/value cache) after each token."""
         role = {"role": role} if role else {}
         inputs = self._inputs(tokenizer, query, history, max_length, logits_processor, **role)
         prompt = inputs["input_ids"][0].tolist()
-        cache = _continue(cache, prompt)
+        cache = _reuse_cache(cache, prompt)
         stop_ids = tokenizer.stop_token_ids
         ids = []
         held_back = False
@@ -168,12 +132,12 @@ class ChatMixin:
             held_back = text.endswith("\ufffd") and token not in stop_ids  # in the middle of a character
             if not held_back:
                 yield *self.extend_history(history, query, text, **role), cache
-        if held_back:  # max_length came there: the last answer is the one that `chat` gives
+        if held_back:  # max_length was reached there: the last answer must be the one that `chat` gives
             yield *self.extend_history(history, query, text, **role), cache
 
 
-def _continue(cache, prompt: list[int]) -> DynamicCache:
-    """Cut a cache of an earlier turn back to what it has in common with this prompt; a new one for None.
+def _reuse_cache(cache: DynamicCache | None, prompt: list[int]) -> DynamicCache:
+    """Cut the cache of an earlier turn back to what it has in common with this prompt; a new cache for None.
 
     Raises:
         ValueError: the cache is not one that stream_chat returned.
@@ -183,10 +147,10 @@ def _continue(cache, prompt: list[int]) -> DynamicCache:
     if not hasattr(cache, "input_ids"):
         raise ValueError("past_key_values must be a cache that stream_chat returned with return_past_key_values=True")
     common = 0
-    # at least the last token of the prompt must be computed anew: its logits are wanted
+    # the last token of the prompt must always be computed: its logits give the first token of the answer
     for mine, theirs in zip(prompt[:-1], cache.input_ids[: cache.get_seq_length()], strict=False):
         if mine != theirs:
             break
         common += 1
-    cache.crop(common - cache.get_seq_length())  # a negative number: so many tokens less
+    cache.crop(common - cache.get_seq_length())  # a negative number: remove that many tokens
     return cache

@@ -1,6 +1,5 @@
 """Official checkpoint folders: reading and writing their files, and the fingerprint of the weights."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,14 +11,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import MODE
+from .families import FAMILIES
 
-# Types that weights on disk may have, by their name in safetensors.
+# The types that weights on disk may have, with their names in safetensors.
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
 DTYPES |= {torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-# Control characters of all kinds: they could clear a terminal, or forge a second line.
+# Unicode categories of control characters, which could clear a terminal or fake a second line.
 UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
@@ -38,14 +38,14 @@ def printable(text: str) -> str:
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in UNPRINTABLE else c for c in text)
 
 
-def shown(value) -> str:
-    """A value from a file, for a message: short, and printable on any terminal."""
+def short_repr(value) -> str:
+    """A value from a file for use in a message: short, and printable on any terminal."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def check_download(path: str) -> None:
-    """Refuse what failed downloads leave in the place of a file. Broken files of other kinds are left to their readers.
+    """Refuse what a failed download leaves in place of a file. The readers of a file find other damage.
 
     Raises:
         CheckpointError: the file is empty, a git-lfs pointer or a web page, or cannot be read.
@@ -57,7 +57,7 @@ def check_download(path: str) -> None:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     start = head.lstrip().lower()
     if not head:
-        raise CheckpointError(f"{path} is empty: the download broke off; download the file again")
+        raise CheckpointError(f"{path} is empty: the download was interrupted; download the file again")
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(
             f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder, or download it again"
@@ -67,7 +67,7 @@ def check_download(path: str) -> None:
 
 
 def read_json(path: str) -> dict:
-    """A json file that must hold an object.
+    """The object in a json file.
 
     Raises:
         CheckpointError: unreadable, not json, or not an object.
@@ -88,10 +88,10 @@ def read_json(path: str) -> dict:
 
 
 def weight_files(folder: str) -> list[str]:
-    """The weight files of a checkpoint folder, safetensors before .bin; all of them lie in the folder itself.
+    """The weight files of a checkpoint folder; safetensors are preferred to .bin.
 
     Raises:
-        CheckpointError: there are none, or the index is broken, leads out of the folder or names a missing file.
+        CheckpointError: there are none, or the index is broken, points outside the folder or names a missing file.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         path = os.path.join(folder, single)
@@ -103,7 +103,7 @@ def weight_files(folder: str) -> list[str]:
 
 
 def _weight_map(folder: str, single: str) -> dict[str, str]:
-    """The file of each weight, as the index of model.safetensors or pytorch_model.bin has it."""
+    """The file of each weight, from the index of model.safetensors or pytorch_model.bin."""
     path = os.path.join(folder, single + ".index.json")
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -111,20 +111,20 @@ def _weight_map(folder: str, single: str) -> dict[str, str]:
     suffix = os.path.splitext(single)[1]
     for name, file in weight_map.items():
         if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(suffix):
-            raise CheckpointError(f"{path}: {name} is said to be in {file!r}, which is no {suffix} file of this folder")
+            raise CheckpointError(f"{path}: {name} should be in {file!r}, which is not a {suffix} file of this folder")
         if not os.path.isfile(os.path.join(folder, file)):
-            raise CheckpointError(f"{path} names {file}, which is not there")
+            raise CheckpointError(f"{path} names {file}, which is missing")
     return weight_map
 
 
 class WeightFile:
-    """A weights file, memory-mapped: pages are read as tensors are. Nothing is unpickled but tensors.
+    """A memory-mapped weights file: a page is read when its tensor is. Only tensors are unpickled.
 
     Args:
         path: a .safetensors file, or a .bin that torch.save wrote.
 
     Raises:
-        CheckpointError: broken, or holds anything but dense tensors of the types in DTYPES.
+        CheckpointError: it is broken, or holds something other than dense tensors of the types in DTYPES.
     """
 
     def __init__(self, path: str):
@@ -134,19 +134,19 @@ class WeightFile:
             try:
                 self.file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is broken or no weights file; download it again ({error})") from None
+                raise CheckpointError(f"{path} is broken or not a weights file; download it again ({error})") from None
             self.names, self.get = list(self.file.keys()), self.file.get_tensor
         else:
             try:
-                mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote others
+                mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            except Exception as error:  # a broken pickle can raise anything; torch's text tells how to load it unsafely
+            except Exception as error:  # a broken pickle can raise anything; torch's message suggests unsafe loading
                 kind = type(error).__name__
                 raise CheckpointError(
                     f"{path} is broken, or holds more than tensors; not loaded ({kind}). Download it again"
                 ) from None
             if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-                raise CheckpointError(f"{path} is no weights file: it does not hold tensors by name")
+                raise CheckpointError(f"{path} is not a weights file: it does not hold tensors by name")
             self.names, self.get = list(tensors), tensors.__getitem__
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -157,18 +157,18 @@ class WeightFile:
         plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.dtype not in DTYPES:
             what = f"tensor of type {tensor.dtype}" if plain else type(tensor).__name__
-            raise CheckpointError(f"{self.path}: {name} is a {what}, no dense tensor of a known type")
-        # a view that repeats numbers may be far larger than its file
+            raise CheckpointError(f"{self.path}: {name} is a {what}, not a dense tensor of a known type")
+        # an expanded view may be far larger than its file
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"{self.path}: {name} is larger than its storage")
         return tensor.detach()
 
 
 def weight_layout(folder: str) -> dict[str, dict[str, tuple[torch.dtype, torch.Size]]]:
-    """Type and shape of every weight of a folder, by file and name; no weight is read.
+    """Type and shape of every weight of a folder: file -> name -> (type, shape). No weight is read.
 
     Raises:
-        CheckpointError: a file is missing or broken, or does not hold what the index says.
+        CheckpointError: a file is missing or broken, or does not match the index.
     """
     files = weight_files(folder)
     single = "model.safetensors" if files[0].endswith(".safetensors") else "pytorch_model.bin"
@@ -182,7 +182,7 @@ def weight_layout(folder: str) -> dict[str, dict[str, tuple[torch.dtype, torch.S
                 raise CheckpointError(f"{name} is both in {seen[name]} and in {path}")
     for name, file in weight_map.items():
         if name not in layout[os.path.join(folder, file)]:
-            raise CheckpointError(f"{os.path.join(folder, file)} does not hold {name}, which the index says is in it")
+            raise CheckpointError(f"{os.path.join(folder, file)} does not hold {name}, although the index says so")
     return layout
 
 
@@ -198,48 +198,8 @@ def read_weights(folder: str):
             yield name, file[name]
 
 
-# Of a config: what a network computes from its weights depends on these.
-CONFIG_KEYS = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size")
-CONFIG_KEYS += ("ffn_hidden_size", "kv_channels", "multi_query_attention", "multi_query_group_num", "rope_ratio")
-CONFIG_KEYS += ("layernorm_epsilon", "position_encoding_2d", "gmask_token_id", "mask_token_id")
-CONFIG_KEYS += ("tie_word_embeddings", "pre_seq_len", "prefix_projection")
-BLOCKS, BLOCK = 16, 64  # of each weight, so many places, and so many numbers at each
-
-
-def describe_base(mode: str, folder: str) -> dict:
-    """What a checkpoint is, however it is sharded and whether it is safetensors or .bin.
-
-    The fingerprint is a hash of names, shapes, types and samples of all weights: 16 evenly spaced runs of 64 numbers
-    each, a few thousand pages of a 12 GB checkpoint. It tells apart models of which all numbers of a weight differ, as
-    after any training; not such that differ in a few numbers or rows alone, where the samples miss them.
-
-    Returns:
-        mode, config (the keys that change what the network computes), fingerprint.
-
-    Raises:
-        CheckpointError: of another family, or broken.
-    """
-    from .families import check_family  # here, not above: it imports this module
-
-    check_family(folder, mode, need=("config",))
-    config = MODE[mode].config.from_pretrained(folder)
-    digests = {}
-    for name, tensor in read_weights(folder):
-        if name.endswith("inv_freq"):  # computed, never read: some official files hold them, some do not
-            continue
-        flat = tensor.reshape(-1)
-        digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        for i in range(BLOCKS):
-            start = max(0, len(flat) - BLOCK) * i // (BLOCKS - 1)
-            digest.update(flat[start : start + BLOCK].contiguous().view(torch.uint8).numpy())
-        digests[name] = digest.hexdigest()
-    fingerprint = hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
-    values = {key: getattr(config, key) for key in CONFIG_KEYS if hasattr(config, key)}
-    return {"mode": mode, "config": values, "fingerprint": fingerprint}
-
-
 def write_json(path: str, content) -> None:
-    """Write json as the official folders have it: indented, Chinese as it is."""
+    """Write json in the style of the official folders: indented, Chinese not escaped."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file, ensure_ascii=False, indent=2)
         file.write("\n")
@@ -249,18 +209,19 @@ def write_weights(folder: str, tensors, total_bytes: int, max_shard_bytes: int =
     """Write safetensors in the layout that transformers reads: one file, or shards with an index.
 
     Args:
-        tensors: an iterator of (name, tensor on the CPU). Only one shard is held at a time.
-        total_bytes: size of all tensors together, for the index.
+        tensors: an iterator of (name, tensor on the CPU). Only one shard is held in memory.
+        total_bytes: size of all tensors, for the index.
+        max_shard_bytes: maximum size of a shard, except for a single larger tensor.
     """
     shard: dict[str, torch.Tensor] = {}
-    names: list[list[str]] = []  # of the tensors in each file written
+    names: list[list[str]] = []  # names of the tensors in each file
     size = 0
 
     def flush():
         names.append(list(shard))
         path = os.path.join(folder, f"shard-{len(names)}")
         save_file(shard, path, metadata={"format": "pt"})
-        os.chmod(path, 0o644)  # save_file makes files that only their owner may read
+        os.chmod(path, 0o644)  # save_file makes files that only the owner can read
         shard.clear()
 
     for name, tensor in tensors:
@@ -268,7 +229,7 @@ def write_weights(folder: str, tensors, total_bytes: int, max_shard_bytes: int =
         if shard and size + nbytes > max_shard_bytes:
             flush()
             size = 0
-        # a copy: save_file refuses views of shared memory, and the caller may reuse a gathered buffer
+        # a copy: save_file refuses views of shared memory, and the caller may reuse its buffer
         shard[name] = tensor.detach().clone().contiguous()
         size += nbytes
     flush()
@@ -288,14 +249,17 @@ def write_weights(folder: str, tensors, total_bytes: int, max_shard_bytes: int =
 
 
 def write_safetensors(path: str, layout: dict[str, tuple[torch.dtype, torch.Size]], parts) -> None:
-    """Write one safetensors file without ever holding it: https://huggingface.co/docs/safetensors, "Format".
+    """Write one safetensors file without holding it in memory: https://huggingface.co/docs/safetensors, "Format".
 
     Args:
         layout: type and shape of each tensor.
-        parts: name -> an iterator of tensors on the CPU whose numbers, one after the other, are the tensor's.
+        parts: name -> an iterator of CPU tensors that together, in order, hold the values of the tensor.
+
+    Raises:
+        ValueError: the parts of a tensor do not have its size.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    names = sorted(layout, key=lambda name: -layout[name][0].itemsize)  # so that each is aligned to its type
+    names = sorted(layout, key=lambda name: -layout[name][0].itemsize)  # so each tensor is aligned to its type
     for name in names:
         dtype, shape = layout[name]
         start, end = end, end + shape.numel() * dtype.itemsize
@@ -308,25 +272,31 @@ def write_safetensors(path: str, layout: dict[str, tuple[torch.dtype, torch.Size
             for part in parts(name):
                 file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy())
             if file.tell() != 8 + len(text) + header[name]["data_offsets"][1]:
-                raise ValueError(f"the parts of {name} are not of its size")
+                raise ValueError(f"the parts of {name} do not have its size")
 
 
-# Of generation_config.json, what a result says as its base does: other keys make programs load code or other models.
+# Keys of generation_config.json that are copied into results; others make programs load code or other models.
 GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "max_length", "max_new_tokens")
 GENERATION_KEYS += ("num_beams", "temperature", "top_k", "top_p", "repetition_penalty", "transformers_version")
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def write_side_files(folder: str, base: str, mode: str, dtype: torch.dtype, stop_ids: list[int], **changes) -> None:
-    """Write all that a model folder holds besides weights: config, tokenizer, generation config, official code.
+    """Write all files of a model folder except the weights: config, tokenizer, generation config, official code.
 
-    config.json is the base's own with `changes`, so that official code and other tools find every key, `architectures`
-    and `auto_map` where they look for them. `_name_or_path` names the official model of the family: other programs know
-    the vocabulary by it, and a base that transformers wrote names a folder of another machine there.
+    config.json is that of the base with `changes`, so that official code and other tools find every key, also
+    `architectures` and `auto_map`. `_name_or_path` names the official model of the family: other programs recognise the
+    vocabulary by it, and in a base that transformers wrote it would name a folder of another machine.
+
+    Args:
+        base: the folder of the base model.
+        dtype: of the weights.
+        stop_ids: ids that end an answer.
+        changes: keys of config.json to override.
     """
     content = read_json(os.path.join(base, "config.json"))
     content = {key: value for key, value in content.items() if MODE[mode].config.hands_on(key)}
-    official = f"THUDM/{MODE[mode].config.title.lower()}"
+    official = f"THUDM/{FAMILIES[mode].title.lower()}"
     if official not in str(content.get("_name_or_path")):
         changes["_name_or_path"] = official
     content |= {"torch_dtype": str(dtype).removeprefix("torch."), **changes}

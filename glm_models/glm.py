@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin
-from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .attention import Segment, attend, real_tokens, split_heads, visible_mask
-from .chat import ChatMixin
-from .checkpoint import CheckpointError, shown
+from .attention import LayerInputs, attention_forward, default_attention_mask, split_heads, visible_mask
+from .chat import OFFICIAL, ChatMixin
+from .checkpoint import CheckpointError, short_repr
 from .config import ChatGLMConfigBase
-from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output, take
-from .ops import OutputLayer, TiledMLP, rotary, through
+from .families import FAMILIES
+from .modeling import Block, LanguageModelMixin, PrefixEncoder, TransformerMixin, select_tokens
+from .ops import OutputLayer, TiledMLP, linear_of_recomputed
+from .pretrained import ChatGLMPreTrainedModel
+from .rotary import apply_rotary, glm_angles, glm_rotate
 from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt, add_pieces, check_pairs
 
 
@@ -28,8 +29,7 @@ class GLMConfig(ChatGLMConfigBase):
 
     model_type = "chatglm"
     attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
-    title: ClassVar[str] = "ChatGLM-6B"
-    telling_keys: ClassVar[frozenset] = frozenset(("inner_hidden_size", "max_sequence_length", "position_encoding_2d"))
+    title: ClassVar[str] = FAMILIES["glm"].title
 
     vocab_size: int = 130528
     hidden_size: int = 4096
@@ -39,18 +39,18 @@ class GLMConfig(ChatGLMConfigBase):
     layernorm_epsilon: float = 1e-5
     max_sequence_length: int = 2048
     position_encoding_2d: bool = True
-    # In all releases these two lie four and three below bos; the first has vocab_size 150528 and names neither of them.
+    # In all releases these are bos - 4 and bos - 3; the config of the first (vocab_size 150528) does not contain them.
     mask_token_id: int | None = None
     gmask_token_id: int | None = None
     bos_token_id: int = 130004
     eos_token_id: int | list[int] | None = 130005
-    pad_token_id: int | None = None  # 3, or 20003 where the ids of 20000 image tokens lie before those of text
+    pad_token_id: int | None = None  # 3, or 20003 with 20000 ids of image tokens before those of text
     use_cache: bool = True
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     prefix_dropout: float = 0.1
     quantization_bit: int = 0
-    # The official config does not say, and means true (transformers 4 tied by default, transformers 5 does not).
+    # Not in the official config, which means true (the default of transformers 4, but not of transformers 5).
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
 
@@ -65,29 +65,28 @@ class GLMConfig(ChatGLMConfigBase):
         pairs = 4 if self.position_encoding_2d else 2  # each axis rotates pairs
         if self.hidden_size % (self.num_attention_heads * pairs):
             raise CheckpointError(
-                f"hidden_size {self.hidden_size} is no multiple of {pairs} x num_attention_heads "
+                f"hidden_size {self.hidden_size} is not a multiple of {pairs} x num_attention_heads "
                 f"{self.num_attention_heads}"
             )
 
 
-MOST_IMAGES = 10**6
+MAXIMUM_IMAGES = 10**6
 
 
 class GLMTokenizer(ChatGLMTokenizerBase):
-    """ice_text.model; `num_image_tokens` ids (20000 in the oldest checkpoints) lie before those of text.
+    """ice_text.model, with `num_image_tokens` ids (20000 in the oldest checkpoints) before those of text.
 
-    The ice_text.model of the first release ends with the last piece of text; what later ones have behind it, special
-    tokens, pieces for white space and bytes, the official code of that time added while loading, and so it is here.
+    The ice_text.model of the first release has only the pieces of text. The official code of that time added special
+    tokens, pieces for white space and bytes when it loaded the file, and so does this class; later files contain them.
     """
 
     mode = "glm"
-    code_sign = "ice_text"
-    vocab_files_names = {"vocab_file": "ice_text.model"}
+    vocab_files_names = {"vocab_file": FAMILIES["glm"].vocabulary}
     model_input_names = ["input_ids", "attention_mask"]
     MAX_BLANKS = 80  # the longest run of spaces that has a piece of its own
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
     names = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "pad": "<pad>", "unk": "<unk>", "gmask": "[gMASK]"}
-    more_names = {"gmask_token": "[gMASK]", "end_token": "</s>"}  # that transformers does not know
+    more_names = {"gmask_token": "[gMASK]", "end_token": "</s>"}  # not known to transformers
 
     def __init__(self, vocab_file, num_image_tokens=20000, **kwargs):
         self.num_image_tokens = num_image_tokens
@@ -101,16 +100,20 @@ class GLMTokenizer(ChatGLMTokenizerBase):
     def read_settings(cls, settings: dict) -> dict:
         for key in ("do_lower_case", "remove_space"):
             if settings.get(key):
-                raise CheckpointError(f"{key} {shown(settings[key])} is not supported; the official value is false")
+                raise CheckpointError(
+                    f"{key} {short_repr(settings[key])} is not supported; the official value is false"
+                )
         for name, right in (cls.names | {"end": "</s>"}).items():
             given = settings.get(f"{name}_token")
             token = given.get("content") if isinstance(given, dict) else given
-            # in the first release eop_token names what ends an answer
+            # in the first release the token that ends an answer is called eop_token
             if token not in (None, right) and not (name == "eos" and settings.get("eop_token") == right):
-                raise CheckpointError(f"{name}_token {shown(token)} is not supported, only {right}")
+                raise CheckpointError(f"{name}_token {short_repr(token)} is not supported, only {right}")
         images = settings.get("num_image_tokens", 20000)
-        if type(images) is not int or not 0 <= images <= MOST_IMAGES:
-            raise CheckpointError(f"num_image_tokens {shown(images)} must be a whole number up to {MOST_IMAGES}")
+        if type(images) is not int or not 0 <= images <= MAXIMUM_IMAGES:
+            raise CheckpointError(
+                f"num_image_tokens {short_repr(images)} must be a whole number up to {MAXIMUM_IMAGES}"
+            )
         return {"num_image_tokens": images}
 
     def _complete_vocabulary(self) -> None:
@@ -119,7 +122,7 @@ class GLMTokenizer(ChatGLMTokenizerBase):
             return
         if any(known):
             missing = self.special_tokens[known.index(False)]
-            raise CheckpointError(f"{self.vocab_file} has no {missing}: not the vocabulary of {GLMConfig.title}")
+            raise CheckpointError(f"{self.vocab_file} has no {missing}: it is not the vocabulary of {GLMConfig.title}")
         blanks = [f"<|blank_{count}|>" for count in range(2, self.MAX_BLANKS + 1)]
         add_pieces(self.sp_model, self.special_tokens, ("<|tab|>", *blanks))
 
@@ -136,7 +139,7 @@ class GLMTokenizer(ChatGLMTokenizerBase):
         return self._convert_token_to_id(self.gmask_token)
 
     def _to_pieces_text(self, text: str) -> str:
-        """White space that SentencePiece would lose, written as the vocabulary's own pieces for it."""
+        """Replace white space that SentencePiece would lose by the vocabulary's pieces for it."""
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
         if "  " not in text:
             return text
@@ -150,7 +153,7 @@ class GLMTokenizer(ChatGLMTokenizerBase):
 
     @property
     def special_texts(self) -> list[str]:
-        # the pieces for white space would become it
+        # the pieces for white space would become white space
         blanks = (f"<|blank_{count}|>" for count in range(2, self.MAX_BLANKS + 1))
         return sorted({*super().special_texts, self.end_token, "<n>", "<|tab|>", *blanks})
 
@@ -158,13 +161,13 @@ class GLMTokenizer(ChatGLMTokenizerBase):
         texts = [self._to_pieces_text(text) for text in texts]
         return [ids + self.num_image_tokens for ids in self._encode_pieces(texts, threads)]
 
-    def encode_prompts(self, queries, history=None, max_src_len=None, threads=1) -> list[Prompt]:
-        before, after = map(self._to_pieces_text, self._template(history))
+    def _encode_each(self, queries, histories, max_src_len=None, threads=1) -> list[Prompt]:
+        templates = [tuple(map(self._to_pieces_text, self._template(history))) for history in histories]
         queries = [self._to_pieces_text(query) for query in queries]
         end = np.array([self.gmask_token_id, self.bos_token_id], np.int32)
         return [
             Prompt(NO_IDS, ids + self.num_image_tokens, end, cut)
-            for ids, cut in self._fit_queries(before, queries, after, max_src_len, threads)
+            for ids, cut in self._fit_queries(templates, queries, max_src_len, threads)
         ]
 
     def context_length(self, ids: list[int]) -> int:
@@ -175,7 +178,7 @@ class GLMTokenizer(ChatGLMTokenizerBase):
 
     @staticmethod
     def _template(history) -> tuple[str, str]:
-        """The official chat: a first question goes in bare, later ones with numbered rounds before them."""
+        """The official chat: the first question has no template, later ones have numbered rounds before them."""
         if not history:
             return "", ""
         check_pairs(history)
@@ -202,7 +205,7 @@ class GLMTokenizer(ChatGLMTokenizerBase):
     def _convert_id_to_token(self, index: int) -> str:
         if index < self.num_image_tokens:
             return f"<image_{index}>"
-        if index >= self.vocab_size:  # rows of the padded embedding that mean nothing
+        if index >= self.vocab_size:  # an unused row of the padded embedding
             return ""
         return self.sp_model.IdToPiece(index - self.num_image_tokens)
 
@@ -216,43 +219,8 @@ class GLMTokenizer(ChatGLMTokenizerBase):
         return ids if token_ids_1 is None else ids + list(token_ids_1) + [self.eos_token_id]
 
 
-def rotary_angles(config: GLMConfig, position_ids: torch.Tensor, dtype: torch.dtype):
-    """Cosine and sine of the rotary angles.
-
-    The reference rounds the inverse frequencies to float16 once, and the official weights were trained and served so;
-    everything after that rounding is float32.
-
-    Args:
-        position_ids: [batch, axes, tokens]; 2 axes rotate a half of each head each, 1 axis rotates the whole head.
-
-    Returns:
-        cos, sin: [batch, tokens, 1, axes, head_dim / axes / 2], of `dtype`.
-    """
-    axes = position_ids.shape[1]
-    dim = config.hidden_size // config.num_attention_heads // axes
-    steps = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32)
-    inv_freq = (1.0 / 10000 ** (steps / dim)).half().float()
-    angles = position_ids.transpose(1, 2)[:, :, None, :, None] * inv_freq
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the queries and keys of mixed [batch, tokens, heads * 3 * head_dim], laid out head by head [q | k | v].
-
-    Along each axis the first half of its share of a head pairs with the second.
-    """
-    *_, axes, half = cos.shape
-    rotated = mixed.clone()
-    old, new = (x.unflatten(-1, (-1, 3, axes, 2, half))[:, :, :, :2] for x in (mixed, rotated))
-    (first, second), (new_first, new_second) = old.unbind(-2), new.unbind(-2)
-    cos, sin = cos[:, :, None], sin[:, :, None]  # [batch, tokens, 1, 1, axes, half]
-    torch.sub(first * cos, second * sin, out=new_first)
-    torch.add(second * cos, first * sin, out=new_second)
-    return rotated
-
-
 class GLMAttention(nn.Module):
-    is_causal = False  # the context is seen in both directions: the mask says everything
+    is_causal = False  # the context is seen in both directions: only the mask tells who sees whom
 
     def __init__(self, config: GLMConfig, layer_idx: int):
         super().__init__()
@@ -264,10 +232,10 @@ class GLMAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, angles, mask, prefix=None, cache=None, wanted=None):
-        mixed = rotary(self.query_key_value(hidden_states), *angles, rotate)
+    def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        mixed = apply_rotary(self.query_key_value(hidden_states), *inputs.angles, glm_rotate)
         q, k, v = split_heads(mixed, 3 * self.head_dim).chunk(3, dim=-1)
-        return self.dense(take(attend(self, q, k, v, mask, prefix, cache), wanted))
+        return self.dense(select_tokens(attention_forward(self, q, k, v, inputs), inputs.keep_positions))
 
 
 gelu = functools.partial(F.gelu, approximate="tanh")
@@ -283,11 +251,11 @@ class GLMMLP(TiledMLP):
         hidden_states = self.dense_h_to_4h(hidden_states)
         if in_checkpoint:
             return self.dense_4h_to_h(gelu(hidden_states))
-        return through(gelu, self.dense_4h_to_h, hidden_states)
+        return linear_of_recomputed(gelu, self.dense_4h_to_h, hidden_states)
 
 
 class GLMBlock(Block):
-    """Both residuals take the normalised tensor, scaled by alpha = sqrt(2 * num_layers)."""
+    """Both residual connections add the normalised tensor, scaled by alpha = sqrt(2 * num_layers)."""
 
     def __init__(self, config: GLMConfig, layer_idx: int):
         super().__init__()
@@ -297,10 +265,13 @@ class GLMBlock(Block):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = GLMMLP(config)
 
-    def forward(self, hidden_states, angles, mask, prefix=None, cache=None, wanted=None):
+    def get_attention(self):
+        return self.attention
+
+    def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
-        attended = self.attention(normed, angles, mask, prefix, cache, wanted)
-        hidden_states = take(normed, wanted) * self.alpha + attended
+        attended = self.attention(normed, inputs)
+        hidden_states = select_tokens(normed, inputs.keep_positions) * self.alpha + attended
         normed = self.post_attention_layernorm(hidden_states)
         return normed * self.alpha + self.mlp(normed, self.gradient_checkpointing)
 
@@ -312,8 +283,10 @@ class GLMPreTrainedModel(ChatGLMPreTrainedModel):
     _no_split_modules = ["GLMBlock"]
 
 
-class GLMModel(GLMPreTrainedModel):
+class GLMModel(TransformerMixin, GLMPreTrainedModel):
     """The transformer without the output layer."""
+
+    last_norm_in_hidden_states = True
 
     def __init__(self, config: GLMConfig):
         super().__init__(config)
@@ -334,10 +307,10 @@ class GLMModel(GLMPreTrainedModel):
         self.word_embeddings = value
 
     def context_lengths(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Index of the `<sop>` that ends the context, row by row: [batch]; tokens before it are seen by all.
+        """Index of the `<sop>` that ends the context of each row: [batch]; the tokens before it are seen by all tokens.
 
-        It is the `<sop>` right after a [gMASK], as every prompt ends; else (a prompt with [MASK] inside) the first one.
-        A row without any keeps all its tokens in the context, except for padding on the right.
+        It is the `<sop>` after [gMASK], which ends every prompt; else (a prompt with [MASK]) the first `<sop>`. Without
+        any, the whole row is context, except for padding on the right.
         """
         sop = input_ids == self.config.bos_token_id
         after_gmask = F.pad(input_ids[:, :-1] == self.config.gmask_token_id, (1, 0)) & sop
@@ -347,13 +320,13 @@ class GLMModel(GLMPreTrainedModel):
         return torch.where(sop.any(1), sop.int().argmax(1), length)
 
     def position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Position ids, row by row: [batch, 2, tokens], or [batch, 1, tokens] without position_encoding_2d.
+        """Position ids of each row: [batch, 2, tokens], or [batch, 1, tokens] without position_encoding_2d.
 
-        Row 0 counts the context and then stays at the index of the mask token; row 1 counts the answer from 1.
-        Indices are those of the row without its padding.
+        The first axis counts the context and then stays at the index of the mask token; the second counts the answer
+        from 1. Padding on the left is not counted.
         """
         config = self.config
-        pad = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)  # on the left; on the right it moves nothing
+        pad = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)  # on the left; on the right it changes no position
         sop = self.context_lengths(input_ids)[:, None] - pad
         index = torch.arange(input_ids.shape[1], device=input_ids.device)[None] - pad
         is_gmask, is_mask = (input_ids == i for i in (config.gmask_token_id, config.mask_token_id))
@@ -365,55 +338,40 @@ class GLMModel(GLMPreTrainedModel):
             return torch.where(answer & ~use_gmask, mask_index, index)[:, None]
         return torch.stack((torch.where(answer, mask_index, index), (index - sop + 1).clamp(min=0)), dim=1)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,  # [batch, tokens]
-        attention_mask: torch.Tensor | None = None,  # [batch, cached + tokens], 1 real, 0 padding
-        position_ids: torch.Tensor | None = None,  # [batch, axes, tokens]
-        cache: DynamicCache | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool = False,
-        segments: list[tuple[int, int]] | None = None,  # of the one row there is: tokens, and of them context
-        wanted: torch.Tensor | None = None,  # see take
-    ) -> BaseModelOutputWithPast:
-        cache, cached = self.prepare_cache(cache, use_cache)
-        if segments is not None:
-            parts = input_ids.split([tokens for tokens, _ in segments], dim=1)
-            position_ids = torch.cat([self.position_ids(part, torch.ones_like(part)) for part in parts], dim=2)
-        elif attention_mask is None:
-            attention_mask = real_tokens(input_ids, self.config.pad_token_id, cached)
-        if position_ids is None:
-            if cached:
-                raise ValueError("with a cache that is not empty, ChatGLM-6B needs position_ids [batch, 2, tokens]")
-            position_ids = self.position_ids(input_ids, attention_mask)
+    @property
+    def blocks(self):
+        return self.layers
 
-        hidden_states = self.word_embeddings(input_ids)
-        prefix = self.prefixes(len(segments or input_ids))
-        if segments is not None:
-            mask = [Segment(*segment) for segment in segments]
-        else:
-            # an answer token sees what lies before it; only whole prompts have a context to see in both directions
-            context = None if cached else self.context_lengths(input_ids)
-            mask = visible_mask(
-                input_ids.shape[1], attention_mask, self.config, hidden_states.dtype, prefix=prefix, context=context
-            )
-        angles = rotary_angles(self.config, position_ids, hidden_states.dtype)
+    @property
+    def last_norm(self):
+        return self.final_layernorm
 
-        hidden_states, all_hidden_states = self.run_layers(
-            self.layers, hidden_states, angles, mask, prefix, cache, output_hidden_states, wanted
-        )
-        hidden_states = self.final_layernorm(hidden_states)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            cache=cache,
-            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
-        )
+    def rotary_angles(self, position_ids, dtype):
+        return glm_angles(self.config, position_ids, dtype)
+
+    def segment_positions(self, input_ids, segments):
+        parts = input_ids.split([segment.tokens for segment in segments], dim=1)
+        return torch.cat([self.position_ids(part, torch.ones_like(part)) for part in parts], dim=2)
+
+    def default_mask(self, input_ids, cached):
+        return default_attention_mask(input_ids, self.config.pad_token_id, cached)
+
+    def default_positions(self, input_ids, attention_mask, cached):
+        if cached:
+            raise ValueError("with a cache that is not empty, ChatGLM-6B needs position_ids [batch, 2, tokens]")
+        return self.position_ids(input_ids, attention_mask)
+
+    def visible_mask(self, input_ids, attention_mask, cached, prefix, dtype):
+        # with a cache, input_ids are answer tokens, which see all tokens before them; else they include the context
+        context = None if cached else self.context_lengths(input_ids)
+        return visible_mask(input_ids.shape[1], attention_mask, self.config, dtype, prefix=prefix, context=context)
 
 
-class GLMForConditionalGeneration(ChatMixin, GLMPreTrainedModel, GenerationMixin):
+class GLMForConditionalGeneration(ChatMixin, LanguageModelMixin, GLMPreTrainedModel, GenerationMixin):
     """ChatGLM-6B with its output layer, loss, `generate`, `chat` and `stream_chat`."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+    chat_defaults: ClassVar[dict] = {"max_length": 2048, "top_p": 0.7, "temperature": 0.95}
 
     def __init__(self, config: GLMConfig):
         super().__init__(config)
@@ -427,91 +385,49 @@ class GLMForConditionalGeneration(ChatMixin, GLMPreTrainedModel, GenerationMixin
     def set_output_embeddings(self, value):
         self.lm_head = value
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        cache: DynamicCache | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        output_hidden_states: bool = False,
-        num_items_in_batch: torch.Tensor | float | None = None,
-        segments: list[tuple[int, int]] | None = None,
-        answer_positions: torch.Tensor | None = None,
-        **_,
-    ):
-        """See `causal_lm_output` for labels and loss; `segments` are the samples of a row that holds several."""
-        wanted = None if labels is None or answer_positions is None else answer_positions - 1
-        outputs = self.transformer(
-            input_ids, attention_mask, position_ids, cache, use_cache, output_hidden_states, segments, wanted
-        )
-        return causal_lm_output(
-            self, outputs, self.lm_head, labels, logits_to_keep, num_items_in_batch, answer_positions
-        )
-
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        # All ids are here, whatever the cache holds: the only place where later positions can be told.
+        # the only place that knows all ids, cached or not, and so can compute the positions of later tokens
         mask = attention_mask if attention_mask is not None else torch.ones_like(input_ids)
         kwargs["position_ids"] = self.transformer.position_ids(input_ids, mask)
         return super().prepare_inputs_for_generation(input_ids, attention_mask=mask, **kwargs)
 
     def official_buffers(self) -> dict[str, torch.Tensor]:
-        """Tensors that official files hold and this model computes: written on export for the official code."""
+        """Tensors that this model computes and official files contain: exported for the official code."""
         dim = self.config.hidden_size // self.config.num_attention_heads // (1 + self.config.position_encoding_2d)
         inv_freq = (1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)).half()
         return {
             f"transformer.layers.{i}.attention.rotary_emb.inv_freq": inv_freq for i in range(self.config.num_layers)
         }
 
-    # The official chat.
-
-    def chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 2048,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor=None,
-        **kwargs,
-    ):
-        """Answer one query, as the official model does.
-
-        Returns:
-            The answer and a new history, pairs (question, answer); the history passed in stays as it was.
-        """
-        sampling = self.sampling(do_sample, top_p, temperature)
-        return self.reply(
-            tokenizer, query, history, max_length, logits_processor, num_beams=num_beams, **sampling, **kwargs
-        )
+    @classmethod
+    def worst_case_sample(cls, config, max_len, max_src_len):
+        ids, _ = super().worst_case_sample(config, max_len, max_src_len)
+        # a prompt ends with these two; the tokens before the last are context
+        ids[max(0, max_src_len - 2) : max_src_len] = [config.gmask_token_id, config.bos_token_id]
+        return ids, max_src_len - 1
 
     def stream_chat(
         self,
         tokenizer,
         query: str,
         history: list[tuple[str, str]] | None = None,
-        max_length: int = 2048,
+        max_length: int | None = OFFICIAL,
         do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
+        top_p: float = OFFICIAL,
+        temperature: float = OFFICIAL,
         logits_processor=None,
         **kwargs,
     ):
-        """As `chat`, but yields (answer so far, history) after each token."""
-        sampling = self.sampling(do_sample, top_p, temperature)
-        for response, new_history, _ in self.stream_reply(
-            tokenizer, query, history, max_length, logits_processor, **sampling, **kwargs
-        ):
-            yield response, new_history
+        """See ChatMixin; but no cache of an earlier turn, whose tokens have not seen the context that follows them."""
+        if refused := {"past_key_values", "return_past_key_values"} & kwargs.keys():
+            raise ValueError(f"{min(refused)}: ChatGLM-6B cannot continue from the cache of an earlier turn")
+        return super().stream_chat(
+            tokenizer, query, history, None, max_length, do_sample, top_p, temperature, logits_processor, **kwargs
+        )
 
     @staticmethod
     def process_response(response: str) -> str:
-        """The official clean-up: strip, the training date, full-width punctuation beside Chinese characters."""
+        """The official clean-up: white space at both ends, the training date, full-width punctuation after Chinese."""
         response = response.strip().replace("[[训练时间]]", "2023年")
         for half, full in (",，", "!！", ":：", ";；", "?？"):
             half = re.escape(half)

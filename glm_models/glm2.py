@@ -7,15 +7,16 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .attention import Segment, attend, split_heads, visible_mask
+from .attention import LayerInputs, attention_forward, split_heads, visible_mask
 from .chat import ChatMixin
 from .checkpoint import CheckpointError
 from .config import ChatGLMConfigBase
-from .modeling import Block, ChatGLMPreTrainedModel, PrefixEncoder, causal_lm_output, take
-from .ops import OutputLayer, TiledMLP, rms_norm, rotary, swiglu, through
+from .families import FAMILIES
+from .modeling import Block, LanguageModelMixin, PrefixEncoder, TransformerMixin, select_tokens
+from .ops import OutputLayer, TiledMLP, linear_of_recomputed, rms_norm, swiglu
+from .pretrained import ChatGLMPreTrainedModel
+from .rotary import apply_rotary, glm2_angles, glm2_frequencies, glm2_rotate
 from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt, check_pairs
 
 
@@ -29,8 +30,7 @@ class ChatGLM2Config(ChatGLMConfigBase):
         "head_dim": "kv_channels",
         "max_position_embeddings": "seq_length",
     }
-    title: ClassVar[str] = "ChatGLM2-6B"
-    telling_keys: ClassVar[frozenset] = frozenset(("padded_vocab_size", "ffn_hidden_size", "kv_channels"))
+    title: ClassVar[str] = FAMILIES["glm2"].title
 
     padded_vocab_size: int = 65024
     hidden_size: int = 4096
@@ -63,10 +63,10 @@ class ChatGLM2Config(ChatGLMConfigBase):
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
-    # Two official meanings of rope_ratio. In ChatGLM2-6B-32K positions are divided by it (linear interpolation).
+    # rope_ratio has two official meanings. In ChatGLM2-6B-32K it divides the positions (linear interpolation).
     rope_ratio_scales_base: ClassVar[bool] = False
 
-    # What the network below computes. A config that asks for anything else is refused, not half obeyed.
+    # The network below computes only these; a config with another value is refused.
     only: ClassVar[dict] = {
         "rmsnorm": True,
         "post_layer_norm": True,
@@ -86,11 +86,11 @@ class ChatGLM2Config(ChatGLMConfigBase):
                 raise CheckpointError(f"{key} {getattr(self, key)} is not supported, only {value}")
         if self.num_attention_heads % self.num_groups:
             raise CheckpointError(
-                f"num_attention_heads {self.num_attention_heads} is no multiple of multi_query_group_num "
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of multi_query_group_num "
                 f"{self.num_groups}"
             )
-        if self.kv_channels % 4:  # pairs of half of each head are rotated
-            raise CheckpointError(f"kv_channels {self.kv_channels} is no multiple of 4")
+        if self.kv_channels % 4:  # half of each head is rotated, in pairs
+            raise CheckpointError(f"kv_channels {self.kv_channels} is not a multiple of 4")
 
     @property
     def num_groups(self) -> int:
@@ -99,16 +99,15 @@ class ChatGLM2Config(ChatGLMConfigBase):
 
 
 class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
-    """tokenizer.model; the special tokens take the ids after its pieces, in the order of `special_tokens`."""
+    """tokenizer.model; the special tokens have the ids after its pieces, in the order of `special_tokens`."""
 
     mode = "glm2"
-    code_sign = "build_prompt"
-    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    vocab_files_names = {"vocab_file": FAMILIES["glm2"].vocabulary}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
     def __init__(self, vocab_file, **kwargs):
-        # Official values, whatever an older transformers wrote into tokenizer_config.json when it re-saved the folder.
+        # Always the official values: older versions of transformers saved others in tokenizer_config.json.
         for name in (
             "bos_token",
             "mask_token",
@@ -122,7 +121,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
         super().__init__(vocab_file, **kwargs)
 
     def config_ids(self) -> dict[str, set[int]]:
-        begins = {self.get_command("<bos>"), self.get_command("sop")}  # nothing reads it
+        begins = {self.get_command("<bos>"), self.get_command("sop")}  # no code reads it
         return {"bos_token_id": begins, "eos_token_id": set(self.stop_token_ids), "pad_token_id": {self.pad_token_id}}
 
     @property
@@ -142,7 +141,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
         ]
 
     def get_prefix_tokens(self) -> list[int]:
-        """What every prompt begins with."""
+        """The ids with which every prompt begins."""
         return [self.get_command("[gMASK]"), self.get_command("sop")]
 
     @property
@@ -150,12 +149,11 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
         # `sop` and `eop` are also words
         return sorted({*super().special_texts, *(token for token in self.special_tokens if token[0] in "[<")})
 
-    def encode_prompts(self, queries, history=None, max_src_len=None, threads=1) -> list[Prompt]:
-        before, after = self._template(history)
+    def _encode_each(self, queries, histories, max_src_len=None, threads=1) -> list[Prompt]:
+        templates = [self._template(history) for history in histories]
         begin = np.array(self.get_prefix_tokens(), np.int32)
         return [
-            Prompt(begin, ids, NO_IDS, cut)
-            for ids, cut in self._fit_queries(before, queries, after, max_src_len, threads)
+            Prompt(begin, ids, NO_IDS, cut) for ids, cut in self._fit_queries(templates, queries, max_src_len, threads)
         ]
 
     @staticmethod
@@ -175,7 +173,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
         return before + query + after
 
     def tokenize(self, text: str, **kwargs) -> list[str]:
-        # Not transformers' own: that cuts `</s>` and `<unk>` out of any text. Here text stays text.
+        # not as in transformers, which recognises `</s>` and `<unk>` in any text: here text stays text
         return self._tokenize(text)
 
     def _tokenize(self, text: str) -> list[str]:
@@ -187,11 +185,11 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
     def _convert_id_to_token(self, index: int) -> str:
         if index < self.sp_model.GetPieceSize():
             return self.sp_model.IdToPiece(index)
-        # ids past the special tokens are rows of the padded embedding that mean nothing
+        # ids after the special tokens are unused rows of the padded embedding
         return self.special_tokens[index - self.sp_model.GetPieceSize()] if index < self.vocab_size else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text; control tokens have none, and neither have this family's special tokens."""
+        """The text without control tokens and this family's special tokens."""
         return super().convert_tokens_to_string([t for t in tokens if t not in self._silent_tokens])
 
     @property
@@ -203,7 +201,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
         return ids if token_ids_1 is None else ids + list(token_ids_1) + [self.get_command("<eos>")]
 
     def _pad(self, encoded_inputs, *args, **kwargs):
-        """Adds position ids that start at 0 on the first real token."""
+        """Adds position ids; the first token that is not padding has position 0."""
         padded = super()._pad(encoded_inputs, *args, **kwargs)
         if "attention_mask" in padded:
             seen = 0
@@ -221,49 +219,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotary_frequencies(config: ChatGLM2Config, base: float = 10000) -> torch.Tensor:
-    """Inverse frequencies of the rotary pairs: [kv_channels / 4], float32."""
-    dim = config.kv_channels // 2
-    return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-
-
-def rotary_angles(config: ChatGLM2Config, position_ids: torch.Tensor, dtype: torch.dtype):
-    """Cosine and sine of the rotary angles, computed in float32: at float16, positions above 2048 would collapse.
-
-    Args:
-        position_ids: [batch, tokens].
-
-    Returns:
-        cos, sin: [batch, tokens, 1, kv_channels / 4], of `dtype`.
-    """
-    if config.rope_ratio_scales_base:
-        frequencies = rotary_frequencies(config, 10000 * config.rope_ratio)
-    else:
-        frequencies, position_ids = rotary_frequencies(config), position_ids.float() / config.rope_ratio
-    angles = position_ids[:, :, None, None] * frequencies.to(position_ids.device)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, config: ChatGLM2Config) -> torch.Tensor:
-    """Rotate the queries and keys of mixed [batch, tokens, size].
-
-    Of each head the first half is rotated, neighbours paired; the second passes.
-    """
-    rotated = mixed.clone()
-    if config.multi_query_attention:  # [all q heads | k groups | v groups]
-        heads = config.num_attention_heads + config.num_groups
-        old, new = (split_heads(x, config.kv_channels)[:, :, :heads] for x in (mixed, rotated))
-    else:  # head by head [q | k | v]
-        old, new = (x.unflatten(-1, (-1, 3, config.kv_channels))[:, :, :, :2] for x in (mixed, rotated))
-        cos, sin = cos[:, :, None], sin[:, :, None]
-    (even, odd), (new_even, new_odd) = (
-        x[..., : config.kv_channels // 2].unflatten(-1, (-1, 2)).unbind(-1) for x in (old, new)
-    )
-    torch.sub(even * cos, odd * sin, out=new_even)
-    torch.add(odd * cos, even * sin, out=new_odd)
-    return rotated
-
-
 class SelfAttention(nn.Module):
     is_causal = True
 
@@ -275,22 +230,24 @@ class SelfAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.num_heads = config.num_attention_heads
         self.num_groups = config.num_groups
-        self.rotate = functools.partial(rotate, config=config)
-        self.num_key_value_groups = self.num_heads // self.num_groups  # query heads a key/value head, for the registry
+        self.rotate = functools.partial(glm2_rotate, config=config)
+        self.num_key_value_groups = (
+            self.num_heads // self.num_groups
+        )  # query heads per key/value head, for the registry
         size = self.num_heads * self.head_dim
         self.query_key_value = nn.Linear(
             config.hidden_size, size + 2 * self.num_groups * self.head_dim, bias=config.add_qkv_bias
         )
         self.dense = nn.Linear(size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, angles, mask, prefix=None, cache=None, wanted=None):
-        mixed = rotary(self.query_key_value(hidden_states), *angles, self.rotate)
-        if self.config.multi_query_attention:  # see rotate
+    def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        mixed = apply_rotary(self.query_key_value(hidden_states), *inputs.angles, self.rotate)
+        if self.config.multi_query_attention:  # see glm2_rotate
             heads = split_heads(mixed, self.head_dim)
             q, k, v = heads.split([self.num_heads, self.num_groups, self.num_groups], dim=2)
         else:
             q, k, v = split_heads(mixed, 3 * self.head_dim).chunk(3, dim=-1)
-        return self.dense(take(attend(self, q, k, v, mask, prefix, cache), wanted))
+        return self.dense(select_tokens(attention_forward(self, q, k, v, inputs), inputs.keep_positions))
 
 
 class MLP(TiledMLP):
@@ -303,7 +260,7 @@ class MLP(TiledMLP):
         hidden_states = self.dense_h_to_4h(hidden_states)
         if in_checkpoint:
             return self.dense_4h_to_h(swiglu(hidden_states))
-        return through(swiglu, self.dense_4h_to_h, hidden_states)
+        return linear_of_recomputed(swiglu, self.dense_4h_to_h, hidden_states)
 
 
 class ChatGLM2Block(Block):
@@ -314,9 +271,12 @@ class ChatGLM2Block(Block):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states, angles, mask, prefix=None, cache=None, wanted=None):
-        attended = self.self_attention(self.input_layernorm(hidden_states), angles, mask, prefix, cache, wanted)
-        hidden_states = take(hidden_states, wanted) + attended
+    def get_attention(self):
+        return self.self_attention
+
+    def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        attended = self.self_attention(self.input_layernorm(hidden_states), inputs)
+        hidden_states = select_tokens(hidden_states, inputs.keep_positions) + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), self.gradient_checkpointing)
 
 
@@ -328,7 +288,7 @@ class ChatGLM2PreTrainedModel(ChatGLMPreTrainedModel):
 
 
 class Embedding(nn.Module):
-    """A level of its own in the official parameter names."""
+    """A module only because the official parameter names have this level."""
 
     def __init__(self, config: ChatGLM2Config):
         super().__init__()
@@ -336,7 +296,7 @@ class Embedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A level of its own in the official parameter names."""
+    """A module only because the official parameter names have this level."""
 
     def __init__(self, config: ChatGLM2Config):
         super().__init__()
@@ -344,8 +304,8 @@ class Encoder(nn.Module):
         self.final_layernorm = RMSNorm(config)
 
 
-class ChatGLM2Model(ChatGLM2PreTrainedModel):
-    """The transformer; it holds the output layer, as the official names have it, but does not apply it."""
+class ChatGLM2Model(TransformerMixin, ChatGLM2PreTrainedModel):
+    """The transformer. It holds the output layer, because of the official parameter names, but does not apply it."""
 
     def __init__(self, config: ChatGLM2Config):
         super().__init__(config)
@@ -363,52 +323,40 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
     def set_input_embeddings(self, value):
         self.embedding.word_embeddings = value
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,  # [batch, tokens]
-        attention_mask: torch.Tensor | None = None,  # [batch, cached + tokens], 1 real, 0 padding
-        position_ids: torch.Tensor | None = None,  # [batch, tokens]
-        cache: DynamicCache | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool = False,
-        segments: list[tuple[int, int]] | None = None,  # of the one row there is: tokens, and 0
-        wanted: torch.Tensor | None = None,  # see take
-    ) -> BaseModelOutputWithPast:
-        cache, cached = self.prepare_cache(cache, use_cache)
+    @property
+    def blocks(self):
+        return self.encoder.layers
+
+    @property
+    def last_norm(self):
+        return self.encoder.final_layernorm
+
+    def rotary_angles(self, position_ids, dtype):
+        return glm2_angles(self.config, position_ids, dtype)
+
+    def segment_positions(self, input_ids, segments):
+        return torch.cat([torch.arange(segment.tokens, device=input_ids.device) for segment in segments])[None]
+
+    def default_positions(self, input_ids, attention_mask, cached):
         tokens = input_ids.shape[1]
-        if segments is not None:
-            position_ids = torch.cat([torch.arange(length, device=input_ids.device) for length, _ in segments])[None]
-        if position_ids is None:
-            if attention_mask is None:
-                position_ids = torch.arange(cached, cached + tokens, device=input_ids.device)[None]
-            else:
-                position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens:]
-        prefix = self.prefixes(len(segments or input_ids))
-        # more keys than queries: sdpa's own causal flag would align at the first key, and a mask must know of all keys
-        if attention_mask is None and cached and (tokens > 1 or prefix is not None):
+        if attention_mask is None:
+            return torch.arange(cached, cached + tokens, device=input_ids.device)[None]
+        return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens:]
+
+    def visible_mask(self, input_ids, attention_mask, cached, prefix, dtype):
+        tokens = input_ids.shape[1]
+        if attention_mask is None and cached:
+            if tokens == 1 and prefix is None:
+                return None  # one new token sees all tokens
+            # more keys than queries: the causal flag of sdpa would align them at the first key
             attention_mask = input_ids.new_ones(len(input_ids), cached + tokens)
-
-        hidden_states = self.embedding.word_embeddings(input_ids)
-        if segments is not None:
-            mask = [Segment(*segment) for segment in segments]
-        elif cached and attention_mask is None:
-            mask = None  # one new token sees all there is
-        else:
-            mask = visible_mask(tokens, attention_mask, self.config, hidden_states.dtype, prefix=prefix)
-        angles = rotary_angles(self.config, position_ids, hidden_states.dtype)
-
-        hidden_states, all_hidden_states = self.run_layers(
-            self.encoder.layers, hidden_states, angles, mask, prefix, cache, output_hidden_states, wanted
-        )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.encoder.final_layernorm(hidden_states),
-            cache=cache,
-            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
-        )
+        return visible_mask(tokens, attention_mask, self.config, dtype, prefix=prefix)
 
 
-class ChatGLM2ForConditionalGeneration(ChatMixin, ChatGLM2PreTrainedModel, GenerationMixin):
+class ChatGLM2ForConditionalGeneration(ChatMixin, LanguageModelMixin, ChatGLM2PreTrainedModel, GenerationMixin):
     """ChatGLM2-6B with loss, `generate`, `chat` and `stream_chat`."""
+
+    chat_defaults: ClassVar[dict] = {"max_length": 8192, "top_p": 0.8, "temperature": 0.8}
 
     def __init__(self, config: ChatGLM2Config):
         super().__init__(config)
@@ -421,84 +369,11 @@ class ChatGLM2ForConditionalGeneration(ChatMixin, ChatGLM2PreTrainedModel, Gener
     def set_output_embeddings(self, value):
         self.transformer.output_layer = value
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        cache: DynamicCache | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        output_hidden_states: bool = False,
-        num_items_in_batch: torch.Tensor | float | None = None,
-        segments: list[tuple[int, int]] | None = None,
-        answer_positions: torch.Tensor | None = None,
-        **_,
-    ):
-        """See `causal_lm_output` for labels and loss; `segments` are the samples of a row that holds several."""
-        wanted = None if labels is None or answer_positions is None else answer_positions - 1
-        outputs = self.transformer(
-            input_ids, attention_mask, position_ids, cache, use_cache, output_hidden_states, segments, wanted
-        )
-        head = self.transformer.output_layer
-        return causal_lm_output(self, outputs, head, labels, logits_to_keep, num_items_in_batch, answer_positions)
-
     def official_buffers(self) -> dict[str, torch.Tensor]:
-        """Tensors that official files hold and this model computes: written on export for the official code."""
-        return {"transformer.rotary_pos_emb.inv_freq": rotary_frequencies(self.config)}
-
-    # The official chat.
-
-    def chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 8192,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float = 0.8,
-        temperature: float = 0.8,
-        logits_processor=None,
-        **kwargs,
-    ):
-        """Answer one query, as the official model does.
-
-        Returns:
-            The answer and a new history, pairs (question, answer); the history passed in stays as it was.
-        """
-        sampling = self.sampling(do_sample, top_p, temperature)
-        return self.reply(
-            tokenizer, query, history, max_length, logits_processor, num_beams=num_beams, **sampling, **kwargs
-        )
-
-    def stream_chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        past_key_values=None,
-        max_length: int = 8192,
-        do_sample: bool = True,
-        top_p: float = 0.8,
-        temperature: float = 0.8,
-        logits_processor=None,
-        return_past_key_values: bool = False,
-        **kwargs,
-    ):
-        """As `chat`, but yields (answer so far, history) after each token.
-
-        With `return_past_key_values` the key/value cache comes third; passed back as `past_key_values` with the
-        next query, only what is new in the conversation is computed.
-        """
-        sampling = self.sampling(do_sample, top_p, temperature)
-        for *answer, cache in self.stream_reply(
-            tokenizer, query, history, max_length, logits_processor, cache=past_key_values, **sampling, **kwargs
-        ):
-            yield (*answer, cache) if return_past_key_values else tuple(answer)
+        """Tensors that this model computes and official files contain: exported for the official code."""
+        return {"transformer.rotary_pos_emb.inv_freq": glm2_frequencies(self.config)}
 
     @staticmethod
     def process_response(response: str) -> str:
-        """The official clean-up: strip, and the training date."""
+        """The official clean-up: white space at both ends, and the training date."""
         return response.strip().replace("[[训练时间]]", "2023年")

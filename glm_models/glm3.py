@@ -3,29 +3,33 @@
 import ast
 import copy
 import functools
+import itertools
 import json
 from typing import ClassVar
 
 import numpy as np
 from transformers import BatchEncoding
 
-from .checkpoint import CheckpointError, shown
+from .checkpoint import CheckpointError, short_repr
+from .families import FAMILIES
 from .glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer
-from .tokenization import Prompt
+from .tokenization import Encoded, Prompt
+
+# what the official example has in the system message before the tools
+TOOLS_SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
 
 
 class ChatGLM3Config(ChatGLM2Config):
     """config.json of ChatGLM3-6B: the keys of ChatGLM2-6B."""
 
-    title: ClassVar[str] = "ChatGLM3-6B"
+    title: ClassVar[str] = FAMILIES["glm3"].title
     rope_ratio_scales_base: ClassVar[bool] = True
 
 
 class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
-    """As ChatGLM2's, with four more special tokens: the roles of a conversation."""
+    """ChatGLM2's tokenizer with four more special tokens: the roles of a conversation."""
 
     mode = "glm3"
-    code_sign = "build_single_message"
     roles = ("system", "user", "assistant", "observation")
     special_tokens = (*ChatGLM2Tokenizer.special_tokens, *(f"<|{role}|>" for role in roles))
 
@@ -38,7 +42,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     def read_settings(cls, settings: dict) -> dict:
         encode = settings.get("encode_special_tokens", False)
         if type(encode) is not bool:
-            raise CheckpointError(f"encode_special_tokens {shown(encode)} must be true or false")
+            raise CheckpointError(f"encode_special_tokens {short_repr(encode)} must be true or false")
         return {"encode_special_tokens": encode}
 
     @property
@@ -70,26 +74,26 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         return [self.get_command(f"<|{role}|>"), *head, *(self.encode_text(message) if message else ())]
 
     def check_messages(self, history) -> None:
-        """Make sure that earlier turns are messages of the official form, and nothing in them is left out.
+        """Check that earlier turns are messages of the official form and have no key that would be ignored.
 
         Raises:
-            ValueError: they are not.
+            ValueError: they are not, or have one.
         """
-        wanted = 'the history of ChatGLM3-6B is a list of messages {"role": ..., "content": ...}'
+        expected = 'the history of ChatGLM3-6B is a list of messages {"role": ..., "content": ...}'
         if not isinstance(history, (list, tuple)):
-            raise ValueError(f"{wanted}, not {shown(history)}")
+            raise ValueError(f"{expected}, not {short_repr(history)}")
         for number, turn in enumerate(history):
             where = f"history[{number}]"
             if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-                raise ValueError(f"{wanted}; {where} is {shown(turn)}")
+                raise ValueError(f"{expected}; {where} is {short_repr(turn)}")
             if turn["role"] not in self.roles:
-                raise ValueError(f"role {shown(turn['role'])} of {where} is not one of {', '.join(self.roles)}")
+                raise ValueError(f"role {short_repr(turn['role'])} of {where} is not one of {', '.join(self.roles)}")
             if not isinstance(turn["content"], str) or not isinstance(turn.get("metadata") or "", str):
-                raise ValueError(f"content and metadata of {where} must be texts: {shown(turn)}")
-            # tools of other roles than system do nothing, as in the official chat
+                raise ValueError(f"content and metadata of {where} must be texts: {short_repr(turn)}")
+            # tools are read in system messages only, as in the official chat
             if unknown := sorted(map(str, turn.keys() - {"role", "content", "metadata", "tools"})):
                 raise ValueError(
-                    f"{where} has {', '.join(map(shown, unknown))}, which ChatGLM3-6B's chat does not read"
+                    f"{where} has {', '.join(map(short_repr, unknown))}, which ChatGLM3-6B's chat does not read"
                 )
 
     @functools.cached_property
@@ -120,6 +124,96 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         line_break = np.array(self.line_break, np.int32)  # no metadata: the line break that ends it comes first
         return [np.concatenate((line_break, ids)) for ids in self.encode_texts(answers, threads)]
 
+    def encode_dialogues(self, dialogues, max_src_len=None, threads=1) -> list[Encoded]:
+        """Samples of conversations: one each, in which every learnt answer is a span.
+
+        An answer is learnt with the token that ends it: the role of the next message, as in the official chat, or the
+        end token. max_src_len counts what is before the first learnt answer.
+        """
+        encoded = []
+        for number, messages, contents in self._encode_messages(dialogues, threads):
+            first = next((i for i, message in enumerate(messages) if message.learn), None)
+            if first is None:
+                continue
+            parts, length, cut = self._lay_out(messages[:first], contents, max_src_len)
+            spans = []
+            for place in range(first, len(messages)):
+                role, head = self._head(messages[place].role, messages[place].metadata)
+                if spans and messages[place - 1].learn:
+                    spans[-1] = (spans[-1][0], length + 1)
+                if messages[place].learn:
+                    spans.append((length + 1, length + 1))  # its end is known with the next message
+                parts += (role, head, contents[place])
+                length += len(role) + len(head) + len(contents[place])
+            parts.append(self._frame[1])
+            length += 1
+            if messages[-1].learn:
+                spans[-1] = (spans[-1][0], length)
+            encoded.append(Encoded(number, tuple(parts), length, tuple(spans), cut))
+        return encoded
+
+    def encode_questions(self, dialogues, max_src_len=None, threads=1) -> list[Prompt]:
+        prompts = []
+        for _, messages, contents in self._encode_messages(dialogues, threads):
+            parts, _, cut = self._lay_out(messages, contents, max_src_len)
+            prompts.append(Prompt(np.concatenate(parts[:-1]), parts[-1], self._head("assistant", "")[0], cut))
+        return prompts
+
+    def _encode_messages(self, dialogues, threads):
+        """Yield number, messages and the ids of their contents of each dialogue; its tools are in a system message."""
+        each = [self._with_tools(dialogue) for dialogue in dialogues]
+        ids = iter(self.encode_texts([message.content for messages in each for message in messages], threads))
+        for number, messages in enumerate(each):
+            yield number, messages, list(itertools.islice(ids, len(messages)))
+
+    @staticmethod
+    def _with_tools(dialogue):
+        """The messages, tools written into the system message as in the official chat."""
+        if dialogue.tools is None:
+            return dialogue.messages
+        first, rest = dialogue.messages[0], dialogue.messages[1:]
+        if first.role != "system":
+            first, rest = (
+                first._replace(role="system", content=TOOLS_SYSTEM, metadata="", learn=False),
+                dialogue.messages,
+            )
+        tools = json.dumps(list(dialogue.tools), indent=4, ensure_ascii=False)
+        return (first._replace(content=f"{first.content}\n{tools}"), *rest)
+
+    def _lay_out(self, messages, contents, max_src_len):
+        """Parts and length of the messages before an answer, the last one cut to max_src_len, and whether it was."""
+        parts, counted = [self._frame[0]], 0
+        for message, content in zip(messages, contents, strict=False):
+            parts += (*self._head(message.role, message.metadata), content)
+            counted += sum(map(len, parts[-3:]))
+        template = counted - len(parts[-1]) * (len(parts) > 1)
+        if max_src_len is not None and max_src_len < template:
+            raise ValueError(f"max_src_len {max_src_len} is less than the {template} ids of the prompt's template")
+        cut = max_src_len is not None and counted > max_src_len
+        if cut:
+            parts[-1] = parts[-1][: max_src_len - template]
+            counted = max_src_len
+        return parts, len(parts[0]) + counted, cut
+
+    def _head(self, role: str, metadata: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the role, and of metadata with its line break."""
+        if role not in self.roles:
+            raise ValueError(f"role {role!r} is not one of {', '.join(self.roles)}")
+        if metadata:
+            return self._bare_heads[role][0], np.array(self.encode_text(f"{metadata}\n"), np.int32)
+        return self._bare_heads[role]
+
+    @functools.cached_property
+    def _bare_heads(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """`_head` of each role without metadata."""
+        line_break = np.array(self.line_break, np.int32)
+        return {role: (np.array([self.get_command(f"<|{role}|>")], np.int32), line_break) for role in self.roles}
+
+    @functools.cached_property
+    def _frame(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of what a sample begins with, and of its end token."""
+        return np.array(self.get_prefix_tokens(), np.int32), np.array([self.eos_token_id], np.int32)
+
     def decode_answer(self, ids: list[int]) -> str:
         return self.decode(ids).removeprefix("\n").removeprefix(" ")  # the line break, and what begins a text
 
@@ -142,68 +236,24 @@ class ChatGLM3ForConditionalGeneration(ChatGLM2ForConditionalGeneration):
     config_class = ChatGLM3Config
     config: ChatGLM3Config
 
-    def chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[dict] | None = None,
-        role: str = "user",
-        max_length: int = 8192,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float = 0.8,
-        temperature: float = 0.8,
-        logits_processor=None,
-        **kwargs,
-    ):
-        """Answer one message, as the official model does.
+    def chat(self, tokenizer, query: str, history: list[dict] | None = None, role: str = "user", *official, **kwargs):
+        """See ChatMixin. Where the model calls a tool, the answer is a dict with name and parameters.
 
-        Returns:
-            The answer (text; a dict with name and parameters where the model calls a tool) and a new history; the
-            history passed in stays as it was.
+        Args:
+            official: max_length, num_beams, do_sample, top_p, temperature, logits_processor, in the official order.
         """
-        sampling = self.sampling(do_sample, top_p, temperature)
-        return self.reply(
-            tokenizer,
-            query,
-            history,
-            max_length,
-            logits_processor,
-            role=role,
-            num_beams=num_beams,
-            **sampling,
-            **kwargs,
-        )
+        return super().chat(tokenizer, query, history, *official, role=role, **kwargs)
 
     def stream_chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[dict] | None = None,
-        role: str = "user",
-        past_key_values=None,
-        max_length: int = 8192,
-        do_sample: bool = True,
-        top_p: float = 0.8,
-        temperature: float = 0.8,
-        logits_processor=None,
-        return_past_key_values: bool = False,
-        **kwargs,
+        self, tokenizer, query: str, history: list[dict] | None = None, role: str = "user", *official, **kwargs
     ):
-        """As `chat`, but yields (answer so far, history) after each token; see ChatGLM2 for past_key_values."""
-        sampling = self.sampling(do_sample, top_p, temperature)
-        for *answer, cache in self.stream_reply(
-            tokenizer,
-            query,
-            history,
-            max_length,
-            logits_processor,
-            cache=past_key_values,
-            role=role,
-            **sampling,
-            **kwargs,
-        ):
-            yield (*answer, cache) if return_past_key_values else tuple(answer)
+        """See ChatMixin.
+
+        Args:
+            official: past_key_values, max_length, do_sample, top_p, temperature, logits_processor,
+                return_past_key_values, in the official order.
+        """
+        return super().stream_chat(tokenizer, query, history, *official, role=role, **kwargs)
 
     def extend_history(self, history, query: str, response: str, role: str = "user"):
         history = copy.deepcopy(history or []) + [{"role": role, "content": query}]
@@ -211,10 +261,10 @@ class ChatGLM3ForConditionalGeneration(ChatGLM2ForConditionalGeneration):
 
     @staticmethod
     def process_response(output: str, history: list[dict]):
-        """Split a reply into messages and read a tool call in the last one, without running anything of it.
+        """Split a reply into messages and read the tool call in the last one, without executing it.
 
         Args:
-            output: what the model wrote after `<|assistant|>`: metadata, a line break, content; maybe several messages.
+            output: the text after `<|assistant|>`: metadata, a line break, content; it may hold several messages.
             history: the conversation up to the question; not changed.
 
         Returns:
@@ -244,7 +294,7 @@ class ChatGLM3ForConditionalGeneration(ChatGLM2ForConditionalGeneration):
 
 
 def _tool_parameters(content: str) -> dict | None:
-    """Keyword arguments of the one call `tool_call(...)` in a fenced code block, literals only; None for others."""
+    """Keyword arguments of a single call `tool_call(...)` of literals in a fenced code block; None for other text."""
     lines = content.strip().split("\n")
     if len(lines) < 3 or not lines[0].startswith("```") or lines[-1].strip() != "```":
         return None

@@ -1,7 +1,7 @@
-"""Steps of the networks whose plain autograd would keep more for the backward pass than it needs.
+"""Operations for which plain autograd would keep more tensors than the backward pass needs.
 
-Each computes in its forward pass just what the plain expression beside it computes, keeps one tensor of its input at
-most, and computes the rest again in the backward pass, where that costs a few passes over memory and no matrix product.
+Each computes the same as a plain expression, keeps at most one tensor for the backward pass, and recomputes the others
+there, which costs a few passes over memory and no matrix product.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             toward = grad.float() * weight
-            # the part of the gradient along the normed vector is lost: its length is always the same
+            # no gradient along the normed vector: its length is constant
             along = (toward * normed).mean(-1, keepdim=True)
             grad_x = toward.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
         if ctx.needs_input_grad[1]:
@@ -38,8 +38,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32 and rounded once; keeps x."""
-    if x.is_cuda:  # one kernel forward and one or two backward, which keep the same; elsewhere torch has none
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in float32, rounded once; keeps only x."""
+    if x.is_cuda:  # one kernel forward and one or two backward, which keep the same; only CUDA has them
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
@@ -57,24 +57,24 @@ class _SwiGLU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
         toward = grad * up
-        # over x, the widest tensor there is: nobody needs it any more, and a second backward pass is refused
+        # in place of x, the widest tensor: nothing else needs it, and autograd refuses a second backward pass
         torch.mul(F.silu(gate), grad, out=up)
         torch.ops.aten.silu_backward.grad_input(toward, gate, grad_input=gate)
         return x.detach()
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """silu(first half) * second half of the last dimension; keeps x.
+    """silu(first half) * second half of the last dimension; keeps only x.
 
-    x must be nobody else's: its gradient is written over it.
+    Nothing else may use x: its gradient overwrites it.
     """
     return _SwiGLU.apply(x)
 
 
-def through(function, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """module(function(x)); what it would keep of function(x) is computed again in the backward pass.
+def linear_of_recomputed(function, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """module(function(x)), where function(x) is not kept for the backward pass but recomputed from x.
 
-    Not for use inside a checkpoint: that has hooks of its own on what is kept, and these would take their place.
+    Not for use inside a checkpoint, which has its own hooks on saved tensors: the hooks here would replace them.
     """
     middle = function(x)
     storage, numbers = middle.untyped_storage()._cdata, middle.numel()
@@ -93,37 +93,11 @@ def through(function, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return module(middle)
 
 
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, mixed, cos, sin, rotate):
-        ctx.save_for_backward(cos, sin)
-        ctx.rotate = rotate
-        return rotate(mixed, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return ctx.rotate(grad, cos, -sin), None, None, None  # turned back: the inverse of a rotation
-
-
-def rotary(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate) -> torch.Tensor:
-    """Queries, keys and values as they come from their projection, with queries and keys rotated; keeps the angles.
-
-    One tensor comes out, so that what attention keeps of queries, keys and values is this one and not the projection's.
-
-    Args:
-        mixed: [batch, tokens, size].
-        rotate: the family's rotation of such a tensor, a linear map: (mixed, cos, sin) -> [batch, tokens, size].
-    """
-    return _Rotary.apply(mixed, cos, sin, rotate)
-
-
 class _AddedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, total, x, weight):
         ctx.save_for_backward(x, weight)
-        # detached, since in place autograd refuses what comes out of another function, as under ZeRO-3 it does
+        # detached: autograd refuses to change the output of another function in place, which it is under ZeRO-3
         total = total.detach()
         total.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
         return total
@@ -133,14 +107,14 @@ class _AddedProduct(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         tokens = grad.flatten(0, -2)
-        # both the other way round: with so few rows or columns a CPU is three times as fast then
+        # both transposed: with so few rows or columns a CPU is three times as fast this way
         grad_x = (weight.t() @ tokens.t()).t().view(x.shape) if ctx.needs_input_grad[1] else None
         grad_weight = (x.flatten(0, -2).t() @ tokens).t() if ctx.needs_input_grad[2] else None
         return grad, grad_x, grad_weight
 
 
 def add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """total + x @ weight.t(), for x and weight of a low rank; written over `total`, which must be nobody else's.
+    """total + x @ weight.t(), for x and weight of a low rank; overwrites `total`, which nothing else may use.
 
     Args:
         total: [..., out], contiguous.
@@ -156,16 +130,16 @@ TILE = 1024  # tokens
 
 
 class TiledMLP(nn.Module):
-    """An MLP that may take some tokens at a time, keeping its input alone for the backward pass.
+    """An MLP that can process TILE tokens at a time and then keeps only its input for the backward pass.
 
-    The tiles are made in here, in one call of the module: under ZeRO-3 a call gathers the weights from all ranks, and
+    All tiles are processed in one call of the module: under ZeRO-3 each call gathers the weights from all ranks, and
     ranks have different numbers of tokens. (There it must be a leaf module, see deepspeed.utils.set_z3_leaf_modules.)
     """
 
     tiled = False
 
     def transform(self, x: torch.Tensor, in_checkpoint: bool) -> torch.Tensor:
-        """[batch, tokens, hidden] -> the same, token by token."""
+        """The MLP itself: [batch, tokens, hidden] -> the same shape, each token by itself."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, in_checkpoint: bool = False) -> torch.Tensor:
@@ -175,16 +149,16 @@ class TiledMLP(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-def input_in_main_memory(x: torch.Tensor):
-    """Context for the call of a checkpointed layer: what it keeps of its input x waits in pinned main memory.
+def offload_checkpoint_input(x: torch.Tensor):
+    """Context for the call of a checkpointed layer: its saved input x is kept in pinned main memory.
 
-    Only the copy that is kept moves; x itself and its gradient stay on the device. Nothing changes on a CPU.
+    Only the saved copy moves; x itself and its gradient stay on the device. On a CPU this does nothing.
     """
-    return contextlib.nullcontext() if x.device.type == "cpu" else kept_in_main_memory(x)
+    return contextlib.nullcontext() if x.device.type == "cpu" else offload_saved_tensor(x)
 
 
-def kept_in_main_memory(x: torch.Tensor) -> torch.autograd.graph.saved_tensors_hooks:
-    """Context in which what autograd keeps of x, and of nothing else, is copied to main memory until it is needed."""
+def offload_saved_tensor(x: torch.Tensor) -> torch.autograd.graph.saved_tensors_hooks:
+    """Context in which autograd saves x, and no other tensor, in main memory."""
     storage, shape = x.untyped_storage()._cdata, x.shape
 
     def pack(kept: torch.Tensor):
@@ -204,16 +178,16 @@ def kept_in_main_memory(x: torch.Tensor) -> torch.autograd.graph.saved_tensors_h
 
 # Loss
 
-CHUNK = 2**25  # logits at a time: 128 MiB in float32
+CHUNK = 2**25  # number of logits computed at a time: 128 MiB in float32
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """The gradients are computed with the loss, chunk by chunk, so that logits are never kept nor computed again."""
+    """The gradients are computed together with the loss, chunk by chunk, so logits are neither kept nor recomputed."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
         to_hidden, to_weight, _ = ctx.needs_input_grad
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)  # of maybe a million tokens
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)  # float64: there may be a million tokens
         grad_hidden = torch.empty_like(hidden) if to_hidden else None
         grad_weight = torch.zeros_like(weight) if to_weight else None
         rows = max(1, CHUNK // len(weight))
@@ -222,13 +196,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
             target = targets[start : start + rows, None]
             logits = (part @ weight.t()).float()
             logits -= logits.amax(-1, keepdim=True)
-            wanted = logits.gather(-1, target)
+            target_logits = logits.gather(-1, target)
             logits.exp_()
             whole = logits.sum(-1, keepdim=True)
-            total += (whole.log() - wanted).sum(dtype=torch.float64)
+            total += (whole.log() - target_logits).sum(dtype=torch.float64)
             if not (to_hidden or to_weight):
                 continue
-            # probability, less 1 at the target; in float32, for the difference is small where the model is sure
+            # probability, minus 1 at the target; in float32, because the difference is small where the model is sure
             logits.div_(whole).scatter_add_(-1, target, whole.new_full((1, 1), -1.0).expand_as(target))
             grad = logits.to(hidden.dtype)
             del logits
@@ -243,28 +217,27 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        # in place: grad_weight is as large as the output layer; and with the factor in float32, not rounded before
+        # in place, because grad_weight is as large as the output layer; the factor is in float32, not rounded before
         return *(saved if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), None
 
 
 class OutputLayer(nn.Linear):
-    """From hidden states to logits; given targets, to the summed loss without ever holding all logits."""
+    """From hidden states to logits; with targets, to the summed loss, without holding all logits in memory."""
 
     def forward(self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [..., vocabulary] of hidden states [..., hidden]; with targets [n] of hidden states [n, hidden] the
         cross entropy in float32, summed."""
         if targets is None:
             return super().forward(hidden_states)
-        # autograd says that a weight needs a gradient whether or not gradients are wanted now
+        # requires_grad of a weight is also true while gradients are disabled
         weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
         return _SummedCrossEntropy.apply(hidden_states, weight, targets)
 
 
 def summed_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy in float32, summed, of what `head` makes of hidden_states [n, hidden], in chunks.
+    """Summed cross entropy, in float32, of the logits head(hidden_states [n, hidden]), chunk by chunk.
 
-    A head that is not an OutputLayer (one with LoRA on it) is a function that only autograd knows: its chunks are
-    computed again in the backward pass.
+    For a head that is not an OutputLayer (for example with LoRA), each chunk is recomputed in the backward pass.
     """
     if isinstance(head, OutputLayer):
         return head(hidden_states, targets)
@@ -274,9 +247,9 @@ def summed_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, targets: 
 
     chunks = max(1, -(-len(targets) * head.out_features // CHUNK))
     if any(hasattr(p, "ds_id") for p in head.parameters()):
-        # ZeRO-3 gathers weights from all ranks at every call: each must make as many, some perhaps with nothing in them
-        most = torch.tensor(chunks, device=targets.device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        chunks = most.item()
+        # ZeRO-3 gathers weights from all ranks at every call, so all ranks need the same number of chunks, some empty
+        maximum = torch.tensor(chunks, device=targets.device)
+        torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX)
+        chunks = maximum.item()
     parts = zip(hidden_states.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
     return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()

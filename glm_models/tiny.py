@@ -2,8 +2,8 @@
 
     python -m glm_models.tiny --mode glm3 --output tiny-glm3
 
-The tokenizer is trained on the text that is given (by default the texts of data/); the weights are random, so the model
-knows nothing yet. By default it has 28 thin layers, as the real models have, so that `layers.27.` means something.
+The tokenizer is trained on --text (by default the texts of data/); the weights are random. By default there are 28 thin
+layers, as many as in the real models, so that names like `layers.27.` exist.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from tuning.errors import UserError
 
 from . import MODE
 from .checkpoint import write_json, write_weights
+from .families import FAMILIES
 from .glm import GLMTokenizer
 
 AUTO_MAP = {
@@ -33,8 +34,8 @@ def train_sentencepiece(lines: list[str], mode: str, vocab_size: int | None) -> 
     """A SentencePiece model with the special pieces and settings of a family.
 
     Args:
-        lines: the text to learn pieces from.
-        vocab_size: number of pieces; None for one piece a character, which small models learn fastest from.
+        lines: the training text.
+        vocab_size: number of pieces; None for one piece per character, with which small models learn fastest.
     """
     options = {"byte_fallback": True, "character_coverage": 1.0, "max_sentence_length": 1 << 20}
     if mode == "glm":
@@ -76,6 +77,59 @@ def train_sentencepiece(lines: list[str], mode: str, vocab_size: int | None) -> 
     return model.getvalue()
 
 
+def _official_name(mode: str) -> str:
+    return "THUDM/" + FAMILIES[mode].title.lower()
+
+
+def _tokenizer_config(mode: str) -> dict:
+    """tokenizer_config.json, with the official keys."""
+    content = {
+        "name_or_path": _official_name(mode),
+        "remove_space": False,
+        "do_lower_case": False,
+        "tokenizer_class": "ChatGLMTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+    }
+    if mode == "glm":
+        content |= {"num_image_tokens": 0, "gmask_token": "[gMASK]", "end_token": "</s>"}
+        content |= {"bos_token": "<sop>", "eos_token": "<eop>", "mask_token": "[MASK]"}
+        content |= {"pad_token": "<pad>", "unk_token": "<unk>"}
+    return content
+
+
+def _glm_config(tokenizer, rows: int, hidden_size: int) -> dict:
+    """Keys of config.json that only ChatGLM-6B has."""
+    return {
+        "vocab_size": rows,
+        "inner_hidden_size": 4 * hidden_size,
+        "max_sequence_length": 2048,
+        "position_encoding_2d": True,
+        "layernorm_epsilon": 1e-5,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
+        "gmask_token_id": tokenizer.gmask_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "use_cache": True,
+    }
+
+
+def _glm2_config(mode: str, rows: int, hidden_size: int, heads: int) -> dict:
+    """Keys of config.json that ChatGLM2-6B and ChatGLM3-6B have."""
+    defaults = MODE[mode].config()
+    keys = ("add_bias_linear", "add_qkv_bias", "apply_residual_connection_post_layernorm", "attention_dropout")
+    keys += ("fp32_residual_connection", "hidden_dropout", "layernorm_epsilon", "multi_query_attention")
+    keys += ("multi_query_group_num", "original_rope", "post_layer_norm", "rmsnorm", "use_cache")
+    keys += ("tie_word_embeddings", "eos_token_id", "pad_token_id", "seq_length")
+    return {key: getattr(defaults, key) for key in keys} | {
+        "apply_query_key_layer_scaling": True,
+        "attention_softmax_in_fp32": True,
+        "padded_vocab_size": rows,
+        "kv_channels": hidden_size // heads,
+        "ffn_hidden_size": -(-hidden_size * 8 // 3 // 16) * 16,
+    }
+
+
 def make_tiny_checkpoint(
     mode: str,
     output: str,
@@ -91,14 +145,14 @@ def make_tiny_checkpoint(
     """Write a checkpoint folder of family `mode` with random float32 weights.
 
     Args:
-        output: the folder; made if need be, must be empty.
+        output: the folder; created if needed, must be empty.
         lines: text for the tokenizer.
         vocab_size: see `train_sentencepiece`.
-        embedding_rows: of the embedding and the output layer; None for what the tokenizer needs.
+        embedding_rows: rows of the embedding and the output layer; None for as many as the tokenizer needs.
         config: more keys for config.json.
 
     Raises:
-        ValueError: output is not empty, or the sizes do not go together.
+        ValueError: output is not empty, or hidden_size does not fit heads.
     """
     if hidden_size % heads or hidden_size // heads % 8:
         raise ValueError(f"hidden_size {hidden_size} must be heads {heads} x a multiple of 8")
@@ -106,55 +160,23 @@ def make_tiny_checkpoint(
     if os.listdir(output):
         raise ValueError(f"{output} is not empty")
     family = MODE[mode]
-    vocabulary = os.path.join(output, family.tokenizer.vocab_files_names["vocab_file"])
+    vocabulary = os.path.join(output, FAMILIES[mode].vocabulary)
     with open(vocabulary, "wb") as file:
         file.write(train_sentencepiece(lines, mode, vocab_size))
 
-    title = "THUDM/" + family.config.title.lower()
-    common = {"_name_or_path": title, "model_type": "chatglm", "architectures": ["ChatGLMModel"], "auto_map": AUTO_MAP}
-    tokenizer_config = {
-        "name_or_path": title,
-        "remove_space": False,
-        "do_lower_case": False,
-        "tokenizer_class": "ChatGLMTokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
-    }
-    common |= {"hidden_size": hidden_size, "num_layers": layers, "num_attention_heads": heads, "torch_dtype": "float32"}
-    if mode == "glm":
-        tokenizer_config |= {"num_image_tokens": 0, "gmask_token": "[gMASK]", "end_token": "</s>"}
-        tokenizer_config |= {"bos_token": "<sop>", "eos_token": "<eop>", "mask_token": "[MASK]"}
-        tokenizer_config |= {"pad_token": "<pad>", "unk_token": "<unk>"}
-    write_json(os.path.join(output, "tokenizer_config.json"), tokenizer_config)
+    write_json(os.path.join(output, "tokenizer_config.json"), _tokenizer_config(mode))
     tokenizer = family.tokenizer.from_pretrained(output)
-    rows = embedding_rows or -(-tokenizer.vocab_size // 16) * 16  # padded, as the official embeddings are
-    if mode == "glm":
-        common |= {
-            "vocab_size": rows,
-            "inner_hidden_size": 4 * hidden_size,
-            "max_sequence_length": 2048,
-            "position_encoding_2d": True,
-            "layernorm_epsilon": 1e-5,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "mask_token_id": tokenizer.mask_token_id,
-            "gmask_token_id": tokenizer.gmask_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "use_cache": True,
-        }
-    else:
-        defaults = family.config()
-        keys = ("add_bias_linear", "add_qkv_bias", "apply_residual_connection_post_layernorm", "attention_dropout")
-        keys += ("fp32_residual_connection", "hidden_dropout", "layernorm_epsilon", "multi_query_attention")
-        keys += ("multi_query_group_num", "original_rope", "post_layer_norm", "rmsnorm", "use_cache")
-        keys += ("tie_word_embeddings", "eos_token_id", "pad_token_id", "seq_length")
-        common |= {key: getattr(defaults, key) for key in keys}
-        common |= {"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True}
-        common |= {
-            "padded_vocab_size": rows,
-            "kv_channels": hidden_size // heads,
-            "ffn_hidden_size": -(-hidden_size * 8 // 3 // 16) * 16,
-        }
-    write_json(os.path.join(output, "config.json"), common | config)
+    rows = embedding_rows or -(-tokenizer.vocab_size // 16) * 16  # padded, like the official embeddings
+    sizes = {"hidden_size": hidden_size, "num_layers": layers, "num_attention_heads": heads}
+    more = _glm_config(tokenizer, rows, hidden_size) if mode == "glm" else _glm2_config(mode, rows, hidden_size, heads)
+    common = {
+        "_name_or_path": _official_name(mode),
+        "model_type": "chatglm",
+        "architectures": ["ChatGLMModel"],
+        "auto_map": AUTO_MAP,
+        "torch_dtype": "float32",
+    }
+    write_json(os.path.join(output, "config.json"), common | sizes | more | config)
 
     torch.manual_seed(seed)
     model = family.model(family.config.from_pretrained(output))
@@ -163,7 +185,7 @@ def make_tiny_checkpoint(
 
 
 def read_lines(paths: list[str]) -> list[str]:
-    """Texts to train a tokenizer on: the lines of a text file, or all strings of an instruction file."""
+    """Training text for a tokenizer: the lines of text files, or all strings of instruction files."""
     lines = []
     for path in paths:
         with open(path, encoding="utf-8") as file:
@@ -187,13 +209,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = [f"data/{name}.json" for name in ("spo_0", "d2q_0")]
     group.add_argument(
         "--text", type=File(), nargs="+", default=data, default_text=" ".join(data),
-        help="files with the text that the tokenizer is trained on",
+        help="files with training text for the tokenizer",
     )  # fmt: skip
     group.add_argument("--layers", type=Integer(), default=28, help="number of layers")
-    group.add_argument("--hidden_size", type=Integer(), default=64, help="width: heads x a multiple of 8")
+    group.add_argument("--hidden_size", type=Integer(), default=64, help="hidden size: heads x a multiple of 8")
     group.add_argument("--heads", type=Integer(), default=4, help="number of attention heads")
     group.add_argument(
-        "--vocab_size", type=Integer(), default_text="one for each character", help="number of SentencePiece pieces"
+        "--vocab_size", type=Integer(), default_text="one per character", help="number of SentencePiece pieces"
     )
     group.add_argument("--seed", type=Integer(0, 2**32 - 1), default=1234, help="seed of the random weights")
     return parser.parse_args(argv)
@@ -219,9 +241,7 @@ def main(argv=None):
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(
-        f"{args.output}: a random {MODE[args.mode].config.title} with {args.layers} layers of width {args.hidden_size}"
-    )
+    print(f"{args.output}: a random {FAMILIES[args.mode].title} with {args.layers} layers of width {args.hidden_size}")
 
 
 if __name__ == "__main__":

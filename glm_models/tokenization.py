@@ -1,11 +1,11 @@
-"""What the three tokenizers share: SentencePiece underneath, and the one function that makes a prompt.
+"""Base class of the three tokenizers: SentencePiece, and the one function that makes a prompt.
 
-Two ways lead from text to ids, and the difference matters:
+There are two ways from text to ids, and the difference matters:
 
-- `encode_text` (used by prompts, training samples and chat): the text of users stays text. A literal `<sop>` or
-  `<|user|>` in somebody's sentence is spelled out in ordinary pieces, never turned into the special token.
-- `tokenizer(text)`, the transformers call, kept for tools that use it; for ChatGLM-6B it cuts special tokens out of any
-  text, as transformers does everywhere.
+- `encode_text` (used for prompts, training samples and chat): the text of users stays text. A literal `<sop>` or
+  `<|user|>` in a sentence is encoded in ordinary pieces, never as the special token.
+- `tokenizer(text)`, the call of transformers, for tools that use it; for ChatGLM-6B it recognises special tokens in any
+  text, as all tokenizers of transformers do.
 """
 
 import functools
@@ -14,56 +14,74 @@ import os
 import re
 import shutil
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-from .checkpoint import CheckpointError, check_download, read_json, shown
-from .families import check_family
+from .checkpoint import CheckpointError, check_download, read_json, short_repr
+from .identify import check_family
 
-# Part of `fingerprint`: raise it when a change of the code here gives other ids for the same text.
+# Part of `fingerprint`: increase it when a code change gives other ids for the same text.
 ENCODING = 1
 
-SEAM = 8  # characters of a query at each end of it that decide how its pieces lie at the template
+SEAM = 8  # characters at each end of a query that decide how its pieces join those of the template
 
 
 NO_IDS = np.zeros(0, np.int32)
 
 
 class Prompt(NamedTuple):
-    """What the model sees before it answers, in three arrays, int32 [tokens]; many share the first and the last."""
+    """The tokens before an answer, in three int32 arrays [tokens]; many prompts share the first and the last."""
 
     begin: np.ndarray
     text: np.ndarray
     end: np.ndarray
-    cut: bool  # the query lost its end to max_src_len
+    cut: bool  # the end of the query was dropped because of max_src_len
 
     @property
     def ids(self) -> np.ndarray:
         return np.concatenate((self.begin, self.text, self.end))
 
 
+class Encoded(NamedTuple):
+    """One sample of a dialogue, of any length.
+
+    dialogue: the number of the dialogue in the list that was encoded.
+    parts: its ids in order, int32 [tokens] each; arrays may be shared between samples.
+    length: tokens of all parts together.
+    spans: the learnt pieces, as (first position, position after the last); at least one.
+    cut: the question before the first learnt piece lost its end to max_src_len.
+    """
+
+    dialogue: int
+    parts: tuple[np.ndarray, ...]
+    length: int
+    spans: tuple[tuple[int, int], ...]
+    cut: bool
+
+
 def check_pairs(history) -> None:
-    """Make sure that earlier turns are pairs of texts, as ChatGLM-6B and ChatGLM2-6B have them.
+    """Check that earlier turns are pairs of texts, the history of ChatGLM-6B and ChatGLM2-6B.
 
     Raises:
-        ValueError: they are not: another form would go into the prompt as Python spells it.
+        ValueError: they are not.
     """
-    wanted = "the history of this family is a list of pairs (question, answer)"
+    expected = "the history of this family is a list of pairs (question, answer)"
     if not isinstance(history, (list, tuple)):
-        raise ValueError(f"{wanted}, not {shown(history)}")
+        raise ValueError(f"{expected}, not {short_repr(history)}")
     for number, turn in enumerate(history):
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise ValueError(f"{wanted} of texts; history[{number}] is {shown(turn)}")
+            raise ValueError(f"{expected} of texts; history[{number}] is {short_repr(turn)}")
 
 
 def load_vocabulary(path: str) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece model.
+    """Load a SentencePiece model.
 
     Raises:
-        CheckpointError: the file is none, or only the beginning of one.
+        CheckpointError: the file is not a SentencePiece model, or it is truncated.
     """
     check_download(path)
     with open(path, "rb") as file:
@@ -71,7 +89,7 @@ def load_vocabulary(path: str) -> sentencepiece.SentencePieceProcessor:
     vocabulary = sentencepiece.SentencePieceProcessor()
     try:
         vocabulary.LoadFromSerializedProto(content)
-        # Cut between two pieces a file can still be read. A whole one ends with how texts are normalised.
+        # A file truncated between two pieces can still be parsed. A complete one ends with the normaliser's settings.
         fields = top_fields(content)
         if NORMALIZER_FIELD not in fields:
             raise RuntimeError("its end is missing")
@@ -85,11 +103,11 @@ def load_vocabulary(path: str) -> sentencepiece.SentencePieceProcessor:
     return vocabulary
 
 
-NORMALIZER_FIELD = 3  # of SentencePiece's ModelProto; its fields lie in the order of their numbers
+NORMALIZER_FIELD = 3  # of SentencePiece's ModelProto, whose fields are in the order of their numbers
 
 
 def top_fields(content: bytes) -> set[int]:
-    """Numbers of the fields of a protocol buffer, all of which hold bytes.
+    """Numbers of the fields of a protocol buffer that has only fields of bytes.
 
     Raises:
         IndexError: the content ends within a field.
@@ -109,15 +127,15 @@ def top_fields(content: bytes) -> set[int]:
     return fields
 
 
-# Kinds of pieces, by their numbers in ModelProto.
+# Types of pieces in ModelProto.
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6
 BYTE_FALLBACK = b"\x12\x03\x98\x02\x01"  # trainer_spec { byte_fallback: true }
 
 
 def add_pieces(vocabulary: sentencepiece.SentencePieceProcessor, controls: tuple, texts: tuple) -> None:
-    """Add pieces behind the last: control tokens, pieces that are taken whole from a text, and bytes if there are none.
+    """Append pieces: control tokens, pieces that match their text in any input, and bytes if there are none.
 
-    To add to a repeated field of a protocol buffer is to append to its bytes.
+    A repeated field of a protocol buffer is extended by appending bytes.
     """
     pieces = [(name, CONTROL) for name in controls] + [(name, USER_DEFINED) for name in texts]
     content = vocabulary.serialized_model_proto()
@@ -133,9 +151,9 @@ def add_pieces(vocabulary: sentencepiece.SentencePieceProcessor, controls: tuple
 class ChatGLMTokenizerBase(PreTrainedTokenizer):
     """A SentencePiece vocabulary with the special tokens of one family.
 
-    Subclasses give `mode`, the special ids, and what differs: `encode_prompts`, `stop_token_ids`, and for some
-    `encode_texts` and `encode_answers`. The methods for one text call those for many, so that there is one home for
-    what they do.
+    Subclasses give `mode`, the special ids, and what differs: `_encode_each` or `encode_prompts`, `stop_token_ids`, and
+    for some `encode_texts`, `encode_answers`, `encode_dialogues` and `encode_questions`. The methods for one text call
+    those for many, so that there is one home for what they do.
     """
 
     mode: str  # the key in MODE, for messages
@@ -145,7 +163,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         self.vocab_file = os.fspath(vocab_file)
         self.sp_model = load_vocabulary(self.vocab_file)
         self._complete_vocabulary()
-        # The official configs say false; nobody wants decode() to eat spaces before punctuation.
+        # false in the official configs: decode() must not remove spaces before punctuation
         kwargs["clean_up_tokenization_spaces"] = False
         super().__init__(**kwargs)
 
@@ -153,7 +171,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """The tokenizer of a folder, from its vocabulary and from what `read_settings` takes of tokenizer_config.json.
 
-        The official tokenizers fix all else in their code, whatever the json files say, padding on the left above all.
+        All other settings are fixed, as in the official code, whatever the json files say; above all left padding.
 
         Raises:
             CheckpointError: no such folder, of another family (the --mode that fits is named), or a file is broken.
@@ -168,22 +186,22 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         vocabulary = os.path.join(folder, cls.vocab_files_names["vocab_file"])
         return cls(vocabulary, name_or_path=folder, **settings | kwargs)
 
-    # What a family defines.
+    # What a family defines
 
     @classmethod
     def read_settings(cls, settings: dict) -> dict:
-        """Of tokenizer_config.json, what changes ids: arguments of this class.
+        """The settings in tokenizer_config.json that change ids, as arguments of this class.
 
         Raises:
-            CheckpointError: a key asks for what the official tokenizer would do and this one does not.
+            CheckpointError: a key asks for something that this class does not support.
         """
         return {}
 
     def _complete_vocabulary(self) -> None:
-        """Add pieces that the vocabulary's file lacks and the official code adds while loading."""
+        """Add pieces that the vocabulary file lacks and that the official code adds when it loads the file."""
 
     def config_ids(self) -> dict[str, set[int]]:
-        """The ids that a key of config.json may have, for every key that names ids of tokens."""
+        """For every key of config.json with token ids: the ids that it may have."""
         raise NotImplementedError
 
     def encode_texts(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
@@ -203,17 +221,72 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         """Everything the model sees before it answers: template, history, query, special tokens.
 
         Args:
-            queries: what the user asks, one prompt each.
+            queries: the user's texts, one per prompt.
             history: earlier turns, in the form of the family's official chat; the same for all queries.
-            max_src_len: most ids for a prompt, not counting the special tokens that frame it; the end of the query
-                text is dropped to fit, never a token of the template.
+            max_src_len: maximum ids of a prompt without the special tokens at its ends; the end of the query is
+                dropped to fit, never a token of the template.
             threads: of SentencePiece.
 
         Raises:
             ValueError: a template alone is longer than max_src_len; the history has another form; or as
                 `encode_texts`.
         """
+        return self._encode_each(queries, [history] * len(queries), max_src_len, threads)
+
+    def _encode_each(
+        self, queries: list[str], histories: list, max_src_len: int | None = None, threads: int = 1
+    ) -> list[Prompt]:
+        """`encode_prompts` of queries that have a history each."""
         raise NotImplementedError
+
+    def encode_dialogues(self, dialogues: Sequence, max_src_len: int | None = None, threads: int = 1) -> list[Encoded]:
+        """Samples of conversations, in order. Here each learnt answer is a sample, with the turns before it as history.
+
+        Args:
+            dialogues: each has `messages` (with role, content, metadata and learn) and `tools`.
+            max_src_len, threads: as for `encode_prompts`.
+
+        Raises:
+            ValueError: the family has no such messages; or as `encode_prompts`.
+        """
+        numbers, queries, histories, answers = [], [], [], []
+        for number, dialogue in enumerate(dialogues):
+            pairs = self._pairs(dialogue)
+            for turn in [i for i, message in enumerate(dialogue.messages[1::2]) if message.learn]:
+                query, answer = pairs[turn]
+                numbers.append(number)
+                queries.append(query)
+                histories.append(pairs[:turn])
+                answers.append(answer)
+        prompts = self._encode_each(queries, histories, max_src_len, threads)
+        end = np.array([self.eos_token_id], np.int32)
+        encoded = []
+        answer_ids = self.encode_answers(answers, threads)
+        for number, (before, text, after, cut), answer in zip(numbers, prompts, answer_ids, strict=True):
+            start = len(before) + len(text) + len(after)
+            length = start + len(answer) + 1
+            encoded.append(Encoded(number, (before, text, after, answer, end), length, ((start, length),), cut))
+        return encoded
+
+    def encode_questions(self, dialogues: Sequence, max_src_len: int | None = None, threads: int = 1) -> list[Prompt]:
+        """Prompts for the answer to the last message of each dialogue. Arguments and errors: see `encode_dialogues`."""
+        pairs = [self._pairs(dialogue) for dialogue in dialogues]
+        queries = [dialogue.messages[-1].content for dialogue in dialogues]
+        return self._encode_each(queries, pairs, max_src_len, threads)
+
+    def _pairs(self, dialogue) -> list[tuple[str, str]]:
+        """Question and answer of each whole turn.
+
+        Raises:
+            ValueError: there are other messages than questions and answers in turn.
+        """
+        if dialogue.tools or any(message.metadata for message in dialogue.messages):
+            raise ValueError(f"{self.mode} has no tools; glm3 has")
+        roles = [message.role for message in dialogue.messages]
+        if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+            raise ValueError(f"a conversation of {self.mode} is user and assistant in turn, not {', '.join(roles)}")
+        texts = [message.content for message in dialogue.messages]
+        return list(zip(texts[::2], texts[1::2], strict=False))
 
     def encode_answers(self, answers: list[str], threads: int = 1) -> list[np.ndarray]:
         """Ids of answers as the model is to write them after the prompt, int32 [tokens] each, without the end token."""
@@ -232,7 +305,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         return self.encode_answers([answer])[0].tolist()
 
     def fingerprint(self) -> str:
-        """Differs between tokenizers that give different ids for the same training data: hexadecimal digits."""
+        """A hash that differs between tokenizers that give different ids for the same training data."""
         with open(self.vocab_file, "rb") as file:
             vocabulary = hashlib.file_digest(file, "sha256").hexdigest()
         # an empty prompt holds the template and the special tokens
@@ -240,21 +313,21 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def context_length(self, ids: list[int]) -> int:
-        """How many first tokens of a sample are seen by all its tokens, later ones too."""
+        """Number of first tokens of a sample that are seen by all its tokens."""
         return 0
 
     def decode_answer(self, ids: list[int]) -> str:
-        """The answer that `encode_answer` made these ids of."""
+        """The text of an answer, from the ids of `encode_answer`."""
         return self.decode(ids)
 
     @property
     def special_texts(self) -> list[str]:
-        """Tokens that are no text, as they are written. In the text of users they are letters, or it is not kept."""
+        """Special tokens as text. In a user's text they are ordinary letters, or are not kept."""
         names = (self.sp_model.IdToPiece(i) for i in range(self.sp_model.GetPieceSize()) if self.sp_model.IsControl(i))
         return sorted({*names, self.unk_token})
 
     def lost_characters(self, characters: str) -> set[str]:
-        """Those of some characters that leave no trace in the ids of a text, or only the unknown token."""
+        """Those of the characters that leave no trace in the ids of a text, or only the unknown token."""
         plain, *encoded = (ids.tolist() for ids in self.encode_texts(["ab", *(f"a{one}b" for one in characters)]))
         unknown, pairs = self.unk_token_id, zip(characters, encoded, strict=True)
         return {one for one, ids in pairs if unknown in ids or ids == plain}
@@ -269,9 +342,9 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         return {one: text for one, text in back.items() if text not in ("", one) and self.unk_token not in text}
 
     def as_written(self, answers: list[str]) -> list[str]:
-        """Answers as the model can write them: what the vocabulary makes of each character.
+        """Answers as the model can write them, with every character as the vocabulary normalises it.
 
-        An answer with a character that it cannot represent stays as it is: whatever the model writes is not that.
+        An answer with a character that the vocabulary cannot represent is left unchanged: the model cannot write it.
         """
         encoded, unknown = self.encode_answers(answers), self.unk_token_id
         pairs = zip(answers, encoded, strict=True)
@@ -282,7 +355,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         """Ids that end a generated answer."""
         return [self.eos_token_id]
 
-    # What transformers asks of a tokenizer.
+    # What transformers expects of a tokenizer
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.sp_model.PieceToId(token)
@@ -308,17 +381,21 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
             raise ValueError("a text holds half a surrogate pair, which is no character") from None
 
     def _fit_queries(
-        self, before: str, queries: list[str], after: str, max_src_len: int | None, threads: int
+        self, templates: list[tuple[str, str]], queries: list[str], max_src_len: int | None, threads: int
     ) -> list[tuple[np.ndarray, bool]]:
         """Ids of before + query + after, with the end of `query` dropped to fit max_src_len, and whether it was.
+
+        Args:
+            templates: what stands before and after each query.
 
         The string is encoded whole because pieces may reach across the seams, as they do in the official chat. A piece
         that holds any character of the template counts as template.
         """
         fitted = []
         find = functools.cache(self._find_template)  # many queries begin and end alike
-        texts = [before + query + after for query in queries]
-        for query, ids in zip(queries, self._encode_pieces(texts, threads), strict=True):
+        texts = [before + query + after for (before, after), query in zip(templates, queries, strict=True)]
+        encoded = self._encode_pieces(texts, threads)
+        for (before, after), query, ids in zip(templates, queries, encoded, strict=True):
             cut = max_src_len is not None and len(ids) > max_src_len
             if cut:
                 head, tail = self._template_pieces(before, query, after, ids, find)
@@ -334,14 +411,14 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
     def _template_pieces(self, before: str, query: str, after: str, ids: np.ndarray, find) -> tuple[int, int]:
         """How many of the `ids` of before + query + after hold characters of `before`, and how many of `after`.
 
-        Asking SentencePiece where pieces lie is slow, so a long query is asked about without its middle. That has the
-        same answer where the pieces at both seams are the same.
+        SentencePiece is slow to tell the place of each piece, so for a long query the middle is left out. The result is
+        the same if the pieces at both seams are.
         """
         if not before and not after:
             return 0, 0
         if len(query) > 2 * SEAM:
             head, tail, known = find(before, query[:SEAM] + query[-SEAM:], after)
-            # compare some pieces of the query too, but none near the gap, where the text is another
+            # compare some pieces of the query too, but none near the gap, where the text differs
             more = min(SEAM // 2, (len(known) - head - tail) // 4)
             ends = ((0, head + more), (-tail - more, None))
             if more and all(known[a:b] == ids[a:b].tolist() for a, b in ends):
@@ -352,7 +429,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         """Number of pieces with characters of `before` and of `after`, and the ids of all."""
         pieces = self.sp_model.encode(before + query + after, out_type="proto").pieces  # begin and end count bytes
         query_start, query_end = (len(part.encode()) for part in (before, before + query))
-        # (of a character spelled in bytes all pieces but the last are empty, and lie at its beginning)
+        # (of a character encoded in bytes all pieces except the last are empty and at its beginning)
         head = bisect_left(pieces, query_start, key=lambda piece: piece.begin) if before else 0
         tail = (
             bisect_right(pieces, query_end, key=lambda piece: max(piece.begin + 1, piece.end)) if after else len(pieces)

@@ -1,13 +1,13 @@
-# Read by scripts/<mode>/<train_type>.sh: one launch with the settings that all of them share.
+# Sourced by scripts/<mode>/<train_type>.sh: one launch, with the settings that all of them share.
 #
 #   MODEL     folder of the base model          (default: the official name in the project folder)
 #   DATA      instruction file                  (default: data/spo_0.json)
-#   OUTPUT    where results go                  (default: ./output-<mode>-<train_type>)
+#   OUTPUT    folder for results                (default: ./output-<mode>-<train_type>)
 #   GPUS      which GPUs, as 0 or 0,1,2,3       (default: all)
-#   NUM_GPUS  how many processes instead, for a machine without a GPU
+#   NUM_GPUS  number of processes instead, for a machine without a GPU
 #   PORT      of the launcher                   (default: 29520)
 #
-# What follows the script's name is passed on to train.py and overrides the settings here.
+# Flags after the script's name are passed to train.py and override the settings here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,7 +16,7 @@ launch() { # mode, train_type, default model, flags of the method ..., flags of 
   shift 3
   local launcher=(deepspeed --log_level warning --master_port "${PORT:-29520}")
   [ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=$GPUS
-  trap '' USR1 # Slurm's warning is for train.py, which saves a state; the launcher would die of it
+  trap '' USR1 # Slurm's signal is for train.py, which saves a state; it would kill the launcher
   [ -z "${NUM_GPUS:-}" ] || launcher+=(--num_gpus "$NUM_GPUS")
   exec "${launcher[@]}" train.py \
     --mode "$mode" \

@@ -6,11 +6,12 @@
 #   DATA    rows to train on               (default data/spo_0.json; small bases take the first ROWS of it, default 700)
 #   TEST    rows to score                  (default data/spo_1.json)
 #   METHODS some of freeze ptuning ptuning-plain lora all   (default all five)
-#   SEEDS   a training for each            (default "1 2 3")
+#   SEEDS   one training for each          (default "1 2 3")
 #   OUTPUT  folder of runs and report      (default output-compare)
-#   SWEEP   True: try three learning rates a method first
+#   SWEEP   True: first try three learning rates per method
 #
-# The python of the current environment is used. What follows goes to compare.py, e.g. --jobs 2, --num_gpus 4.
+# Uses the python of the active environment. Flags are passed to python -m tuning.evaluate.compare, such as --jobs 2 or
+# --num_gpus 4.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/small_base.sh
@@ -24,7 +25,7 @@ else
     make_small_base "$mode" "$output/bases/$mode"
     models+=("$mode=$output/bases/$mode")
   done
-  # forgetting is measured on what a small base knows, on notes it never saw: of general prompts it has no idea
+  # forgetting is measured on unseen notes in the form that the small base learned: it cannot answer general prompts
   rows_of_small_base data/spo_1.json "$output/suite.json" "notes in the base's form"
   head -n "${ROWS:-700}" "$data" >"$output/rows.json"
   data=$output/rows.json

@@ -1,4 +1,4 @@
-# Read by quickstart.sh and test.sh: makes a virtual environment in $VENV (default .venv) and activates it.
+# Sourced by quickstart.sh and test.sh: makes a virtual environment in $VENV (default .venv) and activates it.
 make_environment() { # requirements file
   local venv=${VENV:-.venv} python=${PYTHON:-python3}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

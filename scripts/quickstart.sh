@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# From nothing to a scored model on this machine, a CPU being enough: an environment, a small ChatGLM3 that knows workshop
-# notes a little, LoRA on it with DeepSpeed, merge, prediction of rows that training never saw, a report with curves and
-# answers beside references.
+# A whole run on this machine, on a CPU if there is no GPU: makes an environment and a small ChatGLM3 that knows workshop
+# notes a little, tunes it by LoRA with DeepSpeed, merges, answers rows that are not in the training data, and writes a
+# report with curves and with answers beside references.
 #
-#   VENV   the virtual environment, made if it is not there   (default .venv)
+#   VENV   folder of the virtual environment, made if missing (default .venv)
 #   PYTHON the Python that makes it      (default python3; 3.11 or newer)
 #   PORT   of the launcher               (default 29521)
-#   WORK   where models and results go   (default output-quickstart); the small base is reused if it is there
+#   WORK   folder for models and results (default output-quickstart); a small base in it is reused
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ $# -gt 0 ]; then # else a typing error would start four minutes of work
+if [ $# -gt 0 ]; then # without this, a typing error would start four minutes of work
   sed -n '2,/^set/s/^# \{0,1\}//p' scripts/quickstart.sh
   case $1 in -h | --help) exit 0 ;; esac
   echo "error: quickstart.sh takes no arguments, only the variables above" >&2
@@ -39,7 +39,7 @@ score() { # answers of an earlier run belong to another model
   python predict.py --mode glm3 --predict_path data/spo_1.json --max_length 384 --batch_size 50 --overwrite --model_path "$@"
 }
 
-echo "== 2/5 what the base makes of data/spo_1.json"
+echo "== 2/5 the base's answers to data/spo_1.json"
 score "$base" --output_path "$work/base-predictions.jsonl"
 
 echo "== 3/5 LoRA on data/spo_0.json"

@@ -1,13 +1,13 @@
-# Read by compare_methods.sh: makes a small base model of a family, for machines that cannot hold a
-# real one: random weights of 4 layers x 192, then all parameters trained on 3,000 workshop notes that data/make_data.py
-# makes, none of them in data/spo_1.json. Five in six are answered in another form than data/spo_0.json has
-# ("relation：subject，object") and asked for in many words, the sixth as data/spo_0.json asks: so the base reads notes
-# well and knows the task a little, as a real base does. Minutes on 2 CPU cores.
+# Sourced by compare_methods.sh: makes a small base model of a family, for machines that cannot hold a real one. Random
+# weights (4 layers, width 192), then all parameters are trained on 3,000 workshop notes from data/make_data.py, none of
+# them in data/spo_1.json. Five of six have another answer format than data/spo_0.json ("relation：subject，object") and
+# varied instructions, the sixth is as in data/spo_0.json: so the base reads notes well and knows the task a little, as a
+# real base does. Takes minutes on 2 CPU cores.
 #
 #   PORT   of the launcher (default 29521)
 
-# Rows of an spo file in the form that a small base learns best. With a category: rows of a suite for forgetting.py;
-# without: every sixth row is left as it is.
+# Rewrites the rows of an spo file in the form that a small base learns best. With a category: all rows, as a suite for
+# tuning.evaluate.forgetting; without: every sixth row stays as it is.
 rows_of_small_base() { # spo file, output file, category (may be empty)
   python - "$@" <<'PYTHON'
 import json
@@ -30,7 +30,7 @@ with open(path, encoding="utf-8") as rows, open(output, "w", encoding="utf-8") a
 PYTHON
 }
 
-make_small_base() { # mode, folder; nothing to do if the folder is there
+make_small_base() { # mode, folder; does nothing if the folder exists
   local mode=$1 base=$2 work=$2-making
   [ ! -d "$base" ] || return 0
   rm -rf "$work"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run all tests in an environment of their own, two files at a time. VENV: where it is (default .venv). Arguments go to
-# pytest.
+# Run all tests in an environment of their own, two files at a time. VENV: its folder (default .venv). Arguments are
+# passed to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

@@ -20,7 +20,7 @@ from test_merge import make_adapter, make_base
 
 import utils
 from glm_models import MODE
-from glm_models.chat import generate_ids
+from glm_models.generation import generate_ids
 from tuning.engine.loading import load_result
 
 ALL = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]

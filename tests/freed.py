@@ -78,8 +78,8 @@ def main() -> None:
     torch.set_num_threads(1)
     utils.quiet(verbose=False)
     get_accelerator().is_fp16_supported = lambda: True  # slow, but any CPU can
+    patches.apply()
     rank, _ = launch.start_distributed(verbose=False)
-    patches.trim_deepspeed()
     results = {}
     for name, case in CASES.items():
         with mock.patch.object(DeepSpeedZeroOptimizer, TAKES, patches._put_in_bucket):

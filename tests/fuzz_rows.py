@@ -15,7 +15,7 @@ from mutator import mutate_bytes
 
 from glm_models import MODE
 from tuning.errors import DataError
-from tuning.samples.dataset import InstructionData
+from tuning.samples.dataset import DataSettings, InstructionData
 from tuning.samples.encoding import encode_sample
 from tuning.samples.row_files import RowError, scan_rows
 
@@ -166,13 +166,13 @@ class RowKinds:
         right = [i for i in range(len(rows)) if i not in broken]
         if broken:
             with pytest.raises(DataError, match=f"line {lines[min(broken)]}: "):
-                InstructionData(str(path), tokenizer, 200, 100)
+                InstructionData(DataSettings(str(path), 200, 100), tokenizer)
         if not right or ends is not None:
             with pytest.raises(DataError):
-                InstructionData(str(path), tokenizer, 200, 100, skip_bad=True)
+                InstructionData(DataSettings(str(path), 200, 100, skip_bad=True), tokenizer)
             raise DataError
         try:
-            data = InstructionData(str(path), tokenizer, 200, 100, skip_bad=True)
+            data = InstructionData(DataSettings(str(path), 200, 100, skip_bad=True), tokenizer)
         except DataError as error:
             raise AssertionError(f"rows that are whole are refused: {error}") from error
         assert data.lines.tolist() == [lines[i] for i in right], (data.lines.tolist(), lines, broken)
@@ -206,7 +206,7 @@ class RowKinds:
             for line, text in by_line.items():
                 if text in original:
                     assert found[line] == original[text]
-        data = InstructionData(str(path), self.tokenizers["glm3"], 200, 100, skip_bad=True)
+        data = InstructionData(DataSettings(str(path), 200, 100, skip_bad=True), self.tokenizers["glm3"])
         self.check_unused(data, [row for row in found.values() if not isinstance(row, RowError)])
 
     @staticmethod
@@ -274,8 +274,8 @@ class RowKinds:
         if len(right) < len(rows):
             first = next(line for line, (_, meant) in enumerate(rows, 1) if meant is None)
             with pytest.raises(DataError, match=f"line {first}: "):
-                InstructionData(str(path), tokenizer, 200, 100)
-        data = InstructionData(str(path), tokenizer, 200, 100, skip_bad=True)
+                InstructionData(DataSettings(str(path), 200, 100), tokenizer)
+        data = InstructionData(DataSettings(str(path), 200, 100, skip_bad=True), tokenizer)
         assert list(data.samples) == [encode_sample(tokenizer, meant, 200, 100) for _, meant in right]
         self.check_unused(data, [row for row, _ in right])
         if len(right) < len(rows):
@@ -292,7 +292,7 @@ class RowKinds:
         path.write_bytes(content)
         for skip_bad in (False, True) if says else (False,):
             try:
-                data = InstructionData(str(path), self.tokenizers["glm2"], 200, 100, skip_bad=skip_bad)
+                data = InstructionData(DataSettings(str(path), 200, 100, skip_bad=skip_bad), self.tokenizers["glm2"])
             except DataError as error:
                 assert says, f"a whole file is refused: {error}"
                 assert says in str(error) and str(path) in str(error) and str(error).isprintable(), str(error)

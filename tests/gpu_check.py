@@ -180,8 +180,10 @@ def attention_kernels(machine: Machine) -> str:
             q, k, v = (
                 torch.randn(1, 256, heads, 128, device=machine.device, dtype=dtype) for heads in (32, groups, groups)
             )
+            segments = attention.as_segments([(200, 0), (56, 5)])
+            inputs = attention.LayerInputs(angles=(), segments=segments)  # the angles are not read here
             with profile(activities=[ProfilerActivity.CPU]) as events:
-                attention.attend(module, q, k, v, [attention.Segment(200), attention.Segment(56, 5)], None, None)
+                attention.attention_forward(module, q, k, v, inputs)
             names = {event.key.removeprefix("aten::") for event in events.key_averages()}
             kernels = {name.removeprefix("_scaled_dot_product_") for name in names if "_scaled_dot_product_" in name}
             chosen[f"{mode} {short_name(dtype)}"] = kernels

@@ -16,14 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
 import predict
 import train
 import utils
-from tuning.run import health
+from tuning.run.health import StepHooks
 
 
 class Meter:
@@ -38,23 +37,19 @@ class Meter:
         self.cuda = get_accelerator().device_name() == "cuda"
 
     def __enter__(self):
-        self.kept = deepspeed.initialize, health.Watch.begin, get_accelerator().synchronize
-        deepspeed.initialize, health.Watch.begin = self._initialize, lambda watch, batch: self._begin(watch, batch)
+        self.kept = get_accelerator().synchronize
         get_accelerator().synchronize = self._synchronize
         return self
 
     def __exit__(self, *_):
-        deepspeed.initialize, health.Watch.begin, get_accelerator().synchronize = self.kept
+        get_accelerator().synchronize = self.kept
         if self.on:
             torch.cuda.set_sync_debug_mode("default")
             self.warned.__exit__(None, None, None)
             self.waits += sum("synchroniz" in str(warning.message) for warning in self.caught)
 
-    def _initialize(self, *args, **kwargs):
-        self.engine, *rest = self.kept[0](*args, **kwargs)
-        return self.engine, *rest
-
-    def _begin(self, watch, batch):
+    def before_step(self, watch, batches):
+        self.engine = watch.engine
         if self.engine.global_steps == 0:
             get_accelerator().reset_peak_memory_stats()
         elif self.cuda and not self.on:
@@ -62,12 +57,11 @@ class Meter:
             self.caught = self.warned.__enter__()
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-        self.micro_batches += self.on
-        return self.kept[1](watch, batch)
+        self.micro_batches += self.on * len(batches)
 
     def _synchronize(self, *args):
         self.waits += self.on
-        return self.kept[2](*args)
+        return self.kept(*args)
 
 
 def run_training(argv: list[str]) -> dict:
@@ -76,7 +70,7 @@ def run_training(argv: list[str]) -> dict:
     get_accelerator().empty_cache()
     start = time.perf_counter()
     with Meter() as meter:
-        history = train.train(train.parse_args(argv))
+        history = train.train(train.parse_args(argv), StepHooks(meter.before_step))
     optimizer = getattr(meter.engine.optimizer, "optimizer", meter.engine.optimizer)
     return {
         "losses": [loss for _, loss in history],

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 import train  # noqa: E402
 from glm_models import MODE  # noqa: E402
-from tuning.engine.ds_config import compute_dtype, load_ds_config  # noqa: E402
+from tuning.engine.ds_config import compute_dtype, ds_values, load_ds_config  # noqa: E402
 from tuning.plan import planner  # noqa: E402
 
 # Small, and yet so that activations, not weights, are what a step allocates.
@@ -64,7 +64,7 @@ def setting(name: str, stage: int, gpus: int, sums: str) -> tuple[argparse.Names
 def ds_config(args: argparse.Namespace, stage: int, gpus: int = 1, **sections) -> dict:
     """The project's ds file of a stage, in bf16, with sections replaced."""
     path = ROOT / f"ds_zero{stage}_no_offload.json"
-    config = load_ds_config(str(path), train.ds_values(args, gpus, 10, 128), as_gpu=True)
+    config = load_ds_config(str(path), ds_values(args, gpus, 10, 128), as_gpu=True)
     for name, values in sections.items():
         config[name] = {**config.get(name, {}), **values}
     return config
@@ -137,8 +137,8 @@ def main() -> None:
     stage, results, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or SETTINGS
     torch.set_num_threads(1)
     utils.quiet(verbose=False)
+    patches.apply()
     rank, ranks = launch.start_distributed(verbose=False)
-    patches.trim_deepspeed()
     gc.freeze()  # what was imported stays, and is not looked through each time
     measured = {}
     for name in names:

@@ -24,7 +24,7 @@ from conftest import TEXT
 import train
 from glm_models.tiny import make_tiny_checkpoint
 from tuning import folders
-from tuning.run import health
+from tuning.run.health import StepHooks
 
 METHOD_FLAGS = {
     "freeze": "--freeze_module_name layers.1.",
@@ -33,6 +33,8 @@ METHOD_FLAGS = {
     "all": "",
 }
 STAGES = {2: "ds_zero2_no_offload.json", 3: "ds_zero3_no_offload.json"}
+# Hooks of the run in this process, see StepHooks: `prepare` adds its own.
+BEFORE_STEP, AFTER_STEP = [], []
 LIMIT = 300  # seconds after which a run counts as one that hangs; most take a few, a busy machine far longer
 
 
@@ -85,9 +87,10 @@ class Launched:
             os.dup2(output, 2)
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pytest's own would keep what is printed
             torch.set_num_threads(1)
-            record_losses(losses, rank)
+            BEFORE_STEP.clear()
+            AFTER_STEP[:] = [record_losses(losses)] if rank == 0 else []
             prepare()
-            train.main(argv)
+            train.main(argv, step_hooks())
             os._exit(0)
         except SystemExit as end:
             os._exit(end.code)
@@ -119,18 +122,19 @@ class Launched:
                 os.kill(self.pids[rank], number)
 
 
-def record_losses(path: Path, rank: int) -> None:
-    """Write each step's loss to a file, to the last bit."""
-    end = health.Watch.end
+def step_hooks() -> StepHooks:
+    """Hooks that call all of BEFORE_STEP and AFTER_STEP."""
+    return StepHooks(*(lambda *args, some=some: [hook(*args) for hook in some] for some in (BEFORE_STEP, AFTER_STEP)))
 
-    def recorded(self, loss):
-        step = end(self, loss)
-        if step is not None and rank == 0:
-            with open(path, "a") as file:
-                file.write(json.dumps([self.steps, step.loss.hex()]) + "\n")
-        return step
 
-    health.Watch.end = recorded
+def record_losses(path: Path):
+    """A hook after each step that writes its loss to a file, to the last bit."""
+
+    def record(watch, step):
+        with open(path, "a") as file:
+            file.write(json.dumps([watch.engine.global_steps, step.loss.hex()]) + "\n")
+
+    return record
 
 
 def read_losses(path: Path) -> list[tuple[int, str]]:

@@ -216,7 +216,7 @@ def test_what_the_config_says_beyond_peft_is_named_and_printed_safely(glm3, tmp_
     ):
         use()
         said = capsys.readouterr().out
-        assert r"keys that mean nothing here: \x1b[31mred, of_next_year" in said
+        assert r"keys that this peft does not know: \x1b[31mred, of_next_year" in said
         assert "\x1b" not in said
     for key, value in (("alora_invocation_tokens", [1]), ("arrow_config", {"top_k": 1}), ("megatron_config", {"a": 1})):
         change_json(config, **{key: value})

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import glm_models
-import merge_lora
 import train
 from glm_models import MODE
 from tuning import methods
@@ -474,55 +473,3 @@ def test_flags_of_a_comparison_go_to_the_methods_that_have_them(comparison):
 )
 def test_flags_of_a_comparison_are_checked_before_it_starts(comparison, flags, line):
     assert refused(compare_arguments.parse_args, "", [*comparison, *flags]) == [line]
-
-
-# The READMEs
-
-
-# The READMEs' words for the defaults that have no value of their own
-CHINESE = {
-    "required": "必填",
-    "all": "全部",
-    "none": "无",
-    "empty": "空",
-    "each epoch": "每个 epoch",
-    "the launcher's": "启动器的卡数",
-    "the longest reference and a quarter": "最长参考答案的 1.25 倍",
-    "the adapter's, -merged appended": "LoRA 目录名加 -merged",
-    "what the adapter's config names": "LoRA 配置中记录的目录",
-    "the accelerator, else cpu": "有加速卡用加速卡，否则 cpu",
-    "predictions-NAME.jsonl in the model folder": "模型目录下的 predictions-文件名.jsonl",
-}
-TABLES = {"--train_path": train_arguments, "--predict_path": predict_arguments, "--model_dir": merge_lora}
-
-
-def defaults_in(readme: str, telling: str) -> dict[str, str]:
-    """Flag -> default, of the table that has the flag `telling` in its first column."""
-    tables = re.split(r"\n\n", (ROOT / readme).read_text())
-    (table,) = [part for part in tables if re.search(rf"^\| [^|]*`{telling}`[^|]* \| ", part, re.MULTILINE)]
-    found = {}
-    for line in table.splitlines():
-        names, defaults = (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:3])
-        names = re.findall(r"`(--\w+)`", names)
-        defaults = re.split(r"[,、] ?(?=\S)", defaults) if len(names) > 1 else [defaults]
-        found |= dict(zip(names, defaults if len(defaults) > 1 else defaults * len(names), strict=True))
-    return {name: default.replace("`", "") for name, default in found.items()}
-
-
-def same(shown: str, default: str) -> bool:
-    try:
-        return float(shown) == float(default)
-    except ValueError:
-        return shown == default
-
-
-@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
-@pytest.mark.parametrize("telling", TABLES)
-def test_the_readmes_have_every_flag_with_its_default(readme, telling):
-    flags = TABLES[telling].make_parser().flags.values()
-    texts = {flag.name: "required" if flag.required else flag.default_text for flag in flags}
-    if "zh" in readme:
-        texts = {name: CHINESE.get(text, text) for name, text in texts.items()}
-    shown = defaults_in(readme, telling)
-    assert shown.keys() == texts.keys()
-    assert [(name, shown[name], texts[name]) for name in texts if not same(shown[name], texts[name])] == []

@@ -13,7 +13,7 @@ from test_models import change_config
 
 from glm_models import MODE, CheckpointError, check_family
 from glm_models.checkpoint import write_side_files
-from glm_models.glm2 import rotary_angles
+from glm_models.rotary import glm2_angles
 from tuning.arguments.parser import Folder
 from tuning.engine.loading import load_base, load_result, load_tokenizer
 from tuning.errors import UserError
@@ -213,7 +213,7 @@ def test_rope_ratio_has_two_meanings():
         "glm3": positions[0, :, None] / 40000**steps,
     }
     for mode, angles in expected.items():
-        cos, sin = rotary_angles(MODE[mode].config(**sizes), positions, torch.float32)
+        cos, sin = glm2_angles(MODE[mode].config(**sizes), positions, torch.float32)
         torch.testing.assert_close(cos[0, :, 0], angles.cos(), atol=1e-4, rtol=0)
         torch.testing.assert_close(sin[0, :, 0], angles.sin(), atol=1e-4, rtol=0)
 
@@ -337,7 +337,7 @@ def test_a_prefix_alone_is_named(mode, copy):
     for changes in ({}, {"pre_seq_len": 3, "prefix_projection": True}):
         message = refused(mode, folder, **changes)
         assert (
-            "holds a P-Tuning prefix alone (length 3)" in message and "pre_seq_len 3, prefix_projection true" in message
+            "holds only a P-Tuning prefix (length 3)" in message and "pre_seq_len 3, prefix_projection true" in message
         )
         assert "\\x1b[31m" in message and "\x1b" not in message
 

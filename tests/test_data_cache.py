@@ -5,6 +5,7 @@ only then; the first broken row of the file is the one that is named.
 import json
 import multiprocessing
 import os
+from dataclasses import replace
 from unittest.mock import Mock, call
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 from glm_models import MODE
 from tuning.errors import DataError
 from tuning.samples import cache, dataset, encoding
-from tuning.samples.dataset import InstructionData, prepare
+from tuning.samples.dataset import DataSettings, InstructionData, prepare
 from tuning.samples.encoding import encode_sample, encode_samples
+from tuning.samples.formats import to_dialogue
 
 modes = pytest.mark.parametrize("mode", MODE)
 
@@ -69,13 +71,14 @@ def plain_sample(tokenizer, row, max_len, max_src_len):
     prompt = tokenizer.encode_prompt(query, max_src_len=max_src_len)
     answer = [*tokenizer.encode_answer(row["output"]), tokenizer.eos_token_id]
     room = max_len - len(prompt)
-    return prompt + answer[:room], len(prompt), prompt != tokenizer.encode_prompt(query), len(answer) > room
+    ids = prompt + answer[:room]
+    return ids, ((len(prompt), len(ids)),), prompt != tokenizer.encode_prompt(query), len(answer) > room
 
 
 @modes
 def test_many_rows_at_once_are_what_each_alone_is(tokenizers, mode):
     tokenizer, rows = tokenizers[mode], odd_rows(150)
-    samples = encode_samples(tokenizer, rows, 70, 40, threads=2)
+    samples = encode_samples(tokenizer, [to_dialogue(row) for row in rows], 70, 40, threads=2)
     assert [tuple(sample) for sample in samples] == [plain_sample(tokenizer, row, 70, 40) for row in rows]
     assert list(samples) == [encode_sample(tokenizer, row, 70, 40) for row in rows]
     for kind in ("prompt_cut", "answer_cut"):
@@ -110,8 +113,8 @@ def test_a_prepared_file_holds_what_the_rows_give_in_any_chunks(
     tokenizer, rows = tokenizers[mode], odd_rows(60)
     path = write(["", *rows])  # the empty line counts
     monkeypatch.setattr(encoding, "CHUNK_ROWS", 7)
-    settings = (path, tokenizer, 70, 40, is_skip, True)
-    data = InstructionData(*settings, prepared=prepare(*settings, cache_dir=str(tmp_path / "new" / "cache")))
+    settings = DataSettings(path, 70, 40, is_skip, True)
+    data = InstructionData(settings, tokenizer, prepare(settings, tokenizer, str(tmp_path / "new" / "cache")))
     each = [(i, encode_sample(tokenizer, row, 70, 40)) for i, row in enumerate(rows, 2)]
     cut = sum(sample.prompt_cut or sample.answer_cut for _, sample in each)
     assert data.prompts_cut == sum(sample.prompt_cut for _, sample in each)
@@ -121,17 +124,17 @@ def test_a_prepared_file_holds_what_the_rows_give_in_any_chunks(
     assert 0 < cut < len(rows)
     assert list(zip(data.lines.tolist(), data.samples, strict=True)) == kept
     assert data.lengths.tolist() == [len(sample.input_ids) for _, sample in kept]
-    assert data.answer_tokens([0, 3]) == sum(len(s.input_ids) - s.answer_start for _, s in (kept[0], kept[3]))
+    assert data.answer_tokens([0, 3]) == sum(len(s.learnt) for _, s in (kept[0], kept[3]))
     assert f"{len(kept)} samples, {data.lengths.sum()} tokens" in data.summary()
     # and with one chunk, not kept on disk
     monkeypatch.setattr(encoding, "CHUNK_ROWS", 1000)
-    assert list(InstructionData(*settings).samples) == list(data.samples)
+    assert list(InstructionData(settings, tokenizer).samples) == list(data.samples)
 
 
 def test_long_texts_make_short_chunks(monkeypatch):
     monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", 10)
     rows = [(i, {"instruction": "a" * n, "input": "", "output": "b"}) for i, n in enumerate((4, 4, 4, 50, 1))]
-    assert [[line for line, _ in chunk] for chunk in encoding._chunks(iter(rows))] == [[0, 1, 2], [3], [4]]
+    assert [[line for line, *_ in chunk] for chunk in encoding._chunks(iter(rows))] == [[0, 1, 2], [3], [4]]
 
 
 # The cache
@@ -148,31 +151,34 @@ class Untouched:
 def test_a_second_start_encodes_nothing(tokenizers, write, tmp_path):
     rows = odd_rows(20)
     path, tokenizer = write(rows), tokenizers["glm3"]
-    settings = (70, 40, False, True, str(tmp_path / "cache"))
-    file = prepare(path, tokenizer, *settings)
-    assert prepare(path, Untouched(tokenizer), *settings) == file
-    assert prepare(write(rows, "moved.json"), Untouched(tokenizer), *settings) == file  # content counts, not the name
+    settings, folder = DataSettings(path, 70, 40, empty_outputs=True), str(tmp_path / "cache")
+    file = prepare(settings, tokenizer, folder)
+    assert prepare(settings, Untouched(tokenizer), folder) == file
+    moved = replace(settings, path=write(rows, "moved.json"))  # content counts, not the name
+    assert prepare(moved, Untouched(tokenizer), folder) == file
     assert os.listdir(tmp_path / "cache") == [os.path.basename(file)]
     with pytest.raises(AttributeError):  # the test can fail
-        prepare(path, Untouched(tokenizer), 71, *settings[1:])
+        prepare(replace(settings, max_len=71), Untouched(tokenizer), folder)
 
 
 def test_whatever_changes_the_samples_changes_the_file(tokenizers, write, tmp_path):
     rows = odd_rows(20)
-    path, cache = write(rows), str(tmp_path / "cache")
-    usual = (tokenizers["glm3"], 70, 40, False, True)
+    usual, folder = DataSettings(write(rows), 70, 40, empty_outputs=True), str(tmp_path / "cache")
     changes = [
-        (tokenizers["glm2"], *usual[1:]),  # the same vocabulary, another prompt
-        (tokenizers["glm3"], 71, 40, False, True),
-        (tokenizers["glm3"], 70, 41, False, True),
-        (tokenizers["glm3"], 70, 40, True, True),
+        {},
+        {"max_len": 71},
+        {"max_src_len": 41},
+        {"skip_cut": True},
+        {"skip_bad": True},
+        {"several_outputs": True},
     ]
-    files = [prepare(path, *settings, cache) for settings in (usual, *changes)]
-    files.append(prepare(write([*rows, rows[-1]], "more.json"), *usual, cache))
+    files = [prepare(replace(usual, **change), tokenizers["glm3"], folder) for change in changes]
+    files.append(prepare(usual, tokenizers["glm2"], folder))  # the same vocabulary, another prompt
+    files.append(prepare(replace(usual, path=write([*rows, rows[-1]], "more.json")), tokenizers["glm3"], folder))
     assert len(set(files)) == len(files)
     # rows without an answer are refused though they lie prepared for a run that allows them
     with pytest.raises(DataError, match="line 1: output is empty"):
-        prepare(path, *usual[:-1], False, cache)
+        prepare(replace(usual, empty_outputs=False), tokenizers["glm3"], folder)
 
 
 @modes
@@ -192,7 +198,7 @@ def test_another_vocabulary_is_another_fingerprint(tiny, tokenizers, mode, tmp_p
 
 @pytest.mark.parametrize("damage", ["empty", "header", "cut", "longer", "ids", "records", "counts"])
 def test_a_damaged_file_is_made_anew(tokenizers, write, tmp_path, damage):
-    settings = (write(odd_rows(20)), tokenizers["glm3"], 70, 40, False, True)
+    settings = (DataSettings(write(odd_rows(20)), 70, 40, False, True), tokenizers["glm3"])
     file = prepare(*settings, cache_dir=str(tmp_path / "cache"))
     with open(file, "rb") as opened:
         good = opened.read()
@@ -223,14 +229,16 @@ def test_a_failed_start_leaves_nothing_and_old_debris_goes(tokenizers, write, tm
     for name in ("abc.samples.0123.partial", "somebody else's.partial"):
         os.utime(cache / name, (1, 1))
     with pytest.raises(DataError, match="line 21: not valid JSON"):
-        prepare(write([*odd_rows(20), "{"]), tokenizers["glm3"], 70, 40, False, True, str(cache))
+        prepare(DataSettings(write([*odd_rows(20), "{"]), 70, 40, False, True), tokenizers["glm3"], str(cache))
     assert sorted(os.listdir(cache)) == ["new.samples.0123.partial", "somebody else's.partial"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tokenizers, write, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot write the data cache in .*file.*; --data_cache names another folder"):
-        prepare(write(odd_rows(20)), tokenizers["glm3"], 70, 40, False, True, str(tmp_path / "file" / "below"))
+        prepare(
+            DataSettings(write(odd_rows(20)), 70, 40, False, True), tokenizers["glm3"], str(tmp_path / "file" / "below")
+        )
 
 
 def test_a_file_that_changes_meanwhile_is_refused(tokenizers, write, tmp_path, monkeypatch):
@@ -244,7 +252,7 @@ def test_a_file_that_changes_meanwhile_is_refused(tokenizers, write, tmp_path, m
     scan_rows = dataset.scan_rows
     monkeypatch.setattr(dataset, "scan_rows", read_and_append)
     with pytest.raises(DataError, match="changed while it was read"):
-        prepare(path, tokenizers["glm3"], 70, 40, False, True, str(tmp_path / "cache"))
+        prepare(DataSettings(path, 70, 40, False, True), tokenizers["glm3"], str(tmp_path / "cache"))
     assert os.listdir(tmp_path / "cache") == []
 
 
@@ -256,7 +264,7 @@ def build(start, settings, cache, results):
 def test_two_processes_that_build_at_once_both_end_right(tokenizers, write, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "CHUNK_ROWS", 3)  # many writes that could mix
     fork = multiprocessing.get_context("fork")
-    settings = (write(odd_rows(300)), tokenizers["glm3"], 70, 40, False, True)
+    settings = (DataSettings(write(odd_rows(300)), 70, 40, False, True), tokenizers["glm3"])
     cache, start, results = str(tmp_path / "cache"), fork.Barrier(2), fork.Queue()
     processes = [fork.Process(target=build, args=(start, settings, cache, results)) for _ in range(2)]
     for process in processes:
@@ -288,10 +296,12 @@ def test_the_first_broken_row_of_the_file_is_named(tokenizers, mode, write, monk
         ([good, good, json.dumps(half), "{"], "line 3: a text holds half a surrogate pair"),
     ]:
         with pytest.raises(DataError) as error:
-            InstructionData(write(rows), tokenizers[mode], 50, 49)
+            InstructionData(DataSettings(write(rows), 50, 49), tokenizers[mode])
         assert f"rows.json {message}" in str(error.value)
 
 
 def test_a_file_of_rows_that_are_all_too_long_is_refused(tokenizers, write):
     with pytest.raises(DataError, match=r"rows\.json: every row is longer than --max_src_len or --max_len allow"):
-        InstructionData(write(odd_rows(20)[1:2]), tokenizers["glm3"], 70, 10, is_skip=True, empty_outputs=True)
+        InstructionData(
+            DataSettings(write(odd_rows(20)[1:2]), 70, 10, skip_cut=True, empty_outputs=True), tokenizers["glm3"]
+        )

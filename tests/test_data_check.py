@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ from glm_models import MODE
 from tuning.errors import DataError
 from tuning.samples import check as data_check
 from tuning.samples.check import FILE, check_data, histogram, sample_lines
-from tuning.samples.dataset import InstructionData, prepare
+from tuning.samples.dataset import DataSettings, InstructionData, prepare
 from tuning.samples.encoding import encode_sample
 from tuning.samples.findings import BROKEN, WARNINGS, Findings
-from tuning.samples.formats import Flaw
+from tuning.samples.formats import Flaw, to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,11 +133,9 @@ def findings_of(folder) -> dict[str, list[int]]:
 
 
 def check(path, tokenizer, output, said=None, max_len=MAX_LEN, max_src_len=MAX_SRC_LEN, skip_bad=True, **more):
-    settings = {"is_skip": False, "empty_outputs": False, "test_path": None} | more
-    say = (said if said is not None else []).append
-    check_data(
-        str(path), tokenizer, max_len, max_src_len, skip_bad=skip_bad, output_dir=str(output), say=say, **settings
-    )
+    test_path = more.pop("test_path", None)
+    settings = DataSettings(str(path), max_len, max_src_len, skip_bad=skip_bad, **more)
+    check_data(settings, tokenizer, test_path, str(output), (said if said is not None else []).append)
 
 
 @pytest.fixture
@@ -166,7 +165,9 @@ def test_every_kind_of_bad_row_is_found_on_its_line_and_nowhere_else(tokenizers,
     with pytest.raises(DataError, match=f"{broken} rows are broken"):
         check(tmp_path / "rows.json", tokenizers[mode], tmp_path / "out", skip_bad=False)
     # and what is left out is left out of the training too, all else is in it
-    data = InstructionData(str(tmp_path / "rows.json"), tokenizers[mode], MAX_LEN, MAX_SRC_LEN, skip_bad=True)
+    data = InstructionData(
+        DataSettings(str(tmp_path / "rows.json"), MAX_LEN, MAX_SRC_LEN, skip_bad=True), tokenizers[mode]
+    )
     bad = {line for kind in BROKEN for line in expected.get(kind, [])}
     assert data.lines.tolist() == [line for line in range(1, 3001) if line not in bad]
     for kind in expected.keys() & (BROKEN.keys() | WARNINGS.keys()):
@@ -178,14 +179,14 @@ def test_a_row_whose_prompt_leaves_no_room_is_broken(tokenizers, mode, write, tm
     path = write([row(1), row(2, input="水泵漏水，" * 60), row(3)])
     check(path, tokenizers[mode], tmp_path / "out", max_len=61)
     assert findings_of(tmp_path / "out")["no_room"] == [2]
-    data = InstructionData(path, tokenizers[mode], 61, 60, skip_bad=True)
+    data = InstructionData(DataSettings(path, 61, 60, skip_bad=True), tokenizers[mode])
     assert data.lines.tolist() == [1, 3]
     assert list(data.samples) == [encode_sample(tokenizers[mode], row(i), 61, 60) for i in (1, 3)]
     with pytest.raises(DataError, match="line 2: the prompt's 6"):
-        InstructionData(path, tokenizers[mode], 61, 60)
+        InstructionData(DataSettings(path, 61, 60), tokenizers[mode])
     only = write([row(2, input="水泵漏水，" * 60)], "only.json")
     with pytest.raises(DataError, match="every row is broken"):
-        InstructionData(only, tokenizers[mode], 61, 60, skip_bad=True)
+        InstructionData(DataSettings(only, 61, 60, skip_bad=True), tokenizers[mode])
     with pytest.raises(DataError, match="every row is broken"):
         check(only, tokenizers[mode], tmp_path / "out", max_len=61)
 
@@ -197,14 +198,14 @@ def test_a_broken_row_of_an_array_is_left_out_and_a_broken_array_ends(tokenizers
     rows = [part for pair in zip(good, flawed, strict=False) for part in pair] + [good[6]]
     path = write([b"\xef\xbb\xbf[", *(part + b"," for part in rows[:-1]), rows[-1], b"]"])
     assert [line for line, one in scan_rows(path) if isinstance(one, RowError)] == [3, 5, 7, 9, 11, 13]
-    data = InstructionData(path, tokenizer, 90, 60, skip_bad=True)
+    data = InstructionData(DataSettings(path, 90, 60, skip_bad=True), tokenizer)
     assert data.lines.tolist() == [2, 4, 6, 8, 10, 12, 14]
     assert [s.input_ids for s in data.samples] == [encode_sample(tokenizer, row(i), 90, 60).input_ids for i in range(7)]
     # a syntax error hides what follows, so it cannot be skipped
     for middle, line in ((b'{"instruction": }', 3), (b"oops", 3), (good[3] + b"\n" + good[4], 4), (b"[" * 5000, 3)):
         path = write([b"[", good[0] + b",", middle + b",", good[1], b"]"])
         with pytest.raises(DataError, match=rf"line {line}: .*the rest of (it|the array) cannot be read"):
-            InstructionData(path, tokenizer, 90, 60, skip_bad=True)
+            InstructionData(DataSettings(path, 90, 60, skip_bad=True), tokenizer)
         with pytest.raises(DataError, match=rf"line {line}: "):
             check(path, tokenizer, tmp_path / "out")
         assert findings_of(tmp_path / "out") == {"json": [line]}
@@ -217,24 +218,25 @@ def test_windows_files_are_read(tokenizers, write):
 
 def test_warnings_stay_with_the_prepared_file(tokenizers, write, tmp_path):
     rows = [row(1), row(2), row(1), row(2, output="no"), b"{", row(5, output="<|user|>"), row(2, output="no"), row(1)]
-    settings = (write(rows), tokenizers["glm3"], MAX_LEN, MAX_SRC_LEN)
+    settings, tokenizer = DataSettings(write(rows), MAX_LEN, MAX_SRC_LEN, skip_bad=True), tokenizers["glm3"]
     for _ in range(2):
-        file = prepare(*settings, cache_dir=str(tmp_path / "cache"), skip_bad=True)
-        summary = InstructionData(*settings, prepared=file, skip_bad=True).summary()
+        file = prepare(settings, tokenizer, str(tmp_path / "cache"))
+        summary = InstructionData(settings, tokenizer, file).summary()
         assert "7 samples" in summary
         assert "left out as broken (--on_bad_row skip): 1 row (line 5)" in summary
         assert "warning: repeats of an earlier row: 3 rows (lines 3, 7, 8)" in summary
         assert "warning: an earlier row's prompt with another answer: 1 row (line 4)" in summary
         assert "warning: special tokens written out in the text: 1 row (line 6)" in summary
     with pytest.raises(DataError, match="line 5: not valid JSON"):  # though there is a file for a run that skips it
-        prepare(*settings, cache_dir=str(tmp_path / "cache"))
-    plain = write([row(1), row(2)], "plain.json")
-    assert InstructionData(plain, *settings[1:]).summary().count(";") == 0
+        prepare(replace(settings, skip_bad=False), tokenizer, str(tmp_path / "cache"))
+    plain = replace(settings, path=write([row(1), row(2)], "plain.json"))
+    assert InstructionData(plain, tokenizer).summary().count(";") == 0
 
 
 def test_memory_of_the_check_is_24_bytes_a_row(tokenizers):
     findings = Findings(tokenizers["glm3"])
-    findings.feed(range(1, 1001), [row(i, input="x" * 1000 + str(i)) for i in range(1000)])
+    rows = [row(i, input="x" * 1000 + str(i)) for i in range(1000)]
+    findings.feed(range(1, 1001), rows, list(map(to_dialogue, rows)))
     assert sum(array.nbytes for array in (*findings.lines, *findings.hashes)) == 24 * 1000
     assert findings.finish() == {}
 
@@ -247,7 +249,7 @@ def test_the_special_tokens_of_each_family(tokenizers, mode):
     tokenizer, plain = tokenizers[mode], ["sop", "eop", "[n]", "a < b", "<|blank_81|>"]
     rows = [row(i, output=text) for i, text in enumerate([*texts[mode], *plain])]
     findings = Findings(tokenizer)
-    findings.feed(range(len(rows)), rows)
+    findings.feed(range(len(rows)), rows, list(map(to_dialogue, rows)))
     assert findings.tally["special_tokens"][0] == len(texts[mode])
 
 
@@ -280,7 +282,7 @@ def test_lengths_and_what_the_cuts_take(tokenizers, mode, write, tmp_path):
     check(write(rows), tokenizer, tmp_path / "out", said)
     kept = [encode_sample(tokenizer, one, MAX_LEN, MAX_SRC_LEN) for one in rows]
     whole = [encode_sample(tokenizer, one, 10**6, 10**5) for one in rows]
-    prompt_lost = sum(b.answer_start - a.answer_start for a, b in zip(kept, whole, strict=True))
+    prompt_lost = sum(len(b.prompt) - len(a.prompt) for a, b in zip(kept, whole, strict=True))
     answer_lost = sum(len(b.input_ids) - len(a.input_ids) for a, b in zip(kept, whole, strict=True)) - prompt_lost
     assert prompt_lost > 0 and answer_lost > 0
     text = "\n".join(said)
@@ -295,8 +297,8 @@ def test_lengths_and_what_the_cuts_take(tokenizers, mode, write, tmp_path):
         if one["kind"] == "answer_cut"
     ):
         a, b = kept[line - 1], whole[line - 1]
-        assert tokens == len(b.input_ids) - b.answer_start
-        assert lost == tokens - (len(a.input_ids) - a.answer_start)
+        assert tokens == len(b.learnt)
+        assert lost == tokens - (len(a.learnt))
 
 
 def test_a_histogram_counts_all_and_marks_the_limit():

@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from glm_models import MODE
 from tuning.errors import DataError
 from tuning.samples.batches import MicroBatch, collate
-from tuning.samples.dataset import InstructionData
+from tuning.samples.dataset import DataSettings, InstructionData
 from tuning.samples.encoding import IGNORE_INDEX, Sample, encode_sample
-from tuning.samples.epochs import count_steps, pack_rows, plan_epoch
+from tuning.samples.epochs import BatchShape, Packs, pack_rows, plan_epoch
 from tuning.samples.row_files import read_rows
 
 GOOD = {"instruction": "抽取故障：", "input": "水泵漏水。", "output": "水泵_部件故障_漏水"}
@@ -78,12 +78,12 @@ def test_a_broken_file_is_one_clear_error(write, text, message):
 def test_an_empty_output_can_be_an_answer(tiny, mode, write):
     tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
     path = write(line() + line(output=""))
-    data = InstructionData(path, tokenizer, 120, 60, empty_outputs=True)
-    *answer, end = data.samples[1].input_ids[data.samples[1].answer_start :]
+    data = InstructionData(DataSettings(path, 120, 60, empty_outputs=True), tokenizer)
+    *answer, end = data.samples[1].learnt
     assert end == tokenizer.eos_token_id
     assert tokenizer.decode_answer(answer) == ""
     with pytest.raises(DataError, match="line 2: output is empty; --allow_empty_output"):
-        InstructionData(path, tokenizer, 120, 60)
+        InstructionData(DataSettings(path, 120, 60), tokenizer)
 
 
 def test_several_references_are_for_predictions_only(write):
@@ -98,11 +98,11 @@ def test_exactly_the_answer_and_its_end_are_learnt(tiny, mode):
     tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
     sample = encode_sample(tokenizer, GOOD, 100, 80)
     prompt = tokenizer.encode_prompt(GOOD["instruction"] + GOOD["input"])
-    assert sample.input_ids[: sample.answer_start] == prompt
+    assert sample.prompt == prompt
     learnt = [label for label in sample.labels if label != IGNORE_INDEX]
     assert learnt[-1] == tokenizer.eos_token_id
     assert tokenizer.decode_answer(learnt[:-1]) == GOOD["output"]
-    assert sample.labels[: sample.answer_start] == [IGNORE_INDEX] * len(prompt)
+    assert sample.labels[: len(prompt)] == [IGNORE_INDEX] * len(prompt)
     assert not sample.prompt_cut
     assert not sample.answer_cut
 
@@ -122,15 +122,13 @@ def test_a_cut_answer_has_no_end_token(tiny, mode):
 def test_limits_are_reported_and_impossible_ones_refused(tiny, mode, write):
     tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
     path = write(line() + line(input="很长的一段文字，" * 20) + line(output="很长的答案，" * 30))
-    data = InstructionData(path, tokenizer, 120, 60)
+    data = InstructionData(DataSettings(path, 120, 60), tokenizer)
     assert (data.prompts_cut, data.answers_cut) == (1, 1)
-    skipping = InstructionData(path, tokenizer, 120, 60, is_skip=True)
+    skipping = InstructionData(DataSettings(path, 120, 60, skip_cut=True), tokenizer)
     assert (len(skipping), skipping.skipped, skipping.lines.tolist()) == (1, 2, [1])
-    prompt = len(
-        encode_sample(tokenizer, GOOD, 100, 80).input_ids[: encode_sample(tokenizer, GOOD, 100, 80).answer_start]
-    )
+    prompt = len(encode_sample(tokenizer, GOOD, 100, 80).prompt)
     with pytest.raises(DataError, match=r"rows\.json line 1: the prompt's \d+ tokens leave no room"):
-        InstructionData(path, tokenizer, prompt, 60)
+        InstructionData(DataSettings(path, prompt, 60), tokenizer)
 
 
 class Rows:
@@ -149,7 +147,7 @@ class Rows:
 
 
 def singly(data):
-    return [[i] for i in range(len(data))]
+    return Packs(np.arange(len(data)))
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -157,16 +155,16 @@ def singly(data):
 @pytest.mark.parametrize("count", [1, 4, 10, 23])
 def test_every_row_is_dealt_once_and_all_ranks_get_as_many_batches(split, count, by_length):
     data = Rows(count)
-    batch_size, accumulation, world_size = split
+    shape = BatchShape(*split)
     for epoch in (1, 2):
-        steps = plan_epoch(data, singly(data), *split, seed=1, epoch=epoch, by_length=by_length)
-        assert len(steps) == count_steps(count, *split)
+        steps = plan_epoch(data, singly(data), shape, seed=1, epoch=epoch, by_length=by_length)
+        assert len(steps) == shape.count_steps(count)
         dealt = [row for step in steps for micro_batch in step if not micro_batch.is_filler for row in micro_batch.rows]
         assert sorted(dealt) == list(range(count))
         for step in steps:
-            assert len(step) == accumulation * world_size
+            assert len(step) == shape.accumulation * shape.data_parallel
             real = [row for micro_batch in step if not micro_batch.is_filler for row in micro_batch.rows]
-            assert all(1 <= len(micro_batch.rows) <= batch_size for micro_batch in step)
+            assert all(1 <= len(micro_batch.rows) <= shape.rows for micro_batch in step)
             for micro_batch in step:
                 assert micro_batch.num_items * len(step) == pytest.approx(data.answer_tokens(real))
 
@@ -175,7 +173,8 @@ def test_the_order_is_new_each_epoch_and_the_same_for_a_seed():
     data = Rows(30)
 
     def plan(*split_seed_epoch):
-        return plan_epoch(data, singly(data), *split_seed_epoch)
+        *split, seed, epoch = split_seed_epoch
+        return list(plan_epoch(data, singly(data), BatchShape(*split), seed, epoch))
 
     plans = {key: plan(2, 2, 1, *key) for key in [(1, 1), (1, 2), (2, 1), (2, 2)]}
     assert plans[1, 1] == plan(2, 2, 1, 1, 1)
@@ -188,7 +187,7 @@ def test_the_order_is_new_each_epoch_and_the_same_for_a_seed():
 @pytest.mark.parametrize("by_length", [False, True])
 def test_the_largest_batch_comes_first(by_length):
     data = Rows(40)
-    steps = plan_epoch(data, singly(data), 2, 2, 1, seed=1, epoch=1, by_length=by_length)
+    steps = plan_epoch(data, singly(data), BatchShape(2, 2), seed=1, epoch=1, by_length=by_length)
     assert data.tokens(steps[0][0].rows) == max(data.tokens(m.rows) for step in steps for m in step)
     assert sorted(steps[0][0].rows) == sorted(sorted(range(40), key=data.length)[-2:])
 
@@ -197,7 +196,7 @@ def test_steps_by_length_differ_little_within():
     data = Rows(400)
 
     def spread(by_length):
-        steps = plan_epoch(data, singly(data), 2, 2, 1, seed=1, epoch=2, by_length=by_length)
+        steps = plan_epoch(data, singly(data), BatchShape(2, 2), seed=1, epoch=2, by_length=by_length)
         lengths = [[data.length(row) for m in step for row in m.rows] for step in steps]
         return sum(max(step) - min(step) for step in lengths)
 
@@ -211,14 +210,14 @@ def test_packs_hold_every_row_once_and_are_nearly_full(max_len):
     assert sorted(row for pack in packs for row in pack) == list(range(500))
     assert max(map(data.tokens, packs)) <= max_len
     assert len(packs) <= 1.05 * data.tokens(range(500)) / max_len + 1
-    assert packs != pack_rows(data, max_len, seed=2)
-    steps = plan_epoch(data, packs, 1, 2, 2, seed=1, epoch=1)
-    assert len(steps) == count_steps(len(packs), 1, 2, 2)
+    assert list(packs) != list(pack_rows(data, max_len, seed=2))
+    steps = plan_epoch(data, packs, BatchShape(1, 2, 2), seed=1, epoch=1)
+    assert len(steps) == BatchShape(1, 2, 2).count_steps(len(packs))
     assert sorted(row for step in steps for m in step if not m.is_filler for row in m.rows) == list(range(500))
 
 
 def test_a_batch_is_its_samples_end_to_end():
-    samples = [Sample([5, 6, 7], 1, False, False), Sample([8, 9, 5, 4], 3, False, False)]
+    samples = [Sample([5, 6, 7], ((1, 3),), False, False), Sample([8, 9, 5, 4], ((3, 4),), False, False)]
     batch = collate(samples, lambda ids: ids.index(5), MicroBatch([0, 1], 2.0))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 5, 4]]
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100, -100, 4]]
@@ -228,7 +227,7 @@ def test_a_batch_is_its_samples_end_to_end():
 
 
 def test_a_filler_batch_teaches_nothing():
-    batch = collate([Sample([5, 6, 7], 1, False, False)], len, MicroBatch([0], 2.0, is_filler=True))
+    batch = collate([Sample([5, 6, 7], ((1, 3),), False, False)], len, MicroBatch([0], 2.0, is_filler=True))
     assert batch["labels"].unique().tolist() == [IGNORE_INDEX]
     assert len(batch["answer_positions"]) == 0
     assert (batch.tokens, batch.samples) == (0, 0)
@@ -238,7 +237,7 @@ def test_a_filler_batch_teaches_nothing():
 def test_the_context_is_what_the_model_takes_for_it(tiny, mode):
     tokenizer = MODE[mode].tokenizer.from_pretrained(tiny[mode])
     sample = encode_sample(tokenizer, GOOD, 100, 80)
-    expected = sample.answer_start - 1 if mode == "glm" else 0
+    expected = len(sample.prompt) - 1 if mode == "glm" else 0
     assert tokenizer.context_length(sample.input_ids) == expected
     if mode == "glm":
         model = MODE[mode].model(MODE[mode].config.from_pretrained(tiny[mode], num_layers=1))
@@ -254,11 +253,12 @@ def golden_sample(mode, tokenizer, row, max_len, max_src_len):
         return encode_sample(tokenizer, row, max_len, max_src_len)
     texts = ("[Round 1]\n问：", row["instruction"] + row["input"], "\n答：")
     before, query, after = map(tokenizer._to_pieces_text, texts)
-    (fitted,) = tokenizer._fit_queries(before, [query], after, max_src_len, threads=1)
+    (fitted,) = tokenizer._fit_queries([(before, after)], [query], max_src_len, threads=1)
     prompt = [*fitted[0].tolist(), tokenizer.gmask_token_id, tokenizer.bos_token_id]
     answer = [*tokenizer.encode_answer(row["output"]), tokenizer.eos_token_id]
     room = max_len - len(prompt)
-    return Sample(prompt + answer[:room], len(prompt), False, len(answer) > room)
+    ids = prompt + answer[:room]
+    return Sample(ids, ((len(prompt), len(ids)),), False, len(answer) > room)
 
 
 @golden
@@ -290,11 +290,17 @@ def test_samples_equal_the_references(mode):
                 continue
             assert sample.input_ids == expected
             start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-            assert sample.answer_start == start + (mode != "glm2")
-            assert sample.labels[sample.answer_start :] == labels[sample.answer_start :]
+            assert len(sample.prompt) == start + (mode != "glm2")
+            assert sample.labels[len(sample.prompt) :] == labels[len(sample.prompt) :]
             compared += 1
     assert compared > 30
     assert refused <= 15
+
+
+def learnt_span(labels: list[int]) -> tuple[int, int]:
+    """First labelled position, and the position after the last."""
+    learnt = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
+    return learnt[0], learnt[-1] + 1
 
 
 @golden
@@ -308,10 +314,7 @@ def test_batches_equal_the_references(mode):
         items = (
             items if None not in items else [content["settings"][batch["setting"]]["items"][i] for i in batch["items"]]
         )
-        samples = [
-            Sample(item["input_ids"], next(i for i, x in enumerate(item["labels"]) if x != IGNORE_INDEX), False, False)
-            for item in items
-        ]
+        samples = [Sample(item["input_ids"], (learnt_span(item["labels"]),), False, False) for item in items]
         ours = collate(samples, len, MicroBatch([], 1.0))
         lengths = [tokens for tokens, _ in ours["segments"]]
         for name, padding in (("input_ids", batch["pad_token_id"]), ("labels", IGNORE_INDEX)):

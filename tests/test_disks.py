@@ -163,7 +163,7 @@ def test_a_mapped_cache_that_became_shorter_is_known(tmp_path):
 
     path = tmp_path / "a.samples"
     records = np.zeros(3, cache.RECORD)
-    cache.write_cache(str(path), [(np.arange(5, dtype="<i4"), records)], {})
+    cache.write_cache(str(path), [(np.arange(5, dtype="<i4"), np.zeros((3, 2), "<i4"), records)], {})
     mapped = cache.open_cache(str(path)).records
     assert not cache.is_cut(mapped)
     os.truncate(path, cache.HEADER)

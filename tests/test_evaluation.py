@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEXT
-from runs import STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
+from runs import BEFORE_STEP, STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
 from test_stops import before_step, errors
 
 import train
 from glm_models import MODE, ops
-from glm_models.chat import generate_answers
+from glm_models.generation import generate_answers
 from tuning import folders
 from tuning.errors import DataError, UserError
 from tuning.run import validation as evaluation
 from tuning.run.log import JsonLines
 from tuning.run.validation import deal_batches, spread
-from tuning.samples.dataset import InstructionData, split_rows
+from tuning.samples.dataset import DataSettings, InstructionData, split_rows
 
 MAX_LEN, MAX_SRC_LEN = 160, 96  # of runs.command
 
@@ -74,13 +74,13 @@ def plain_loss(mode: str, folder: Path, path: Path) -> float:
     """One sample at a time, in float64: the mean of -log p of each answer token, all logits at once."""
     tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
     model = MODE[mode].model.from_pretrained(folder, dtype=torch.float64).eval()
-    data = InstructionData(str(path), tokenizer, MAX_LEN, MAX_SRC_LEN, several_outputs=True)
+    data = InstructionData(DataSettings(str(path), MAX_LEN, MAX_SRC_LEN, several_outputs=True), tokenizer)
     total, tokens = 0.0, 0
     for i in range(len(data)):
         sample = data.samples[i]
         with torch.no_grad():
             logits = model(torch.tensor([sample.input_ids])).logits[0]
-        for position in range(sample.answer_start, len(sample.input_ids)):
+        for position in range(len(sample.prompt), len(sample.input_ids)):
             total -= logits[position - 1].log_softmax(-1)[sample.input_ids[position]].item()
             tokens += 1
     return total / tokens
@@ -331,9 +331,9 @@ def test_the_split_is_stable_and_keeps_equal_prompts_together(tmp_path, tokenize
     rows = [{"instruction": f"{i % 60} 写：", "input": TEXT[i % 60], "output": f"{i}"} for i in range(180)]
 
     def sides(name, some):
-        data = InstructionData(str(write_rows(tmp_path / name, some)), tokenizer, MAX_LEN, MAX_SRC_LEN)
+        data = InstructionData(DataSettings(str(write_rows(tmp_path / name, some)), MAX_LEN, MAX_SRC_LEN), tokenizer)
         trained, held = split_rows(data, 0.3)
-        assert sorted(trained + held) == list(range(len(some)))
+        assert sorted([*trained, *held]) == list(range(len(some)))
         return {some[i]["output"]: i in set(held) for i in range(len(some))}, len(held)
 
     first, count = sides("first", rows)
@@ -343,7 +343,7 @@ def test_the_split_is_stable_and_keeps_equal_prompts_together(tmp_path, tokenize
     more = [{"instruction": "新：", "input": TEXT[i], "output": f"new {i}"} for i in range(40)]
     second, _ = sides("second", more + rows[::-1][:150])
     assert all(second[name] == first[name] for name in second if not name.startswith("new"))
-    data = InstructionData(str(tmp_path / "first"), tokenizer, MAX_LEN, MAX_SRC_LEN)
+    data = InstructionData(DataSettings(str(tmp_path / "first"), MAX_LEN, MAX_SRC_LEN), tokenizer)
     with pytest.raises(DataError, match="leaves none of 180 rows to validate on"):
         split_rows(data, 1e-9)
     with pytest.raises(DataError, match="leaves none of 180 rows to train on"):
@@ -355,14 +355,11 @@ def test_held_out_rows_are_not_trained_on(tmp_path, bases, rows):
     flags = ["--eval_ratio", "0.3", "--eval_generate", "auto", "--num_train_epochs", "1", "--eval_max_new_tokens", "2"]
 
     def prepare():
-        begin = train.Watch.begin
-
-        def recorded(self, batch):
+        def record(watch, batches):
             with open(tmp_path / "trained", "a") as file:
-                file.write("".join(f"{self.files[0][1][row]}\n" for row in batch.rows))
-            return begin(self, batch)
+                file.write("".join(f"{watch.files[0][1][row]}\n" for batch in batches for row in batch.rows))
 
-        train.Watch.begin = recorded
+        BEFORE_STEP.append(record)
 
     codes, text = start(tmp_path, [*argv, *flags], prepare=prepare)
     assert codes == {0: 0}, text
@@ -378,7 +375,7 @@ def test_rows_of_one_line_find_their_references(tmp_path, tokenizers):
     path = tmp_path / "array.json"
     path.write_text(json.dumps(rows, ensure_ascii=False))
     tokenizer = tokenizers["glm3"]
-    data = InstructionData(str(path), tokenizer, MAX_LEN, MAX_SRC_LEN, several_outputs=True)
+    data = InstructionData(DataSettings(str(path), MAX_LEN, MAX_SRC_LEN, several_outputs=True), tokenizer)
     assert set(data.lines.tolist()) == {1}
     args = types.SimpleNamespace(max_len=MAX_LEN, max_src_len=MAX_SRC_LEN, eval_generate="auto")
     validation = evaluation.Validation.__new__(evaluation.Validation)

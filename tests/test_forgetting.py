@@ -133,11 +133,11 @@ def test_greedy_answers_take_the_likeliest_token_each_time(tiny, mode, tmp_path)
     tokenizer, model = MODE[mode].tokenizer.from_pretrained(tiny[mode]), MODE[mode].model.from_pretrained(tiny[mode])
     ids = encode_sample(tokenizer, ROWS[0], 200, 100)
     found = forgetting.greedy_answer(model.eval(), tokenizer, ids, 6)
-    expected = ids.input_ids[: ids.answer_start]
+    expected = ids.prompt
     with torch.no_grad():
         for _ in range(6):
             expected.append(model(input_ids=torch.tensor([expected])).logits[0, -1].argmax().item())
-    expected = expected[ids.answer_start :]
+    expected = expected[len(ids.prompt) :]
     end = next((i for i, token in enumerate(expected) if token in tokenizer.stop_token_ids), None)
     assert found == expected[:end]
     model.generate = lambda input_ids, **_: torch.cat(

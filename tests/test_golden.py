@@ -261,7 +261,7 @@ def test_ptuning(mode, kind):
     left = part(mode, f"{kind}.safetensors", "left_pad.")
     with torch.no_grad():
         assert_logits(model(**call_arguments(mode, left)).logits, left)
-        prefixes = model.transformer.prefixes(1)
+        prefixes = model.transformer.prefix_key_values(1)
     for layer in (0, model.config.num_layers - 1):  # [2, batch, heads, pre_seq_len, head_dim]
         expected = case[f"past_key_values.{layer}"].permute(0, 2, 3, 1, 4)
         torch.testing.assert_close(prefixes[layer], expected, atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""LoRA layers: those of lora.py are peft's in all that they compute, train and save."""
+"""Our LoRA layers compute, train and save what peft's do; where they cannot, peft's own layers are used."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from tuning.lora.layers import LoraLinear
+from tuning.lora.layers import LoraLinear, use_own_layers
 
 
 def pair(bias=True, dropout=0.0):
@@ -73,3 +73,17 @@ def test_additions_are_written_into_the_output_of_the_base():
     sizes = [event.cpu_memory_usage for event in profile.events()]
     assert max(sizes) >= x.nbytes  # memory is seen
     assert max(sizes) < output.nbytes
+
+
+def test_dora_trains_its_magnitude():
+    """Plain LoRA under its name would leave the magnitude as it is."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["0"], use_dora=True)
+    use_own_layers(config)
+    model = get_peft_model(nn.Sequential(nn.Linear(24, 40)), config)
+    magnitude = model.base_model.model[0].lora_magnitude_vector["default"].weight
+    before = magnitude.detach().clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.randn(8, 24)).square().mean().backward()
+    optimizer.step()
+    assert (magnitude - before).abs().max() > 1e-4

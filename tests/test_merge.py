@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import merge_lora
 from glm_models import MODE, CheckpointError
-from glm_models.checkpoint import describe_base, read_weights, weight_layout, write_json
+from glm_models.checkpoint import read_weights, weight_layout, write_json
+from glm_models.identify import describe_base
 from tuning.engine.loading import load_result
 from tuning.errors import FolderError, UserError
 from tuning.folders import new_folder
@@ -198,7 +199,7 @@ REFUSED = {
     ),
     "broken record": (
         lambda base, adapter: (adapter / BASE_FILE).write_text('{"mode": "glm3"}'),
-        "base.json is no record of a base model",
+        "base.json is not a record of a base model",
     ),
     "zeros in B": (
         weights(lambda t: [x.zero_() for n, x in t.items() if "lora_B" in n]),
@@ -227,7 +228,7 @@ REFUSED = {
     ),
     "lone A": (weights(lambda t: t.pop(B)), "lora_A.weight has no lora_B beside it"),
     "lone B": (weights(lambda t: t.pop(A)), "lora_B.weight has no lora_A beside it"),
-    "other tensor": (weights(lambda t: t.update(x=torch.ones(2))), "x is no LoRA weight"),
+    "other tensor": (weights(lambda t: t.update(x=torch.ones(2))), "x is not a LoRA weight"),
     "whole numbers": (weights(lambda t: t.__setitem__(A, torch.ones(4, 64, dtype=torch.int32))), "int32"),
     "overflow": (weights(lambda t: t[A].fill_(1e30)), "NaN or too large for torch.float16"),
     "r of 0": (config(r=0), "r must be a whole number of at least 1, not 0"),
@@ -247,22 +248,22 @@ REFUSED = {
     "truncated adapter": (truncate("adapter", 8), "adapter_model.safetensors is broken"),
     "pickle": (as_bin({A: Evil()}), "is broken, or holds more than tensors; not loaded"),
     "pickled list": (as_bin([torch.ones(2)]), "does not hold tensors by name"),
-    "pickled number": (as_bin({A: 3}), "is a int, no dense tensor"),
+    "pickled number": (as_bin({A: 3}), "is a int, not a dense tensor"),
     "expanded": (as_bin({A: torch.ones(1).expand(4, 64)}), "is larger than its storage"),
-    "sparse": (as_bin({A: torch.ones(4, 64).to_sparse()}), "no dense tensor|holds more than tensors"),
+    "sparse": (as_bin({A: torch.ones(4, 64).to_sparse()}), "not a dense tensor|holds more than tensors"),
     "truncated shard": (truncate("base", 8), "model-00001.* is broken"),
     "much truncated shard": (truncate("base", 50_000), "model-00001.* is broken"),
-    "missing shard": (lambda base, adapter: first(base).unlink(), "names model-00001.*, which is not there"),
+    "missing shard": (lambda base, adapter: first(base).unlink(), "names model-00001.*, which is missing"),
     "index: out of the folder": (
         index(lambda m: m.update(dict.fromkeys(m, "../base/" + next(iter(m.values()))))),
-        "which is no .safetensors file of this folder",
+        "which is not a .safetensors file of this folder",
     ),
-    "index: a number": (index(lambda m: m.update(x=3)), "x is said to be in 3"),
-    "index: not there": (index(lambda m: m.update(x=next(iter(m.values())))), "does not hold x, which the index says"),
+    "index: a number": (index(lambda m: m.update(x=3)), "x should be in 3"),
+    "index: not there": (index(lambda m: m.update(x=next(iter(m.values())))), "does not hold x, although the index"),
     "index: empty": (index(lambda m: m.clear()), '"weight_map" must name'),
     "base without a weight": (
         lambda base, adapter: change_shard(base, lambda t: t.pop(sorted(t)[0])),
-        "does not hold|is nothing, config.json asks for",
+        "does not hold|is nothing, its config.json expects",
     ),
 }
 
@@ -466,7 +467,7 @@ def test_probe_logits_are_those_of_the_model(tiny, tokenizers, tmp_path, mode):
     adapter = make_adapter(mode, base, tmp_path / "adapter", [*TARGETS, head])
     model = MODE[mode].model.from_pretrained(base).eval()
     batch = tokenizers[mode].pad(
-        {"input_ids": [tokenizers[mode].encode_prompt(text) for text in merge_lora.PROBES]}, return_tensors="pt"
+        {"input_ids": [tokenizers[mode].encode_prompt(text) for text in merge_lora.QUESTIONS]}, return_tensors="pt"
     )
     real = batch["attention_mask"].bool()
     with torch.no_grad():
@@ -487,9 +488,9 @@ def test_probe_logits_are_those_of_the_model(tiny, tokenizers, tmp_path, mode):
         ("truncated adapter", "is broken"),
         ("truncated shard", "is broken"),
         ("pickle", "not loaded"),
-        ("unknown target", "is no adapter for"),
-        ("another shape", "is no adapter for"),
-        ("index: out of the folder", "which is no .safetensors file of this folder"),
+        ("unknown target", "is not an adapter for"),
+        ("another shape", "is not an adapter for"),
+        ("index: out of the folder", "which is not a .safetensors file of this folder"),
     ],
 )
 def test_predict_refuses_adapters_that_do_not_belong_to_the_base(copies, kind, message):

@@ -438,7 +438,7 @@ def test_the_longest_batch_is_the_worst(mode):
     setup = build(args, ds_config(args, 2), "meta")
 
     def peak(start):
-        rows = [Sample([1] * args.max_len, start, False, False)] * args.per_device_train_batch_size
+        rows = [Sample([1] * args.max_len, ((start, args.max_len),), False, False)] * args.per_device_train_batch_size
         batch = collate(rows, lambda _: 0, MicroBatch(list(range(len(rows))), 1.0))
         return peak_bytes(planner.run_trace(setup._replace(batch=batch)))
 

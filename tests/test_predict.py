@@ -75,7 +75,9 @@ def echo(monkeypatch):
 
     monkeypatch.setattr(predict, "load_result", load_result)
     monkeypatch.setattr(
-        predict, "answer", lambda model, tokenizer, queries, args: [(f"{model}:{query}", True) for query in queries]
+        predict,
+        "answer",
+        lambda model, _, questions, args: [(f"{model}:{one.prompt}", True) for one in questions],
     )
     return loaded
 

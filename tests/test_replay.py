@@ -14,15 +14,15 @@ from test_stops import before_step, errors, loss_times
 from glm_models import MODE
 from tuning.arguments.train import parse_args
 from tuning.errors import UserError
-from tuning.samples.dataset import InstructionData
-from tuning.samples.epochs import count_steps, pack_rows, plan_epoch
+from tuning.samples.dataset import DataSettings, InstructionData
+from tuning.samples.epochs import BatchShape, Packs, pack_rows, plan_epoch
 from tuning.samples.mixture import Mixture
 
 # What an epoch takes
 
 
 def single_rows(data):
-    return [[i] for i in range(len(data))]
+    return Packs(np.arange(len(data)))
 
 
 def mix(task, general, ratio, pack, longest, seed):
@@ -43,7 +43,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parts(files, tokenizers):
-    return [InstructionData(path, tokenizers["glm3"], 120, 60) for path in files]
+    return [InstructionData(DataSettings(path, 120, 60), tokenizers["glm3"]) for path in files]
 
 
 def packing(data):
@@ -84,7 +84,7 @@ def test_no_general_row_comes_twice_before_each_came_once(parts):
 def test_the_longest_rows_of_both_files_are_in_the_first_step(parts):
     for files in (parts, parts[::-1]):
         mixture = mix(*files, 0.2, single_rows, 2, seed=1)
-        steps = plan_epoch(mixture, mixture.epoch_packs(1), 2, 2, 1, seed=1, epoch=1)
+        steps = plan_epoch(mixture, mixture.epoch_packs(1), BatchShape(2, 2), seed=1, epoch=1)
         every = np.sort(np.concatenate([data.lengths for data in files]))
         assert mixture.tokens(steps[0][0].rows) == every[-2:].sum()
 
@@ -96,8 +96,8 @@ def test_epochs_have_as_many_steps_each_and_batches_the_rows_of_both_files(parts
     share = []
     for epoch in range(1, 30):
         packs = mixture.epoch_packs(epoch)
-        steps = plan_epoch(mixture, packs, 2, 2, 1, 1, epoch, by_length)
-        assert len(steps) == count_steps(len(mixture.epoch_packs(1)), 2, 2, 1)
+        steps = plan_epoch(mixture, packs, BatchShape(2, 2), 1, epoch, by_length)
+        assert len(steps) == BatchShape(2, 2).count_steps(len(mixture.epoch_packs(1)))
         rows = [row for step in steps for m in step if not m.is_filler for row in m.rows]
         assert sorted(rows) == sorted(row for pack in packs for row in pack)
         share.append(sum(row >= 40 for row in rows) / len(rows))
@@ -178,8 +178,14 @@ def test_bad_rows_are_named_with_their_file(tmp_path, base):
     run = Run(tmp_path / "run", base, 1, False)
     rows, general = str(run.general.parent / "rows.json"), str(run.general)
     tokenizer = MODE["glm3"].tokenizer.from_pretrained(base)
-    mixture = mix(*(InstructionData(path, tokenizer, 160, 96) for path in (rows, general)), 0.4, single_rows, 2, 1234)
-    plan = plan_epoch(mixture, mixture.epoch_packs(1), 2, 2, 1, 1234, 1)
+    mixture = mix(
+        *(InstructionData(DataSettings(path, 160, 96), tokenizer) for path in (rows, general)),
+        0.4,
+        single_rows,
+        2,
+        1234,
+    )
+    plan = plan_epoch(mixture, mixture.epoch_packs(1), BatchShape(2, 2), 1234, 1)
     step, (mine, other) = next(
         (i, sorted(s[0].rows)) for i, s in enumerate(plan, 1) if min(s[0].rows) < 20 <= max(s[0].rows)
     )

@@ -13,7 +13,7 @@ import pytest
 
 from tuning.errors import DataError
 from tuning.metrics import references_of, score, with_references
-from tuning.samples.dataset import InstructionData
+from tuning.samples.dataset import DataSettings, InstructionData
 from tuning.samples.row_files import RowError, read_rows, scan_rows
 
 GOOD = {"instruction": "抽取故障：", "input": "水泵漏水。", "output": "水泵_部件故障_漏水"}
@@ -101,13 +101,13 @@ def test_a_key_is_renamed_or_left(write, name):
 def test_rows_without_input_are_whole(write, tokenizers):
     path = write(without("input"), without("input") | {"input": None}, without("input") | {"input": "", "id": "a text"})
     assert [row["input"] for _, row in read_rows(str(path))] == ["", "", ""]
-    data = InstructionData(str(path), tokenizers["glm3"], 200, 100)
+    data = InstructionData(DataSettings(str(path), 200, 100), tokenizers["glm3"])
     assert len({tuple(sample.input_ids) for sample in data.samples}) == 1
 
 
 def test_other_keys_are_named_in_the_line_on_the_data(write, tokenizers):
     path = write(GOOD | {"id": 1, "来源": "书"}, GOOD | {"id": 2, "\x1b[31m": "x", "k" * 500: []}, name="more.json")
-    said = InstructionData(str(path), tokenizers["glm3"], 200, 100).summary()
+    said = InstructionData(DataSettings(str(path), 200, 100), tokenizers["glm3"]).summary()
     assert "; keys not used: id (2 rows), \\x1b[31m (1 row), " in said
     assert "来源 (1 row)" in said and "kkk... (1 row)" in said and said.isprintable()
 
@@ -198,7 +198,7 @@ def test_rows_inside_one_object_are_taken_out(write):
 def test_lists_inside_rows_do_not_make_a_file_one_object(write, tokenizers):
     path = write(b'{"instruction": "a', GOOD | {"more": [{"text": "a", "label": "b"}]})
     assert "line 1: not valid JSON" in refusal(path)
-    assert InstructionData(str(path), tokenizers["glm3"], 200, 100, skip_bad=True).lines.tolist() == [2]
+    assert InstructionData(DataSettings(str(path), 200, 100, skip_bad=True), tokenizers["glm3"]).lines.tolist() == [2]
     path = write(b'{"instruction": "a", "more": [', GOOD)
     assert "line 1: not valid JSON" in refusal(path)
 
@@ -217,7 +217,9 @@ def test_values_in_the_place_of_strings(write, value, says):
 
 
 def test_python_lists_written_as_text_are_warned_of(write, tokenizers):
-    data = InstructionData(str(write(GOOD, GOOD | {"output": "['水泵', '漏水']"})), tokenizers["glm3"], 200, 100)
+    data = InstructionData(
+        DataSettings(str(write(GOOD, GOOD | {"output": "['水泵', '漏水']"})), 200, 100), tokenizers["glm3"]
+    )
     assert "warning: outputs that are a Python list written as text, as ['a']: 1 row (line 2)" in data.summary()
 
 

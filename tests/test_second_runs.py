@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from runs import Launched, command, make_base, make_rows, result_bytes
 
-from tuning import folders
+from tuning import ROOT, folders
 from tuning.arguments.train import parse_args
 from tuning.errors import FolderError, UserError
 from tuning.evaluate.inputs import read_commands
@@ -352,7 +352,7 @@ def inputs(tmp_path_factory):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_second_runs(inputs, tmp_path, ranks):
     base, rows = inputs
-    bf16 = json.loads(Path(folders.__file__).with_name("ds_zero2_no_offload.json").read_text())
+    bf16 = json.loads(Path(ROOT, "ds_zero2_no_offload.json").read_text())
     bf16["bf16"] = {"enabled": True}
     (tmp_path / "bf16.json").write_text(json.dumps(bf16))
     trial = Trial(tmp_path, base, rows, ranks)

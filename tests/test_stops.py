@@ -16,7 +16,18 @@ from types import SimpleNamespace
 import deepspeed
 import pytest
 import torch
-from runs import LIMIT, STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
+from runs import (
+    AFTER_STEP,
+    BEFORE_STEP,
+    LIMIT,
+    STAGES,
+    Launched,
+    command,
+    make_base,
+    make_rows,
+    read_losses,
+    result_bytes,
+)
 
 from tuning import folders
 from tuning.run import health
@@ -107,15 +118,11 @@ def before_step(step: int, action, rank: int = 0):
     """A `prepare` that does something when a rank is about to take a step's first micro-batch through the model."""
 
     def prepare():
-        begin = health.Watch.begin
-
-        def begin_and_act(self, batch):
-            begin(self, batch)
-            if self.steps + 1 == step and len(self.batches) == 1 and int(os.environ["RANK"]) == rank:
+        def act(watch, batches):
+            if watch.engine.global_steps + 1 == step and int(os.environ["RANK"]) == rank:
                 action()
-            return batch
 
-        health.Watch.begin = begin_and_act
+        BEFORE_STEP.append(act)
 
     return prepare
 
@@ -234,9 +241,9 @@ def test_a_rank_that_raises_ends_the_run_with_its_message(two):
 SABOTEUR = """
 import sys
 sys.path[:0] = [{tests!r}, {root!r}]
-import test_stops, train
+import runs, test_stops, train
 test_stops.before_step(3, test_stops.{what}, rank=1)()
-train.main()
+train.main(hooks=runs.step_hooks())
 """
 
 
@@ -335,7 +342,7 @@ def test_a_loss_beyond_reason_stops(trial):
     codes, text = trial.run("--skip_nonfinite", "5", prepare=loss_times(1e4, 6))
     assert codes == {0: 3}
     (error,) = errors(text)
-    assert "step 6: the loss is " in error and "there is no way back" in error
+    assert "step 6: the loss is " in error and "training has diverged" in error
 
 
 def test_so_many_bad_steps_are_passed_over(trial, work, base, rows):
@@ -553,23 +560,16 @@ def test_another_run_does_not_go_on_from_a_state(stopped, base, rows):
 
 def check_adam_steps():
     """After each step of this process: every parameter counts its steps by itself, rightly, where fused Adam looks."""
-    end = health.Watch.end
 
-    def checked(self, loss):
-        step = end(self, loss)
-        if step is not None:
-            states = self.engine.optimizer.optimizer.state
-            steps = [state["step"] for state in states.values()]
-            assert (
-                len({id(step) for step in steps})
-                == len(steps)
-                >= (2 if self.engine.zero_optimization_stage() == 3 else 1)
-            )
-            assert {step.item() for step in steps} == {self.engine.global_steps}
-            assert all(state["step"].device == parameter.device for parameter, state in states.items())
-        return step
+    def check(watch, step):
+        states = watch.engine.optimizer.optimizer.state
+        steps = [state["step"] for state in states.values()]
+        least = 2 if watch.engine.zero_optimization_stage() == 3 else 1
+        assert len({id(step) for step in steps}) == len(steps) >= least
+        assert {step.item() for step in steps} == {watch.engine.global_steps}
+        assert all(state["step"].device == parameter.device for parameter, state in states.items())
 
-    health.Watch.end = checked
+    AFTER_STEP.append(check)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -32,13 +32,14 @@ PREFIX = {"pre_seq_len": 3, "prefix_projection": True}
 def main():
     import train
     import utils
-    from tuning.engine import ds_config, loading, saving
+    from tuning.engine import ds_config, loading, patches, saving
     from tuning.engine.ds_config import load_ds_config
     from tuning.run import launch
 
     torch.set_num_threads(1)
     cases, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
     utils.quiet(verbose=False)
+    patches.apply()
     _, world_size = launch.start_distributed(verbose=False)
     found = {}
     for name, (mode, folder, changes) in json.loads(cases.read_text()).items():
@@ -168,7 +169,7 @@ def bad_cases(tiny, folder) -> dict[str, list]:
 SAYS = {
     "missing": "1 missing (first: ",
     "unknown": "1 unknown (first: ",
-    "misshapen": "1 misshapen (first: ",
+    "misshapen": "1 of another shape (first: ",
     "lost_prefix": "1 unknown (first: transformer.prefix_encoder.embedding.weight)",
     "no_prefix": "there is none among the weights",
     "short_prefix": "has pre_seq_len 3",

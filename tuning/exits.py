@@ -1,9 +1,6 @@
-"""How a script ends: one clear line and an exit code for what the user can put right, a traceback for bugs alone.
+"""How a script ends: one clear line and an exit code (errors.ExitCode) for what the user can fix, a traceback for bugs.
 
-Exit codes, as in the README: 0 done; 1 a bug, or another process died; 2 something the user can put right; 3 the loss
-or the gradients went wrong; 4 out of memory; 75 stopped by a signal, go on later; 128 + n ended at once by signal n.
-
-Nothing slow is imported here: a script comes here first, so that Ctrl-C is one line from its first second on.
+Nothing slow is imported here: scripts import this first, so that Ctrl-C gives one line from the first second on.
 """
 
 import contextlib
@@ -14,30 +11,16 @@ import threading
 import time
 import traceback
 
-from tuning.errors import FolderError, UserError
+from tuning.errors import ExitCode, FolderError, StopTraining, UserError
 from tuning.terminal import drop_output, visible
 
-ENDING = threading.Event()  # this process is about to end with an error that it tells itself
-LATER = 75  # exit code of a run that can go on; "temporary failure" in sysexits.h
-INTERRUPTED = 130  # 128 + SIGINT
-
-
-class StopTraining(Exception):
-    """The run ends here.
-
-    exit_code: of the process; see the module.
-    everyone: all ranks end so, together, and rank 0 says why.
-    """
-
-    def __init__(self, exit_code: int, message: str, everyone: bool = True):
-        super().__init__(message)
-        self.exit_code, self.everyone = exit_code, everyone
+ENDING = threading.Event()  # set when this process is about to print its error and end
 
 
 def start_script() -> None:
-    """Before anything else in a script: what a terminal cannot show is escaped, and Ctrl-C is told in one line.
+    """The first call of a script: characters that the terminal cannot show are escaped, and Ctrl-C gives one line.
 
-    Not for `main`, which may be called from a notebook.
+    Not part of `main`, which a notebook may call.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -46,36 +29,38 @@ def start_script() -> None:
 
 
 def _show(kind, error, trace) -> None:
-    """Python's hook for an exception that nobody caught."""
+    """Python's hook for an uncaught exception."""
     if issubclass(kind, KeyboardInterrupt):
-        # Python then lets SIGINT end the process: shells see that, and end a loop around it
+        # Python then lets SIGINT end the process; a shell sees that and stops a loop around it
         _tell("stopped by Ctrl-C (SIGINT)")
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 def _tell(message: str) -> None:
-    """Write a line to the terminal, not behind a progress bar."""
+    """Print to the terminal, after closing progress bars."""
     if tqdm := sys.modules.get("tqdm"):
         for bar in list(getattr(tqdm.tqdm, "_instances", ())):
             bar.close()
     with contextlib.suppress(OSError, ValueError):  # nobody reads it
-        sys.stdout.flush()  # else a report in a pipe would be lost
+        sys.stdout.flush()  # otherwise a report in a pipe could be lost
     with contextlib.suppress(OSError, ValueError):
         print(visible(message), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def clear_errors(*kinds: type[Exception]):
-    """End with one line and exit code 2 on errors that the user can put right, and as a StopTraining says; others keep
-    their traceback.
+    """End with one line and an exit code on StopTraining and on errors of the user; bugs keep their traceback.
 
-    Most such errors meet every rank at once; then rank 0 speaks for all. One that meets a single other rank is told by
-    that rank after a moment, in which the launcher would have ended it if rank 0 had failed too.
+    Most such errors occur on every rank at once: then rank 0 prints for all. If one occurs on another rank, that rank
+    prints it after a moment, in which the launcher would have ended it if rank 0 had failed too.
+
+    Args:
+        kinds: more exceptions that the user can fix.
 
     Raises:
-        SystemExit: with the code, where no other rank waits: a notebook lives on.
-        KeyboardInterrupt: the same.
+        SystemExit: with the code, if no other rank waits, so that a notebook goes on.
+        KeyboardInterrupt: for the same reason.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     alone = not size.isdigit() or int(size) == 1
@@ -85,30 +70,28 @@ def clear_errors(*kinds: type[Exception]):
     except KeyboardInterrupt:
         if alone:
             raise
-        code, message, everyone = INTERRUPTED, "stopped by Ctrl-C (SIGINT)", True
+        code, message, everyone = ExitCode.INTERRUPTED, "stopped by Ctrl-C (SIGINT)", True
     except StopTraining as stop:
-        code, message, everyone = stop.exit_code, f"{'error: ' * (stop.exit_code < LATER)}{stop}", stop.everyone
+        code, everyone = stop.exit_code, stop.everyone
+        message = str(stop) if code == ExitCode.RESUMABLE else f"error: {stop}"
     except Exception as error:
         if isinstance(error, (*_clear(), *kinds)):
-            code, message, everyone = 2, f"error: {error}", False
+            code, message, everyone = ExitCode.USER_ERROR, f"error: {error}", False
         elif isinstance(error, BrokenPipeError) and alone:
             drop_output()
-            code, message, everyone = (
-                1,
-                "error: what is printed was to be read by another program, which is gone",
-                False,
-            )
+            code, message = ExitCode.FAILED, "error: the program that reads this output has ended"
+            everyone = False
         elif alone:
             raise
         else:
-            code, message, everyone = 1, traceback.format_exc().rstrip(), False
+            code, message, everyone = ExitCode.FAILED, traceback.format_exc().rstrip(), False
             if re.search("closed by peer|connection reset|broken pipe", str(error), re.IGNORECASE):
-                message = "error: the connection to another process of this training is lost; see what that one says"
+                message = "error: lost the connection to another process of this training; see the message of that one"
     _end(code, message, everyone, alone)
 
 
 def _clear() -> tuple[type[Exception], ...]:
-    """Errors whose message is all that the user needs."""
+    """Errors whose message is all the user needs."""
     from glm_models.checkpoint import CheckpointError
 
     return UserError, CheckpointError, FolderError
@@ -125,5 +108,5 @@ def _end(code: int, message: str, everyone: bool, alone: bool) -> None:
         _tell(message)
     if alone:
         raise SystemExit(code)
-    # a process group whose other ranks wait in a collective would not let the interpreter end
+    # os._exit: the interpreter cannot end normally while other ranks wait in a collective
     os._exit(code)

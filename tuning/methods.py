@@ -79,13 +79,19 @@ def shorten(names: list[str]) -> list[str]:
 
 
 def parameter_groups(model, weight_decay: float) -> list[dict]:
-    """The parameters to train, with weight decay but on biases and norms."""
+    """Optimizer groups of the trained parameters: with weight decay where the family has it, and without."""
     decay, rest = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (rest if name.endswith("bias") or "layernorm" in name else decay).append(parameter)
+            (decay if model.has_weight_decay(name) else rest).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """How many parameters train, and how many there are; whole ones, however ZeRO-3 partitions them."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
 def build_model(args, load):

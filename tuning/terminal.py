@@ -1,4 +1,4 @@
-"""Text on a terminal: control characters made visible, output that nobody reads any more."""
+"""Text on a terminal: control characters made visible, and output turned off when nobody reads it."""
 
 import contextlib
 import os
@@ -9,12 +9,12 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """Control characters and halves of characters as escapes, which no terminal obeys; line breaks and tabs stay."""
+    """Escape control characters and unpaired surrogates, so that no terminal acts on them; newlines and tabs stay."""
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def drop_output() -> None:
-    """Send what is printed nowhere."""
+    """Discard everything that is printed from now on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     with contextlib.suppress(OSError, ValueError):
         os.dup2(nowhere, sys.stdout.fileno())

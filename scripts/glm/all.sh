@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# ChatGLM-6B, All parameters, sharded over the GPUs by ZeRO-3. Environment variables: see scripts/common.sh.
+# ChatGLM-6B, all parameters, sharded over the GPUs by ZeRO-3. Environment variables: see scripts/common.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 launch glm all ChatGLM-6B --ds_file ds_zero3_offload.json "$@"

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# ChatGLM-6B, LoRA: low-rank additions train; merge them with merge_lora.py. Environment variables: see scripts/common.sh.
+# ChatGLM-6B, LoRA: trains low-rank updates; merge them with merge_lora.py. Environment variables: see scripts/common.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 launch glm lora ChatGLM-6B --lora_dim 16 --lora_alpha 64 --lora_dropout 0.1 --lora_module_name "query_key_value" "$@"

@@ -26,8 +26,9 @@ from process import status
 
 from glm_models import MODE
 from glm_models.tiny import make_tiny_checkpoint
-from tuning.samples.dataset import InstructionData, prepare
+from tuning.samples.dataset import DataSettings, InstructionData, prepare
 from tuning.samples.encoding import available_cpus
+from tuning.samples.formats import question_of
 from tuning.samples.row_files import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def texts_of(tokenizer, path: str) -> list[list[str]]:
     """The queries (in their template) and answers of a file, as SentencePiece gets them."""
     rows = [row for _, row in read_rows(path, empty_outputs=True)]
-    queries = [row["instruction"] + row["input"] for row in rows]
+    queries = [question_of(row) for row in rows]
     if tokenizer.mode == "glm2":
         queries = [tokenizer.build_prompt(query) for query in queries]
     texts = [queries, [row["output"] for row in rows]]
@@ -54,12 +55,13 @@ def seconds(action) -> float:
 def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
     """Preparation against SentencePiece alone on one file, and the second start."""
     texts, threads = texts_of(tokenizer, path), available_cpus()
+    settings = DataSettings(path, *limits, empty_outputs=True)
 
     def alone():
         return [tokenizer.sp_model.encode(some, num_threads=threads) for some in texts]
 
     def ours(folder):
-        return prepare(path, tokenizer, *limits, empty_outputs=True, cache_dir=folder)
+        return prepare(settings, tokenizer, folder)
 
     tokens = sum(len(ids) for some in alone() for ids in some)
     pairs = []
@@ -67,13 +69,10 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
         file = ours(f"{folder}/kept")
         for i in range(runs):
             pairs.append((seconds(alone), seconds(lambda i=i: ours(f"{folder}/{i}"))))
-        data = InstructionData(path, tokenizer, *limits, empty_outputs=True, prepared=file)
+        data = InstructionData(settings, tokenizer, file)
         kept = int(data.lengths.sum())
         again = statistics.median(
-            seconds(
-                lambda: InstructionData(path, tokenizer, *limits, empty_outputs=True, prepared=ours(f"{folder}/kept"))
-            )
-            for _ in range(runs)
+            seconds(lambda: InstructionData(settings, tokenizer, ours(f"{folder}/kept"))) for _ in range(runs)
         )
     return {
         "mode": tokenizer.mode,
@@ -97,10 +96,11 @@ def measure_large(mode: str, folder: str, path: str) -> dict:
     tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
     before = peak()
     with tempfile.TemporaryDirectory() as cache:
-        first = seconds(lambda: prepare(path, tokenizer, 256, 128, cache_dir=cache))
+        settings = DataSettings(path, 256, 128)
+        first = seconds(lambda: prepare(settings, tokenizer, cache))
         prepared = peak()
-        second = seconds(lambda: prepare(path, tokenizer, 256, 128, cache_dir=cache))
-        data = InstructionData(path, tokenizer, 256, 128, prepared=prepare(path, tokenizer, 256, 128, cache_dir=cache))
+        second = seconds(lambda: prepare(settings, tokenizer, cache))
+        data = InstructionData(settings, tokenizer, prepare(settings, tokenizer, cache))
     return {
         "mode": mode,
         "rows": len(data),

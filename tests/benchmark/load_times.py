@@ -26,12 +26,13 @@ def load(folder: str, ds_file: str) -> None:
 
     import train
     import utils
-    from tuning.engine import ds_config, loading
+    from tuning.engine import ds_config, loading, patches
     from tuning.engine.ds_config import load_ds_config
     from tuning.run import launch
 
     torch.set_num_threads(1)
     utils.quiet(verbose=False)
+    patches.apply()
     rank, world_size = launch.start_distributed(verbose=False)
     args = train.parse_args(f"--mode glm3 --model_name_or_path {folder} --train_path {__file__}".split())
     config = load_ds_config(ds_file, ds_config.ds_values(args, world_size, 10, 1024))

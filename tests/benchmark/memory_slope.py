@@ -43,7 +43,7 @@ def measure(mode: str, layers: int, tokens: int, trained: str) -> float:
     context = 0
     if mode == "glm":
         ids[prompt - 2 : prompt], context = [1, 2], prompt - 1
-    batch = collate([Sample(ids, prompt, False, False)], lambda _: context, MicroBatch([0], 100.0))
+    batch = collate([Sample(ids, ((prompt, len(ids)),), False, False)], lambda _: context, MicroBatch([0], 100.0))
 
     return peak_of(lambda: model(**batch).loss.backward()) / 2**20
 

@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from glm_models import MODE  # noqa: E402
-from tuning.engine.patches import trim_deepspeed  # noqa: E402
 from tuning.plan import planner  # noqa: E402
 
 METHODS = {
@@ -89,7 +88,6 @@ def main() -> None:
     )
     options, extra = parser.parse_known_args()  # what is left goes to train.py
     warnings.filterwarnings("ignore")
-    trim_deepspeed()  # as train.py does
     files = {"zero2": options.ds_zero2, "zero3": options.ds_zero3, "zero3_offload": "ds_zero3_offload.json"}
 
     results = []
@@ -100,7 +98,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             MODE[mode].config().save_pretrained(folder)  # the defaults are the official values
             start = time.perf_counter()
-            found = planner.Plans(train.plan_setup, gpus)(command(row, folder, files, extra))
+            found = planner.Plans(planner.plan_setup, gpus)(command(row, folder, files, extra))
             seconds = time.perf_counter() - start
         planned = found.peak / planner.GIB
         ratio = f"{planned / published:.2f}" if published else "-"

@@ -111,6 +111,7 @@ def run_ours(argv: list[str]) -> dict:
 
 
 def run_trainer(argv: list[str]) -> dict:
+    import numpy as np
     import torch
     from native import native_model
     from peft import LoraConfig, get_peft_model
@@ -120,15 +121,15 @@ def run_trainer(argv: list[str]) -> dict:
 
     import train
     from glm_models import MODE
-    from tuning.samples.dataset import InstructionData
+    from tuning.samples.dataset import DataSettings, InstructionData
     from tuning.samples.encoding import IGNORE_INDEX
-    from tuning.samples.epochs import plan_epoch
+    from tuning.samples.epochs import BatchShape, Packs, plan_epoch
 
     args = train.parse_args(argv)
     family = MODE[args.mode]
     tokenizer = family.tokenizer.from_pretrained(args.model_name_or_path)
-    data = InstructionData(args.train_path, tokenizer, args.max_len, args.max_src_len, empty_outputs=True)
-    plan = plan_epoch(data, [[i] for i in range(len(data))], BATCH, 1, 1, args.seed, 1)
+    data = InstructionData(DataSettings(args.train_path, args.max_len, args.max_src_len, empty_outputs=True), tokenizer)
+    plan = plan_epoch(data, Packs(np.arange(len(data))), BatchShape(BATCH), args.seed, 1)
 
     def padded(rows):
         some = [data.samples[i] for i in rows]

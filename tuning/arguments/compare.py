@@ -24,7 +24,7 @@ SMALL = 1024  # models of less width are small: other learning rates, shorter ro
 # Method -> what train.py is told, and its learning rate for a model of the official size and for a small one.
 # Large: freeze as the original project; P-Tuning with projection as the original, where it did best of all; without
 # projection and LoRA as their authors (P-Tuning v2 as the official ptuning/train.sh, LoRA as in Hu et al. 2021); all as
-# is usual for models of this size. None of these was tried here. Small: chosen with --sweep, see the README.
+# is usual for models of this size. None of these was tried here. Small: chosen with --sweep, see docs/evaluation.md.
 METHODS = {
     "freeze": (["--train_type", "freeze"], 1e-4, 2e-3),
     "ptuning": (["--train_type", "ptuning", "--prefix_projection", "True"], 1e-4, 3e-3),

@@ -14,7 +14,7 @@ from tuning import ROOT
 from tuning.engine.ds_check import Check, optimizer_class, reason, shown
 from tuning.engine.ds_keys import IDLE, KEYS, REFUSED, SAID, Section
 from tuning.errors import UserError
-from utils import supports_bf16, supports_fp16
+from utils import data_parallel_size, supports_bf16, supports_fp16
 
 
 def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
@@ -57,6 +57,15 @@ def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
     config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     _try(config, path)
     return config
+
+
+def load_training_config(args, total_steps: int, hidden_size: int) -> dict:
+    """The ds file of a training with these flags, resolved. Called when the processes have met.
+
+    Raises:
+        UserError, CheckpointError: see load_ds_config.
+    """
+    return load_ds_config(args.ds_file, ds_values(args, data_parallel_size(), total_steps, hidden_size))
 
 
 def ds_notes(config: dict) -> list[str]:

@@ -14,9 +14,11 @@ from deepspeed.accelerator import get_accelerator
 
 from glm_models import MODE, check_family
 from glm_models.checkpoint import printable, weight_layout
-from glm_models.families import check_ids, how_to_download
-from glm_models.modeling import has_lost_prefix
+from glm_models.families import how_to_download
+from glm_models.identify import check_ids
+from glm_models.pretrained import has_lost_prefix
 from tuning.engine.partitioned import load_partitioned
+from tuning.engine.patches import avoid_cudnn_attention
 from tuning.errors import UserError
 from tuning.lora.adapter import (
     CONFIG,
@@ -151,9 +153,7 @@ def load_base(
     """
     family = MODE[mode]
     check_family(folder, mode)
-    # On Hopper and Blackwell torch would take cuDNN's attention first, which makes a plan for each new length, of tens
-    # of milliseconds, and keeps all plans; on Blackwell it is wrong for fewer than 8 heads of keys (pytorch #193893).
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    avoid_cudnn_attention()
     zero3 = bool(ds_config) and ds_config["zero_optimization"].get("stage") == 3
     new_prefix = config.get("pre_seq_len") is not None
     if new_prefix and has_lost_prefix(folder):
@@ -168,7 +168,6 @@ def load_base(
             )
     except ImportError as error:  # a package that the attention implementation needs
         raise UserError(f"--attn_implementation {attention}: {error}") from None
-    model.zero3 = zero3
     return model
 
 

@@ -6,7 +6,7 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedP
 from transformers import initialization as init
 
 from glm_models.checkpoint import read_weights
-from glm_models.modeling import read_generation_config
+from glm_models.pretrained import read_generation_config
 
 
 def load_partitioned(

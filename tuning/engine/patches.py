@@ -1,61 +1,202 @@
-"""Every change that the project makes to DeepSpeed, torch and the C library."""
+"""Every change that this project makes to DeepSpeed, torch and the C library.
 
+None of them changes a result, but for the rounding of the gradients' norm.
+
+`PATCHES` is the table: what is replaced, who calls it, why, and in which version that was read. `apply` puts all of it
+in place, once, before the processes meet. Two settings stand below the table: one is for prediction too, the other must
+wait until the model is loaded. peft is left as it is: its LoraConfig accepts layers of other projects (lora/layers.py).
+What torch reads before it is imported is in tuning/environment.py.
+"""
+
+import contextlib
 import ctypes
+import fcntl
+import importlib
+import os
+from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
+import torch.utils.cpp_extension
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-
-def keep_freed_memory() -> None:
-    """On a CPU, let malloc keep what a step frees for the next one, as a GPU's allocator does.
-
-    glibc's gives tensors above 32 MiB back to the system, and all that is free at the end of the heap: to fault it in
-    again takes 5 % of a step. (Options of mallopt(3); other C libraries have none.)
-    """
-    libc = ctypes.CDLL(None)
-    if get_accelerator().device_name() == "cpu" and hasattr(libc, "mallopt"):
-        trim_threshold, mmap_max = -1, -4
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)  # never
+comm_backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute of deepspeed.comm it is torch itself
 
 
-def trim_deepspeed() -> None:
-    """Let DeepSpeed's ZeRO-1 and 2 hold less of gradients. No number changes by it.
+# Gradients of ZeRO-1 and 2. With DeepSpeed's own functions, two more copies of each gradient exist for a moment: 10 GiB
+# for a weight of 592 million numbers.
 
-    Two copies of each, one at a time, go: 10 GiB for a weight of 592 million. One is float64, for the gradient's norm;
-    float32 sums do for that. The other has the type of the buffer to which the gradient is then added; torch adds
-    across types without it.
 
-    A gradient that is larger than a bucket is reduced as soon as it is there, and freed as soon as it is reduced;
-    see `_reduce_gradient`.
-    """
-    get_accelerator().is_fp64_supported = lambda: False
-
-    def add(output, source):
-        if output is not None:
-            output.add_(source)
-
-    DeepSpeedZeroOptimizer._add_to_grad_partition_buffer = staticmethod(add)
-    DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads = _reduce_gradient
+def _add(output: torch.Tensor | None, source: torch.Tensor) -> None:
+    """Add across types: DeepSpeed first makes a copy of `source` in the type of `output`, which torch does not need."""
+    if output is not None:
+        output.add_(source)
 
 
 _put_in_bucket = DeepSpeedZeroOptimizer.reduce_independent_p_g_buckets_and_remove_grads
+# What `_reduce_gradient` takes for granted of the optimizer, besides what it replaces.
+NEEDED_TO_REDUCE = (
+    "get_param_comm_dtype",
+    "get_gradient_for_reduction",
+    "reduce_ipg_grads",
+    "clear_grad_attribute",
+    "_use_compact_grad_partition_buffer",
+)
 
 
 def _reduce_gradient(self, param, group: int) -> None:
-    """Take a gradient that is complete: into the bucket, or, if it is larger than that, over the ranks at once.
+    """Put a complete gradient into the bucket; one larger than the bucket is reduced over the ranks and freed at once.
 
-    DeepSpeed reduces such a one when the next gradient comes. What belongs to this rank it has then added to float32
-    sums or copied to a buffer of its own, but beside the sums it keeps the gradient to the end of the backward pass.
+    DeepSpeed reduces a large one only when the next gradient comes. It has then added this rank's part to float32 sums
+    or copied it to a buffer, but it keeps the gradient beside the sums until the backward pass ends.
     """
     _put_in_bucket(self, param, group)
     kind = self.get_param_comm_dtype(param)
     if kind not in self.extra_large_param_to_reduce:
         return
     if self.overlap_comm and not get_accelerator().resolves_data_dependency():
-        # else its memory could be given to the backward pass while the other stream still reads it
+        # otherwise its memory could be given to the backward pass while the other stream still reads it
         self.get_gradient_for_reduction(param).record_stream(self.reduction_stream)
     self.reduce_ipg_grads(comm_dtype=kind)
-    # in float32 sums, or in main memory; in neither case the gradient itself is not in the autograd's memory any more
+    # with float32 sums or with offload, the gradient itself is no longer in autograd's memory
     if self.cpu_offload or self._use_compact_grad_partition_buffer(group):
         self.clear_grad_attribute(param)
+
+
+# Starting processes
+
+
+class CompileLock:
+    """A lock that ends with the process that holds it; in place of torch's FileBaton, with the same methods.
+
+    It keeps processes from compiling the same operation at once. Torch's lock is a file that exists or not: a process
+    that is killed while it loads DeepSpeed's operations leaves the file, and every later process waits forever. This
+    one is a lock (flock) on that file.
+    """
+
+    def __init__(self, path: str, *_, **__):
+        self.path, self.handle = path, None
+
+    def _acquire(self, wait: bool) -> bool:
+        while True:
+            handle = os.open(self.path, os.O_CREAT | os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                os.close(handle)
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(self.path)):
+                    self.handle = handle
+                    return True
+            os.close(handle)  # the process before has just removed it
+
+    def try_acquire(self) -> bool:
+        """Whether this process holds the lock now."""
+        return self._acquire(wait=False)
+
+    def wait(self) -> None:
+        """Return when no process holds the lock."""
+        self._acquire(wait=True)
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock back, and remove the file for programs that use torch's."""
+        os.remove(self.path)
+        os.close(self.handle)
+
+
+# The table
+
+
+class Patch(NamedTuple):
+    """A name of a library that is replaced.
+
+    owner, name: the module, class or object, and its attribute.
+    new: what takes its place.
+    used_by: the library's function that calls it.
+    needs: other attributes of `owner` that `new` relies on.
+    version: package and release in which all of this was read; with another one, read it again.
+    """
+
+    owner: object
+    name: str
+    new: object
+    used_by: Callable
+    why: str
+    version: tuple[str, str]
+    needs: tuple[str, ...] = ()
+
+
+DEEPSPEED, TORCH = ("deepspeed", "0.19"), ("torch", "2.13")
+PATCHES = (
+    Patch(
+        get_accelerator(), "is_fp64_supported", lambda: False, zero_utils.get_norm_dtype,
+        "ZeRO-1 and 2 copy each gradient to float64 for the norm; float32 sums are enough", DEEPSPEED,
+    ),
+    Patch(
+        DeepSpeedZeroOptimizer, "_add_to_grad_partition_buffer", staticmethod(_add),
+        DeepSpeedZeroOptimizer._add_full_reduction_to_compact_grad_partition,
+        "a copy of each gradient in the type of the buffer is not needed", DEEPSPEED,
+    ),
+    Patch(
+        DeepSpeedZeroOptimizer, "reduce_independent_p_g_buckets_and_remove_grads", _reduce_gradient,
+        DeepSpeedZeroOptimizer.reduce_ready_partitions_and_remove_grads,
+        "gradients larger than a bucket are kept until the backward pass ends", DEEPSPEED, NEEDED_TO_REDUCE,
+    ),
+    Patch(
+        comm_backend, "build_shm_op", lambda: None, comm_backend.TorchBackend.__init__,
+        "sums through shared memory, which only tensor-parallel inference uses, need 66 MiB of /dev/shm per process "
+        "and crash where there is less", DEEPSPEED, ("TorchBackend",),
+    ),
+    Patch(
+        torch.utils.cpp_extension, "FileBaton", CompileLock, torch.utils.cpp_extension._jit_compile,
+        "the lock of a killed process would stop every later one", TORCH,
+    ),
+)  # fmt: skip
+
+
+def apply() -> None:
+    """Put all of PATCHES in place, and `avoid_cudnn_attention`. A second call changes nothing.
+
+    Raises:
+        RuntimeError: the installed library no longer has a name that is replaced or needed.
+    """
+    for patch in PATCHES:
+        gone = [name for name in (patch.name, *patch.needs) if not hasattr(patch.owner, name)]
+        if gone:
+            package, version = patch.version
+            raise RuntimeError(
+                f"{patch.owner} has no {', '.join(gone)}, which tuning/engine/patches.py needs: it was written for "
+                f"{package} {version}; install the versions of requirements.txt"
+            )
+        setattr(patch.owner, patch.name, patch.new)
+    avoid_cudnn_attention()
+
+
+# Settings
+
+
+def avoid_cudnn_attention() -> None:
+    """Keep torch from using cuDNN's attention; for prediction too, so load_base calls it.
+
+    On Hopper and Blackwell torch 2.13 would prefer it. It makes a plan for each new length, which takes tens of
+    milliseconds, and keeps all plans; on Blackwell it is wrong for fewer than 8 key-value heads (pytorch #193893).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def keep_freed_memory() -> None:
+    """On a CPU, let malloc keep what a step frees for the next step, as a GPU's allocator does.
+
+    Called when the model is loaded, so that memory used for loading goes back to the system first. glibc returns
+    tensors above 32 MiB and free memory at the end of the heap; getting it back takes 5 % of a step. (Options of
+    mallopt(3); other C libraries have none.)
+    """
+    libc = ctypes.CDLL(None)
+    if get_accelerator().device_name() == "cpu" and hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)  # never

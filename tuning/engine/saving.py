@@ -29,6 +29,11 @@ def count_results(args, epoch_steps: int) -> int:
     return len({*range(epoch_steps, total + 1, epoch_steps), *range(every, total + 1, every)})
 
 
+def is_save_step(args, step: int, epoch_steps: int) -> bool:
+    """Whether a result is saved after this optimiser step: at the end of an epoch, and each --save_model_step."""
+    return step % epoch_steps == 0 or bool(args.save_model_step and step % args.save_model_step == 0)
+
+
 def check_room(args, result: int, states: States, count: int) -> None:
     """Make sure that the disk has room for one result and the states; say what all results will take.
 
@@ -57,11 +62,11 @@ def shown_size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
-def save(args, model, tokenizer, name: str, dtype) -> None:
+def save(args, model, tokenizer, dtype: torch.dtype, base: dict, name: str) -> None:
     """Write the model to a folder of that name in --output_dir; results beyond --keep_results go."""
     folder = os.path.join(args.output_dir, name)
     on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype), folder))
-    save_model(model, tokenizer, args.model_name_or_path, folder, dtype)
+    save_model(model, tokenizer, args.model_name_or_path, folder, dtype, base)
     say(f"saved {folder}")
     if args.keep_results and name != results.BEST:
         for warning in on_rank_0(lambda: results.prune(args.output_dir, results.step_of(folder), args.keep_results)):
@@ -78,21 +83,21 @@ def gathered(named_parameters):
             yield name, parameter.data
 
 
-def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> None:
+def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype, record: dict) -> None:
     """Write what training made: the adapter alone for LoRA, else a complete model folder. Called on every rank.
 
     All ZeRO stages write the same files. One tensor is gathered at a time, and rank 0 holds one shard.
 
     Args:
-        model: beside an adapter goes its `base_record`, see adapter.record_base.
         base: the checkpoint folder that training started from; config, tokenizer and official code come from there.
+        record: what an adapter's folder says of its base, see adapter.record_base.
     """
     if hasattr(model, "peft_config"):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in gathered(trained)}
         if is_main():
             with new_folder(folder) as partial:
-                write_adapter(partial, model, tensors, base, model.base_record)
+                write_adapter(partial, model, tensors, base, record)
     else:
         save_full_model(model, tokenizer, base, folder, dtype)
     on_rank_0(lambda: None)  # the others wait, on the CPU: devices would give up before a large file is on a slow disk

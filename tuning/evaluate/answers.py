@@ -14,7 +14,8 @@ import json
 import os
 from typing import NamedTuple
 
-from glm_models.checkpoint import CheckpointError, describe_base, read_json
+from glm_models.checkpoint import CheckpointError, read_json
+from glm_models.identify import describe_base
 from tuning.errors import FolderError, UserError
 from tuning.folders import MANIFEST, write_errors, write_file
 from tuning.metrics import describe, describe_outputs, kind_of, label_scores, missing, relation_scores, score

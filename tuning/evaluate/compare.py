@@ -28,15 +28,13 @@ if __name__ == "__main__":
     answer_early(parse_args)
 
 from glm_models.checkpoint import read_json
-from tuning.errors import DataError, UserError
+from tuning.errors import DataError, ExitCode, UserError
 from tuning.evaluate import report, scores
 from tuning.evaluate.inputs import read_curves
 from tuning.exits import clear_errors
 from tuning.folders import write_errors, write_file
-from tuning.samples.formats import unused_keys
+from tuning.samples.formats import question_of, unused_keys
 from tuning.samples.row_files import read_rows
-
-INTERRUPTED = 75  # exit code of a training that saved its state and can be resumed
 
 # Data
 
@@ -50,30 +48,29 @@ def split_rows(args) -> dict[str, str]:
         UserError: the question of a test row is among the training rows, or too few rows are left to train on.
     """
     rows = [row for _, row in read_rows(args.train_path, empty_outputs=True)]
-    test = {asked(row) for _, row in read_rows(args.test_path, several_outputs=True, empty_outputs=True)}
+    test = {question_of(row) for _, row in read_rows(args.test_path, several_outputs=True, empty_outputs=True)}
     if unused := unused_keys(rows):
         print(f"{args.train_path}: {unused}")
-    if both := sum(asked(row) in test for row in rows):
+    if both := sum(question_of(row) in test for row in rows):
         raise UserError(f"{both} rows of --train_path ask what --test_path asks: scores would not be of unseen rows")
-    order = sorted({asked(row) for row in rows}, key=lambda text: hashlib.sha256(text.encode()).digest())
+    order = sorted({question_of(row) for row in rows}, key=lambda text: hashlib.sha256(text.encode()).digest())
     if len(order) < 2 * args.validation_rows:
         raise UserError(
             f"--train_path has {len(order)} different questions: --validation_rows {args.validation_rows} "
             "would leave too few of them to train on"
         )
     held = set(order[: args.validation_rows])
-    parts = {"train": [row for row in rows if asked(row) not in held]}
-    parts |= {"sweep": parts["train"][: args.sweep_rows], "validation": [row for row in rows if asked(row) in held]}
+    parts = {"train": [row for row in rows if question_of(row) not in held]}
+    parts |= {
+        "sweep": parts["train"][: args.sweep_rows],
+        "validation": [row for row in rows if question_of(row) in held],
+    }
     paths = {}
     for name, part in parts.items():
         paths[name] = os.path.join(args.output_dir, "data", f"{name}.json")
         os.makedirs(os.path.dirname(paths[name]), exist_ok=True)
         write_file(paths[name], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
     return paths
-
-
-def asked(row: dict) -> str:
-    return row["instruction"] + row["input"]
 
 
 # A run: the stages of one training, each a command; run.json lists the finished ones
@@ -119,7 +116,7 @@ class Runner:
             with self.lock:
                 self.children.remove(child)
                 self.ports.append(port)
-        if self.stopped.is_set() or code == INTERRUPTED:
+        if self.stopped.is_set() or code == ExitCode.RESUMABLE:
             raise Interrupted
         if code:
             raise RuntimeError(
@@ -373,7 +370,7 @@ def main(argv=None) -> None:
             path = compare(args)
         except (KeyboardInterrupt, Interrupted):
             print("stopped; the same command continues", file=sys.stderr)
-            os._exit(INTERRUPTED)  # do not wait for threads
+            os._exit(ExitCode.RESUMABLE)  # do not wait for threads
         print(f"report: {path}")
 
 

@@ -76,7 +76,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
-from glm_models.chat import generate_ids
+from glm_models.generation import generate_ids
 from tuning.engine.loading import load_result, named_device
 from tuning.errors import DataError, UserError
 from tuning.exits import clear_errors
@@ -84,7 +84,7 @@ from tuning.folders import check_space, write_errors, write_file
 from tuning.samples.batches import MicroBatch, collate
 from tuning.samples.cache import file_hash
 from tuning.samples.encoding import Sample, encode_sample
-from tuning.samples.formats import KEYS, unused_keys
+from tuning.samples.formats import KEYS, question_of, unused_keys
 from tuning.samples.row_files import read_rows
 from utils import quiet
 
@@ -143,13 +143,13 @@ def answer_log_probs(model, tokenizer, sample: Sample) -> torch.Tensor:
 @torch.inference_mode()
 def greedy_answer(model, tokenizer, sample: Sample, max_new_tokens: int) -> list[int]:
     """Ids of the likeliest answer, without the token that ends it."""
-    ((ids, _),) = generate_ids(model, tokenizer, [sample.input_ids[: sample.answer_start]], [max_new_tokens])
+    ((ids, _),) = generate_ids(model, tokenizer, [sample.prompt], [max_new_tokens])
     return ids
 
 
 def reference_ids(sample: Sample) -> torch.Tensor:
     """Ids of the reference answer and its end: [tokens]."""
-    return torch.tensor(sample.input_ids[sample.answer_start :])
+    return torch.tensor(sample.learnt)
 
 
 def negative_log_likelihood(log_probs: torch.Tensor, sample: Sample) -> float:
@@ -187,7 +187,7 @@ def measure_base(model, tokenizer, samples: list[Sample], max_new_tokens: int, f
     Returns:
         A `Measured` for each sample; float32 [answer tokens of all, vocabulary], log-probabilities.
     """
-    sizes = [len(sample.input_ids) - sample.answer_start for sample in samples]
+    sizes = [len(sample.learnt) for sample in samples]
     vocabulary = model.get_output_embeddings().weight.shape[0]
     needed = 4 * sum(sizes) * vocabulary
     check_space(folder, needed, "the base's distributions (TMPDIR names another folder)")
@@ -278,7 +278,7 @@ def compare(
         raise UserError(f"{base} and {tuned} have different tokenizers: their distributions cannot be compared")
     after = measure_tuned(model, tokenizer, samples, max_new_tokens, kept)
 
-    tokens = [len(sample.input_ids) - sample.answer_start for sample in samples]
+    tokens = [len(sample.learnt) for sample in samples]
     categories = {}
     for category in dict.fromkeys(row["category"] for row in rows):
         chosen = [i for i, row in enumerate(rows) if row["category"] == category]
@@ -331,7 +331,7 @@ def markdown(report: dict) -> str:
     heads = ("category", "prompt", "reference", "base", "tuned", "forgetting")
     lines += ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads))]
     for row in report["rows"]:
-        texts = [row["category"], row["instruction"] + row["input"], row["output"]]
+        texts = [row["category"], question_of(row), row["output"]]
         texts += [row["base_answer"], row["tuned_answer"]]
         lines.append("| " + " | ".join([*map(_cell, texts), f"{row['forgetting']:+.3f}"]) + " |")
     return "\n".join(lines) + "\n"

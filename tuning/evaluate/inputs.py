@@ -10,6 +10,7 @@ from tuning.errors import DataError, UserError
 from tuning.evaluate.answers import read_record
 from tuning.metrics import AS_WRITTEN, references_of
 from tuning.run.record import read_starts
+from tuning.samples.formats import question_of
 from tuning.samples.row_files import RowError, scan_rows
 
 CURVES = {"curve": "log.jsonl", "validation": "validation.jsonl"}
@@ -165,5 +166,5 @@ def count_seen(training: str, answers: str) -> int | None:
         rows = [row for _, row in scan_rows(path, empty_outputs=True) if not isinstance(row, RowError)]
     except (DataError, IndexError, KeyError, TypeError):
         return None
-    asked = {row["instruction"] + row["input"] for row in rows}
-    return sum(row["instruction"] + row["input"] in asked for row in read_answers(answers)[0])
+    asked = {question_of(row) for row in rows}
+    return sum(question_of(row) in asked for row in read_answers(answers)[0])

@@ -1,4 +1,4 @@
-"""LoRA adapters as peft writes them: read as data, checked, and held against the base that they were trained on."""
+"""LoRA adapters in peft's format: reading them as data, checking them and their base, writing them."""
 
 import dataclasses
 import math
@@ -10,24 +10,25 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, s
 from safetensors.torch import save_file
 from torch import nn
 
-from glm_models.checkpoint import CheckpointError, WeightFile, describe_base, printable, read_json, write_json
+from glm_models.checkpoint import CheckpointError, WeightFile, printable, read_json, write_json
+from glm_models.identify import describe_base
 from tuning.errors import UserError
 from tuning.folders import MANIFEST, check_folder
 from tuning.lora.layers import PredictionLinear, more_than_plain, use_own_layers
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there
-BASE_FILE = "base.json"  # beside the adapter: what it was trained on
-PREFIX = "base_model.model."  # what peft puts before the names of the base model
+BASE_FILE = "base.json"  # in the adapter's folder: the base on which it was trained
+PREFIX = "base_model.model."  # peft adds it to the names of the base model's modules
 
 
 class Adapter(NamedTuple):
     """A LoRA adapter: weight `name` of the base becomes weight + scale * B A, where A, B = pairs[name]."""
 
     folder: str
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]  # A [rank, in], B [out, rank], memory-mapped, as they are saved
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]  # A [rank, in], B [out, rank], memory-mapped
     scale: float
-    targets: list[str]  # names of modules, or ends of names, that the config says it adapts
+    targets: list[str]  # target_modules of the config: names of modules, or ends of names
     file: WeightFile
 
 
@@ -35,26 +36,28 @@ class Adapter(NamedTuple):
 
 
 def record_base(mode: str, folder: str, dtype: torch.dtype) -> dict:
-    """What BASE_FILE says of the model that training starts from: see describe_base, and path and type in training."""
+    """The content of BASE_FILE: `describe_base` of the model before training, its path, and its type in training."""
     return describe_base(mode, folder) | {"path": folder, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def check_base(adapter: str, mode: str, base: str) -> str:
-    """Hold the base folder against what training recorded in the adapter's folder.
+    """Compare the base folder with the base that training recorded in the adapter's folder.
 
     Returns:
-        A sentence on what was found.
+        A sentence with the result.
 
     Raises:
-        CheckpointError: it is another base, or the record is broken.
+        CheckpointError: it is not the same base, or the record is broken.
     """
     path = os.path.join(adapter, BASE_FILE)
     if not os.path.isfile(path):
-        return f"{adapter} has no {BASE_FILE}, so only names and shapes tell whether {base} is the base of its training"
+        return (
+            f"{adapter} has no {BASE_FILE}: only names and shapes can show whether {base} is the base of its training"
+        )
     record = read_json(path)
     if not isinstance(record.get("config"), dict) or not isinstance(record.get("fingerprint"), str):
         raise CheckpointError(
-            f"{path} is no record of a base model; without the file, only names and shapes are checked"
+            f"{path} is not a record of a base model; without this file, only names and shapes are checked"
         )
     trained = f"{adapter} was trained on {record.get('path')} (--mode {record.get('mode')})"
     if record.get("mode") != mode:
@@ -86,7 +89,7 @@ def read_config(folder: str) -> dict:
         raise CheckpointError(f"no such adapter folder: {folder}")
     if not os.path.isfile(path):
         inside = adapters_inside(folder)
-        hint = f". Adapters are in it: name one of {', '.join(inside)}" if inside else ": not a LoRA result"
+        hint = f". It contains adapters: name one of {', '.join(inside)}" if inside else ": not a LoRA result"
         raise CheckpointError(f"{folder} has no {CONFIG}{hint}")
     config = read_json(path)
     if config.get("peft_type") != "LORA":
@@ -98,11 +101,11 @@ def find_base(folder: str, base: str | None) -> str:
     """The folder of the complete model behind `folder`: itself, or the base of an adapter.
 
     Args:
-        base: the base of an adapter; None for the one that the adapter's config names.
+        base: the base of an adapter; None for the one in the adapter's config.
 
     Raises:
-        UserError: a folder is not here.
-        CheckpointError: the folder is both, a model and an adapter.
+        UserError: a folder does not exist.
+        CheckpointError: the folder is both a model and an adapter.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder")
@@ -121,33 +124,33 @@ def find_base(folder: str, base: str | None) -> str:
 
 
 def adapters_inside(folder: str) -> list[str]:
-    """The adapters in the folders of a folder, as a training leaves them: the newest last, `best` first."""
+    """The adapters in the subfolders of a training's output: `best` first, then from the oldest to the newest."""
     found = [e for e in os.scandir(folder) if os.path.isfile(os.path.join(e.path, CONFIG))]
     found.sort(key=lambda entry: (entry.name != "best", entry.stat().st_mtime_ns))
     return [entry.path for entry in found]
 
 
 def has_patterns(config: dict) -> bool:
-    """Whether peft would run regular expressions from an adapter's config to find its layers."""
+    """Whether peft would use regular expressions from an adapter's config to find its layers."""
     names = config.get("target_modules"), config.get("exclude_modules")
     return any(isinstance(value, str) for value in names) or bool(config.get("layers_pattern"))
 
 
 def unread_keys(folder: str, config: dict) -> list[str]:
-    """A line for the user if an adapter's config has keys that say something and that this peft does not know."""
+    """A line for the user if an adapter's config has values for keys that this version of peft does not know."""
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     keys = sorted(key for key, value in config.items() if key not in known and value)
-    return [f"{folder}: {CONFIG} has keys that mean nothing here: {', '.join(keys)}"] if keys else []
+    return [f"{folder}: {CONFIG} has keys that this peft does not know: {', '.join(keys)}"] if keys else []
 
 
 def open_adapter(folder: str) -> WeightFile:
     """The weights of an adapter, safetensors before .bin.
 
     Raises:
-        FolderError: a file of the folder is not as its manifest says.
-        CheckpointError: there are no weights, they are broken, not finite, or A or B is zero throughout.
+        FolderError: a file of the folder differs from its manifest.
+        CheckpointError: there are no weights, they are broken or not finite, or all A or all B are zero.
     """
-    if os.path.isfile(os.path.join(folder, MANIFEST)):  # what train.py saved has one
+    if os.path.isfile(os.path.join(folder, MANIFEST)):  # written by train.py
         check_folder(folder)
     path = next((path for name in WEIGHTS if os.path.isfile(path := os.path.join(folder, name))), None)
     if path is None:
@@ -156,7 +159,7 @@ def open_adapter(folder: str) -> WeightFile:
     for name in file.names:
         tensor = file[name]
         if not tensor.is_floating_point() or tensor.numel() == 0:
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, no LoRA weight")
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, not a LoRA weight")
         if not tensor.isfinite().all():
             raise CheckpointError(
                 f"{path}: {name} holds NaN or infinity; the training went wrong, use an earlier result"
@@ -169,10 +172,10 @@ def open_adapter(folder: str) -> WeightFile:
 
 
 def read_adapter(folder: str) -> Adapter:
-    """A plain LoRA adapter.
+    """Read a plain LoRA adapter.
 
     Raises:
-        CheckpointError: broken, all zeros, or of a kind that is more than a product added to weights.
+        CheckpointError: it is broken, all zeros, or more than plain LoRA.
     """
     config, path = read_config(folder), os.path.join(folder, CONFIG)
     key = more_than_plain(config)
@@ -190,7 +193,7 @@ def read_adapter(folder: str) -> Adapter:
     if isinstance(targets, list):
         if not targets or not all(isinstance(name, str) and name for name in targets):
             raise CheckpointError(f"{path}: target_modules must be names of modules, not {targets!r}")
-    elif not isinstance(targets, str):  # a regular expression, which is not run
+    elif not isinstance(targets, str):  # a string is a regular expression, which is not used
         raise CheckpointError(f"{path}: target_modules must be names of modules, not {targets!r}")
 
     file = open_adapter(folder)
@@ -199,7 +202,7 @@ def read_adapter(folder: str) -> Adapter:
         part = ".lora_A." if ".lora_A." in name else ".lora_B."
         other = name.replace(part, ".lora_B." if part == ".lora_A." else ".lora_A.")
         if not name.startswith(PREFIX) or not name.endswith(part + "weight"):
-            raise CheckpointError(f"{file.path}: {name} is no LoRA weight")
+            raise CheckpointError(f"{file.path}: {name} is not a LoRA weight")
         if other not in file.names:
             raise CheckpointError(f"{file.path}: {name} has no {other.rsplit('.', 2)[1]} beside it")
         if part == ".lora_B.":
@@ -217,15 +220,15 @@ def read_adapter(folder: str) -> Adapter:
 
 
 def add_adapter(model: nn.Module, folder: str, file: WeightFile) -> PeftModel:
-    """Put an adapter beside the weights of its base, for prediction, by peft: also kinds that are more than plain LoRA.
+    """Add an adapter to its base for prediction, with peft, so also adapters that are more than plain LoRA.
 
     Args:
-        model: the base. Without storage (on the meta device) it is only seen whether all fits.
+        model: the base. On the meta device this only checks that everything fits.
         file: see open_adapter.
 
     Raises:
-        CheckpointError: a weight of the adapter has no place in the model, a layer that the config names has no
-            weights, shapes differ, or peft does not make sense of the config.
+        CheckpointError: the model has no place for a weight of the adapter, a layer in the config has no weights,
+            shapes differ, or peft rejects the config.
     """
     reasons = (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ImportError)
     where = model.name_or_path or "its base"
@@ -235,19 +238,21 @@ def add_adapter(model: nn.Module, folder: str, file: WeightFile) -> PeftModel:
         use_own_layers(config, PredictionLinear)
         plain = more_than_plain(config.to_dict()) is None
         if model.device.type == "meta":
-            config.init_lora_weights = False  # some ways compute with the weights
-        # plain: in the model's type; peft's other layers compute in float32, as where they were trained
+            config.init_lora_weights = False  # some initialisations read the base's weights
+        # plain LoRA in the model's type; peft's other layers compute in float32, as they did in training
         adapted = PeftModel(model, config, autocast_adapter_dtype=not plain)
         tensors = {name: file[name].to(model.device) for name in file.names}
         loaded = set_peft_model_state_dict(adapted, tensors)
     except reasons as error:
-        raise CheckpointError(f"{folder} is no adapter for {where}: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"{folder} is not an adapter for {where}: {' '.join(str(error).split())[:300]}") from None
     lost = [name.replace(".default", "") for name in loaded.unexpected_keys]
     if lost:
-        raise CheckpointError(f"{folder} is no adapter for {where}: {_some(lost)} of its weights have no place there")
+        raise CheckpointError(
+            f"{folder} is not an adapter for {where}: {_some(lost)} of its weights have no place there"
+        )
     empty = [name.replace(".default", "") for name in loaded.missing_keys if "default" in name.split(".")]
     if empty:
-        raise CheckpointError(f"{folder} is no whole adapter for {where}: it lacks {_some(empty)} of the weights")
+        raise CheckpointError(f"{folder} is not a complete adapter for {where}: it lacks {_some(empty)} of the weights")
     return adapted.eval()
 
 
@@ -257,15 +262,15 @@ def _some(names: list[str]) -> str:
 
 # Writing
 
-# Keys of the first peft with which the official code works (0.5). Later ones are written only where they say something:
-# peft 0.6 to 0.13 refuse a config with a key that they do not know.
+# Keys of peft 0.5, the first with which the official code works. Later keys are written only if they are not default:
+# peft 0.6 to 0.13 refuse a config with an unknown key.
 KEYS = {"auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights"}
 KEYS |= {"layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r"}
 KEYS |= {"revision", "target_modules", "task_type"}
 
 
 def config_to_write(config: LoraConfig) -> dict:
-    """What adapter_config.json says: a config that peft 0.5 to 0.21 read alike, as far as they can."""
+    """The content of adapter_config.json, which peft 0.5 to 0.21 read alike where they can."""
     default, values = LoraConfig().to_dict(), config.to_dict()
     kept = {key: value for key, value in values.items() if key in KEYS or value != default.get(key)}
     kept = {key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
@@ -273,17 +278,17 @@ def config_to_write(config: LoraConfig) -> dict:
 
 
 def write_adapter(folder: str, model: PeftModel, tensors: dict[str, torch.Tensor], base: str, record: dict) -> None:
-    """Write an adapter's three files: its weights and config as peft has them, and what it was trained on.
+    """Write an adapter's three files: weights and config in peft's format, and the record of its base.
 
     Args:
-        tensors: what training changed, by the model's own names.
+        tensors: the trained weights, by their names in the model.
         base: the base model's folder.
         record: see record_base.
     """
     weights = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
     path = os.path.join(folder, WEIGHTS[0])
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"})
-    os.chmod(path, 0o644)  # save_file makes files that only their owner may read
+    os.chmod(path, 0o644)  # save_file makes files that only the owner can read
     config = config_to_write(model.peft_config["default"]) | {"base_model_name_or_path": os.path.abspath(base)}
     write_json(os.path.join(folder, CONFIG), config)
     write_json(os.path.join(folder, BASE_FILE), record)

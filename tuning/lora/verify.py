@@ -1,4 +1,4 @@
-"""Logits of a model folder in float32, with or without a LoRA adapter on top, and one weight in memory at a time."""
+"""Logits of a model folder in float32, with or without a LoRA adapter, with one weight in memory at a time."""
 
 import torch
 import torch.nn.functional as F
@@ -6,35 +6,35 @@ from torch import nn
 
 from glm_models import MODE
 from glm_models.checkpoint import CheckpointError, WeightFile, weight_layout
-from glm_models.modeling import check_prefix
+from glm_models.pretrained import check_prefix
 from tuning.lora.adapter import Adapter
 
 
 def skeleton(mode: str, folder: str, **config) -> nn.Module:
-    """The network of a model folder, its weights without storage.
+    """The network of a model folder on the meta device, in eval mode.
 
     Args:
-        config: keys of config.json to set differently.
+        config: keys of config.json to override.
 
     Raises:
-        CheckpointError: the folder's weights are not those that its config.json asks for.
+        CheckpointError: the folder's weights do not fit its config.json.
     """
     with torch.device("meta"):
         model = MODE[mode].model(MODE[mode].config.from_pretrained(folder, **config)).eval().requires_grad_(False)
-    wanted = {name: weight.shape for name, weight in model.state_dict().items()}
+    expected = {name: weight.shape for name, weight in model.state_dict().items()}
     found = {name: shape for names in weight_layout(folder).values() for name, (_, shape) in names.items()}
     check_prefix(folder, model.config, found)
-    for name in sorted(wanted.keys() | found.keys()):
-        if name.endswith("inv_freq") or (name not in found and name in _tied(model)):
+    for name in sorted(expected.keys() | found.keys()):
+        if name.endswith("inv_freq") or (name not in found and name in tied_weights(model)):
             continue
-        if wanted.get(name) != found.get(name):
-            asked, there = (list(of[name]) if name in of else "nothing" for of in (wanted, found))
-            raise CheckpointError(f"{folder}: {name} is {there}, config.json asks for {asked}")
+        if expected.get(name) != found.get(name):
+            asked, there = (list(of[name]) if name in of else "nothing" for of in (expected, found))
+            raise CheckpointError(f"{folder}: {name} is {there}, its config.json expects {asked}")
     return model
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Weights that are others: an output layer that is the embedding."""
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Weights that share the memory of others, with the names of these: an output layer tied to the embedding."""
     return (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
 
 
@@ -44,15 +44,15 @@ def logits(
 ) -> torch.Tensor:
     """Logits of all tokens of a batch, padding left out: [tokens, vocabulary], float32.
 
-    Each module reads its weights when it is called and gives them back: the most that is held is the largest weight.
+    Each module reads its weights when it is called and frees them after: at most one module's weights are in memory.
 
     Args:
-        batch: input_ids and attention_mask, as the tokenizer's `pad` gives them.
-        adapter: added to the outputs of the modules it adapts, as in training; the weights stay as they are.
-        rounding: move each adapted weight by a random share of what rounding to this type may move it.
+        batch: input_ids and attention_mask, as from the tokenizer's `pad`.
+        adapter: added to the outputs of the modules that it adapts, as in training, not merged into weights.
+        rounding: change each adapted weight at random by up to the rounding error of this type.
     """
     model = skeleton(mode, folder)
-    tied = _tied(model)
+    tied = tied_weights(model)
     where = {name: path for path, names in weight_layout(folder).items() for name in names}
     opened: dict[str, WeightFile] = {}  # one at a time
     pairs = adapter.pairs if adapter else {}

@@ -24,8 +24,6 @@ from tuning.plan.host import GIB, HostPlan, host_text, plan_host
 from tuning.plan.trace import Event, trace_step
 from tuning.plan.zero import Setup, Zero12Simulator
 from tuning.plan.zero3 import Zero3Simulator
-from tuning.samples.batches import Batch, MicroBatch, collate
-from tuning.samples.encoding import Sample
 from utils import is_main, say
 
 CONTEXT = int(1.5 * GIB)  # CUDA context, kernels and NCCL buffers, outside torch's allocator; an assumption
@@ -52,18 +50,10 @@ class MemoryPlan(NamedTuple):
     host: HostPlan
 
 
-def longest_batch(args: argparse.Namespace, config) -> Batch:
-    """The longest batch that --max_len, --max_src_len and --per_device_train_batch_size allow.
-
-    All its tokens are answers but the first: the shorter the prompts, the more has to be kept of the last block.
-    """
-    ids = [1] * args.max_len
-    if hasattr(config, "gmask_token_id"):  # ChatGLM-6B's prompts end so, and its attention depends on it
-        ids[max(0, args.max_src_len - 2) : args.max_src_len] = [config.gmask_token_id, config.bos_token_id]
-    sample = Sample(ids, 1, False, False)
-    rows = [sample] * args.per_device_train_batch_size
-    context = args.max_src_len - 1 if hasattr(config, "gmask_token_id") else 0
-    return collate(rows, lambda _: context, MicroBatch(list(range(len(rows))), 1.0))
+def longest_batch(args: argparse.Namespace, config) -> dict:
+    """The longest batch that --max_len, --max_src_len and --per_device_train_batch_size allow."""
+    rows = args.per_device_train_batch_size
+    return MODE[args.mode].model.worst_case_batch(config, rows, args.max_len, args.max_src_len)
 
 
 def run_trace(setup: Setup, on_gpu: bool = True) -> list[Event]:

@@ -2,7 +2,7 @@
 
 Taken from its runtime/zero/stage_1_and_2.py, stage3.py and partitioned_param_coordinator.py, and replayed into the
 simulated caching allocator: partitions, float32 master weights and moments, gradient buckets, gathered parameters,
-temporary buffers of a step, offload. DeepSpeed is simulated with the patches of tuning/engine/patches.py. Nothing here
+temporary buffers of a step, offload. DeepSpeed is simulated with the patches of `tuning.engine.patches.apply`. Nothing here
 was measured on a GPU.
 """
 
@@ -15,7 +15,6 @@ from deepspeed.runtime.config import DtypeEnum
 from tuning.errors import UserError
 from tuning.plan.allocator import CachingAllocator
 from tuning.plan.trace import Event, host_bytes, pinned_size
-from tuning.samples.batches import Batch
 
 CUBLAS = 32 * 2**20  # workspace of cuBLAS on Hopper, from torch's allocator; 8 MiB on other GPUs
 
@@ -24,13 +23,13 @@ class Setup(NamedTuple):
     """A training as train.py would start it.
 
     model: on the meta device, in the compute dtype, in training mode.
-    batch: the batch that needs most memory.
+    batch: arguments of the model, see `longest_batch`.
     ds_config: resolved, without "auto".
     groups: parameter groups of the optimizer.
     """
 
     model: torch.nn.Module
-    batch: Batch
+    batch: dict
     ds_config: dict
     groups: list[dict]
 

@@ -45,9 +45,9 @@ def needed_flops(model: nn.Module) -> Flops:
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
         answers_only = False
-        for name, module in block.named_modules():  # in the order of their use
-            if name.endswith("attention.dense"):  # what attention found goes in
-                attention = block.get_submodule(name.rpartition(".")[0])
+        attention = block.get_attention()
+        for module in block.modules():  # in the order of their use
+            if module is attention.dense:  # its input is the output of attention
                 reached = reached or trained_prefix
                 pair += 4.0 * attention.num_heads * attention.head_dim * (1 + 2 * reached)
                 answers_only = block is blocks[-1]

@@ -1,5 +1,6 @@
-"""Why a training ends before its end, told clearly and by all ranks at once: a signal, numbers that went wrong, memory
-that ran out, a rank that died. Exit codes: see exits.py.
+"""What can stop a training early: a signal, a bad loss or gradients, a full memory, a dead rank.
+
+All ranks stop together, and one line says why. Exit codes: errors.ExitCode.
 """
 
 import contextlib
@@ -15,15 +16,15 @@ from typing import NamedTuple
 
 import torch
 
-from tuning.exits import ENDING, LATER, StopTraining
+from tuning.errors import ExitCode, StopTraining
+from tuning.exits import ENDING
 from tuning.run.launch import machine
 from tuning.samples.batches import Batch
 from utils import control_group, is_main, say
 
-DIVERGED, OUT_OF_MEMORY = 3, 4
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_REQUEST = 5.0  # seconds: the launcher sends on what a terminal or Slurm has sent to all processes already
-FAR = 5.0  # a loss so many times that of guessing, or of the first step, will not come back
+SAME_REQUEST = 5.0  # seconds: a terminal or Slurm signals all processes, and then the launcher repeats the signal
+FAR = 5.0  # a loss this many times that of a uniform guess, or of the first step, will not recover
 LINES_SHOWN = 20
 NO_MEMORY = re.compile("can't allocate memory|[Cc]annot allocate memory|can't start new thread")
 
@@ -32,8 +33,10 @@ NO_MEMORY = re.compile("can't allocate memory|[Cc]annot allocate memory|can't st
 
 
 class Signals:
-    """Takes note of a signal, for the training loop to see; a second one ends the process at once. A context manager:
-    outside it signals do what they did before."""
+    """Notes a signal for the training loop; a second one ends the process at once.
+
+    A context manager: outside it, signals do what they did before.
+    """
 
     def __init__(self):
         self.number = 0  # of the first one, 0 for none yet
@@ -51,21 +54,21 @@ class Signals:
         now = time.monotonic()
         if not self.number:
             self.number, self.since = number, now
-            if is_main():  # not print: it may have been interrupted itself
+            if is_main():  # not print(): the signal may have interrupted a print
                 text = (
                     f"{signal.Signals(number).name}: a state is saved after this step; a second signal ends at once\n"
                 )
-                text = "\n" * sys.stderr.isatty() + text  # the bar stands in that line
-                with contextlib.suppress(OSError):  # nobody reads it
+                text = "\n" * sys.stderr.isatty() + text  # the progress bar is in the current line
+                with contextlib.suppress(OSError):  # nobody reads stderr
                     os.write(sys.stderr.fileno(), text.encode())
         elif now - self.since > SAME_REQUEST:
             os._exit(128 + number)
 
 
 class Peers:
-    """Ends this process when another one of this machine is gone: one that waits for it may wait for long.
+    """Ends this process when another process of the run on this machine has died.
 
-    Gloo notices that a process is gone, NCCL does not.
+    Gloo notices a dead process, NCCL does not: this process could wait for it for a long time.
     """
 
     def __init__(self):
@@ -82,7 +85,7 @@ class Peers:
         while not self.over:
             for rank, pid in self.others.items():
                 if not _runs(pid):
-                    time.sleep(2)  # what the wait for it may have raised in this process is the better message
+                    time.sleep(2)  # if waiting for it raises an error in this process, that is the better message
                     if self.over or ENDING.is_set():
                         return
                     with contextlib.suppress(OSError):
@@ -92,7 +95,7 @@ class Peers:
             time.sleep(1)
 
     def close(self):
-        """Others may go now."""
+        """From now on other processes may end."""
         self.over = True
         torch.distributed.barrier(control_group())
 
@@ -100,53 +103,79 @@ class Peers:
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat") as file:  # one that nobody has waited for yet is gone too
+        with open(f"/proc/{pid}/stat") as file:  # a zombie has died too
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
     except ProcessLookupError:
         return False
     except OSError:
-        return True  # no /proc, or somebody else's: it is there
+        return True  # no /proc, or another user's process: it exists
 
 
 # Losses
 
 
 class Step(NamedTuple):
-    """An optimiser step that has ended.
+    """A finished optimiser step.
 
-    loss: mean over its answer tokens, all ranks together; NaN if the step was skipped.
-    batches: of this rank.
+    loss: mean over its answer tokens on all ranks; NaN if the step was skipped.
+    batches: micro-batches of this rank.
     """
 
     loss: float
     batches: list[Batch]
 
 
-class Watch:
-    """Follows the micro-batches of this rank, and stops all ranks where going on is no use.
+def _nothing(*_) -> None:
+    pass
 
-    Args:
-        engine: DeepSpeed's; it leaves the weights alone in a step whose gradients are not finite.
-        files: path and lines [samples] of each file that rows come from; a row's number counts on from file to file.
-        guess: loss of guessing: log of the vocabulary's size.
-        may_skip: so many steps that are not finite are passed over.
+
+class StepHooks(NamedTuple):
+    """Functions that tests and benchmarks have called around each optimiser step, on every rank.
+
+    before: gets the Watch and the step's micro-batches, before the model has them.
+    after: gets the Watch and the Step.
     """
 
-    def __init__(self, engine, files: list[tuple[str, Sequence[int]]], guess: float, may_skip: int = 0):
-        self.engine, self.files, self.may_skip = engine, files, may_skip
+    before: Callable[["Watch", list[Batch]], None] = _nothing
+    after: Callable[["Watch", Step], None] = _nothing
+
+
+NO_HOOKS = StepHooks()
+
+
+class Watch:
+    """Checks each optimiser step of this rank, and stops all ranks when training on is useless.
+
+    A context manager: inside it signals are noted, and an error that passes through says in which micro-batch it was.
+
+    Args:
+        engine: DeepSpeed's; it does not change the weights in a step with non-finite gradients.
+        files: path and line numbers [samples] of each file with rows; row numbers continue from file to file.
+        guess: loss of a uniform guess: log of the vocabulary size.
+        may_skip: how many non-finite steps may be skipped.
+        hooks: see StepHooks.
+    """
+
+    def __init__(
+        self,
+        engine,
+        files: list[tuple[str, Sequence[int]]],
+        guess: float,
+        may_skip: int = 0,
+        hooks: StepHooks = NO_HOOKS,
+    ):
+        self.engine, self.files, self.may_skip, self.hooks = engine, files, may_skip, hooks
         self.signals, self.interrupted = Signals(), False
-        self.steps, self.skipped, self.limit = engine.global_steps, 0, FAR * guess
-        self.batches: list[Batch] = []  # of the step under way
-        self.losses: list[torch.Tensor] = []  # on the device: to read one is to wait for it
+        self.skipped, self.limit = 0, FAR * guess
+        self.batches: list[Batch] = []  # of the current step
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a training state keeps."""
+        """Tensors for a training state."""
         return {"skipped": torch.tensor(self.skipped), "limit": torch.tensor(self.limit, dtype=torch.float64)}
 
     def set_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Undo `state`, after the engine has gone to its place."""
+        """Restore what `state` returned, after the engine was restored."""
         self.skipped, self.limit = int(tensors["skipped"]), float(tensors["limit"])
-        self.steps = self.engine.global_steps
 
     def __enter__(self):
         self.signals.__enter__()
@@ -156,33 +185,35 @@ class Watch:
         if error is not None and not isinstance(error, StopTraining):
             error.add_note(self.shape())
 
-    def begin(self, batch: Batch) -> Batch:
-        """Take note of a micro-batch before the model has it."""
-        self.batches.append(batch)
-        return batch
+    def begin_step(self, batches: list[Batch]) -> None:
+        """Note the micro-batches of an optimiser step before the model gets them."""
+        self.batches = batches
+        self.hooks.before(self, batches)
 
-    def end(self, loss: torch.Tensor) -> Step | None:
-        """Take note of its loss, after the engine's step. Returns the optimiser step, if one has just ended.
+    def end_step(self, losses: list[torch.Tensor]) -> Step:
+        """Check an optimiser step that the engine has finished.
+
+        Args:
+            losses: of its micro-batches, on the device. They are read here for the first time, which waits for it.
 
         Raises:
-            StopTraining: loss or gradients are not finite, or the loss is beyond reason.
+            StopTraining: loss or gradients are not finite, or the loss is far too high.
         """
-        self.losses.append(loss.detach())
-        if self.engine.global_steps == self.steps:
-            return None
-        losses = torch.stack(self.losses).double().cpu()
-        batches, self.batches, self.losses = self.batches, [], []
-        self.steps = self.engine.global_steps
+        batches, self.batches = self.batches, []
+        step = self._check(torch.stack(losses).double().cpu(), batches)
+        self.hooks.after(self, step)
+        return step
 
+    def _check(self, losses: torch.Tensor, batches: list[Batch]) -> Step:
         broken = ~losses.isfinite()
-        # one message for all: mean loss, broken micro-batches, signals
+        # one all-reduce for all: mean loss, broken micro-batches, signals
         totals = torch.stack((losses.mean(), broken.double().sum(), torch.tensor(float(self.signals.number > 0))))
         torch.distributed.all_reduce(totals, group=control_group())
         mean, any_broken, interrupted = totals.tolist()
         mean /= torch.distributed.get_world_size()
         self.interrupted = interrupted > 0
 
-        # the same on all ranks; with float16 it may just mean: once more, with a smaller loss scale
+        # The same on all ranks. With float16, an overflow can simply mean that the engine lowers the loss scale.
         norm = self.engine.get_global_grad_norm()
         overflow = bool(getattr(self.engine.optimizer, "overflow", False)) or not math.isfinite(norm or 0)
         if any_broken:
@@ -191,19 +222,20 @@ class Watch:
             self._give_up("gradients are not finite, though the loss is", batches, losses.isfinite())
         elif mean > self.limit:
             high = losses > self.limit
-            self._give_up(f"the loss is {mean:.4g}: above {self.limit:.4g} there is no way back", batches, high, False)
+            text = f"the loss is {mean:.4g}, above the limit of {self.limit:.4g}: training has diverged"
+            self._give_up(text, batches, high, False)
         else:
-            if self.steps == 1:
+            if self.engine.global_steps == 1:
                 self.limit = max(self.limit, FAR * mean)
             return Step(mean, batches)
         return Step(math.nan, batches)
 
     def _give_up(self, what: str, batches: list[Batch], bad: torch.Tensor, skippable: bool = True) -> None:
-        """Stop, or go on if so many steps may be skipped."""
+        """Stop all ranks, or print a warning if this step may be skipped."""
         rows = [row for batch, is_bad in zip(batches, bad.tolist(), strict=True) if is_bad for row in batch.rows]
         everyone = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, self._lines(rows), control_group())
-        text = f"step {self.steps}: {what}."
+        text = f"step {self.engine.global_steps}: {what}."
         for (path, _), ranks in zip(self.files, zip(*everyone, strict=True), strict=True):
             where = "; ".join(f"rank {rank}: line {_list(some)}" for rank, some in enumerate(ranks) if some)
             text += f" Rows of {path}, {where}." if where else ""
@@ -211,41 +243,43 @@ class Watch:
         if skippable and self.skipped <= self.may_skip:
             say(f"warning: {text} Step skipped ({self.skipped} of at most {self.may_skip}, --skip_nonfinite)")
             return
-        hint = "a lower --learning_rate or more warm-up often helps; look at the rows"
+        hint = "a lower --learning_rate or a longer warm-up often helps; look at the rows"
         if skippable and self.may_skip:
             hint = f"{self.may_skip} such steps were skipped (--skip_nonfinite); {hint}"
         elif skippable:
-            hint += "; --skip_nonfinite N passes over N such steps"
-        raise StopTraining(DIVERGED, f"{text} Stopped; folders saved before are as they were: {hint}")
+            hint += "; --skip_nonfinite N skips N such steps"
+        raise StopTraining(ExitCode.DIVERGED, f"{text} Stopped; folders saved earlier are unchanged: {hint}")
 
     def _lines(self, rows: list[int]) -> list[list[int]]:
-        """Lines of some rows, by file."""
+        """Line numbers of some rows, by file."""
         found = []
         for _, lines in self.files:
             found.append(sorted({int(lines[row]) for row in rows if row < len(lines)}))
             rows = [row - len(lines) for row in rows if row >= len(lines)]
         return found
 
-    def end_if_interrupted(self, state: str) -> None:
-        """End all ranks after a signal to any of them.
+    def exit_if_interrupted(self, state: str) -> None:
+        """End all ranks if any of them got a signal.
 
         Args:
-            state: the folder to go on from.
+            state: folder of the training state to resume from.
 
         Raises:
-            StopTraining: there was one.
+            StopTraining: there was a signal.
         """
         if self.interrupted:
             name = signal.Signals(self.signals.number).name if self.signals.number else "a signal to another rank"
-            raise StopTraining(
-                LATER, f"stopped by {name} after step {self.steps}; --resume_from_checkpoint goes on from {state}"
-            )
+            text = f"stopped by {name} after step {self.engine.global_steps}; --resume_from_checkpoint goes on from"
+            raise StopTraining(ExitCode.RESUMABLE, f"{text} {state}")
 
     def shape(self) -> str:
-        """The micro-batch under way, in words."""
+        """The current micro-batch, in words."""
         if not self.batches:
-            return f"after step {self.steps}" if self.steps else "before the first batch"
-        lengths = [tokens for tokens, _ in self.batches[-1]["segments"]]
+            done = self.engine.global_steps
+            return f"after step {done}" if done else "before the first batch"
+        # the engine counts the micro-batches of all steps
+        batch = self.batches[self.engine.micro_steps % len(self.batches)]
+        lengths = [tokens for tokens, _ in batch["segments"]]
         return f"in a micro-batch of {len(lengths)} samples, {sum(lengths)} tokens, the longest {max(lengths)}"
 
 
@@ -259,13 +293,13 @@ def _list(lines: list[int]) -> str:
 
 @contextlib.contextmanager
 def told_clearly(advice: Callable[[], str]):
-    """Say what a user can do where memory runs out, or the float16 loss scale is at its end.
+    """Tell the user what to do when memory runs out, or when the float16 loss scale cannot go lower.
 
     Args:
-        advice: what would need less memory.
+        advice: gives lines on what would need less memory.
 
     Raises:
-        StopTraining: in place of these errors.
+        StopTraining: instead of these errors.
     """
     try:
         yield
@@ -273,11 +307,12 @@ def told_clearly(advice: Callable[[], str]):
         text, where = str(error), " ".join(getattr(error, "__notes__", ["before the first step"]))
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY.search(text):
             first = (text.splitlines() or [type(error).__name__])[0]
-            raise StopTraining(OUT_OF_MEMORY, f"out of memory {where} ({first})\n{advice()}", everyone=False) from error
+            text = f"out of memory {where} ({first})\n{advice()}"
+            raise StopTraining(ExitCode.OUT_OF_MEMORY, text, everyone=False) from error
         if "loss scale already at minimum" in text:
             raise StopTraining(
-                DIVERGED,
-                f"float16 gradients overflow at the smallest loss scale, {where}. Stopped; folders saved before are as "
-                "they were: use bf16 where the GPU has it, or a lower --learning_rate",
+                ExitCode.DIVERGED,
+                f"float16 gradients overflow at the smallest loss scale, {where}. Stopped; folders saved earlier are "
+                "unchanged: use bf16 if the GPU has it, or a lower --learning_rate",
             ) from error
         raise

@@ -7,8 +7,6 @@ that is safe, and named where it is not. A training that quietly ran alone besid
 
 import contextlib
 import errno
-import fcntl
-import importlib
 import ipaddress
 import json
 import os
@@ -21,7 +19,6 @@ from collections.abc import Mapping
 import deepspeed
 import psutil
 import torch
-import torch.utils.cpp_extension
 from deepspeed.accelerator import get_accelerator
 
 from tuning.errors import UserError
@@ -33,7 +30,6 @@ TASKS = {
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
-TORCH_BACKEND = importlib.import_module("deepspeed.comm.torch")  # as an attribute of deepspeed.comm it is torch itself
 VISIBLE_WITHIN = 15.0  # seconds until a file is seen on another node; network file systems look again now and then
 
 
@@ -115,10 +111,6 @@ def start_distributed(verbose: bool, local_rank: int = -1) -> tuple[int, int]:
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     os.environ |= rank_variables(os.environ, 0 if on_cpu else accelerator.device_count(), local_rank)
-    torch.utils.cpp_extension.FileBaton = CompileLock
-    # Sums through shared memory, which only inference with tensor parallelism asks for. They need 66 MiB of /dev/shm a
-    # process, and crash where it has less.
-    TORCH_BACKEND.build_shm_op = lambda: None
     if not on_cpu:
         local_rank, count = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
         if local_rank >= count:
@@ -275,45 +267,6 @@ def end_distributed() -> None:
     """Take the process group apart: NCCL warns of one that is left."""
     deepspeed.comm.destroy_process_group()
     control_group.cache_clear()
-
-
-class CompileLock:
-    """In the place of torch's FileBaton, which keeps processes from compiling the same operation at once.
-
-    Torch's is a file that is there or not: a process that is killed while it loads DeepSpeed's operations leaves it,
-    and every later one waits for ever. This one is a lock on that file, which ends with the process that has it.
-    """
-
-    def __init__(self, path: str, *_, **__):
-        self.path, self.handle = path, None
-
-    def _acquire(self, wait: bool) -> bool:
-        while True:
-            handle = os.open(self.path, os.O_CREAT | os.O_RDWR)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                os.close(handle)
-                return False
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), os.stat(self.path)):
-                    self.handle = handle
-                    return True
-            os.close(handle)  # the one before has just removed it
-
-    def try_acquire(self) -> bool:
-        """Whether this process has it now."""
-        return self._acquire(wait=False)
-
-    def wait(self) -> None:
-        """Return when nobody has it."""
-        self._acquire(wait=True)
-        self.release()
-
-    def release(self) -> None:
-        """Give it back, and remove the file, for programs that use torch's."""
-        os.remove(self.path)
-        os.close(self.handle)
 
 
 # What the processes share, and what they compute on

@@ -140,15 +140,15 @@ class RunLog:
 
     Args:
         engine: DeepSpeed's; it counts the steps.
-        epochs, total_steps: of the run; optimiser steps.
-        every: optimiser steps between two lines.
+        args: of train.py.
+        total_steps: optimiser steps of the run.
         flops: what the method needs.
         peak: operations a second that a device can do; utilisation is a share of it.
     """
 
-    def __init__(self, engine, output_dir: str, epochs: int, total_steps: int, every: int, flops: Flops, peak: float):
-        self.engine, self.output_dir, self.epochs, self.total_steps = engine, output_dir, epochs, total_steps
-        self.every, self.flops, self.peak = every, flops, peak
+    def __init__(self, engine, args, total_steps: int, flops: Flops, peak: float):
+        self.engine, self.total_steps, self.flops, self.peak = engine, total_steps, flops, peak
+        self.output_dir, self.epochs, self.every = args.output_dir, args.num_train_epochs, args.show_loss_step
         self.lr = engine.get_lr()[0]  # of the step under way
         self.losses: list[float] = []  # of the steps since the last line
         self.work = torch.zeros(3, dtype=torch.float64)  # tokens, samples, operations since the last line, this rank

@@ -23,11 +23,12 @@ from glm_models.checkpoint import CheckpointError, read_json
 from tuning import ROOT
 from tuning.arguments.train import fixed_flags
 from tuning.errors import FolderError, UserError
-from tuning.folders import sweep, write_errors, write_file
+from tuning.folders import lock_folder, sweep, write_errors, write_file
 from tuning.run import results
+from tuning.run.launch import check_shared
 from tuning.run.results import shorten
-from tuning.run.resume import LAYOUT, Run, find_state
-from utils import control_group, is_main, say
+from tuning.run.resume import LAYOUT, Run, check_run, find_state
+from utils import control_group, data_parallel_size, is_main, on_rank_0, say
 
 FILE = "run.json"
 FORMAT = 1
@@ -180,7 +181,7 @@ class RunRecord:
             self.write()
 
 
-def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, layout: dict, world_size: int) -> Run:
+def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, layout: dict) -> Run:
     """What losses depend on: flags, and the content of what flags name; contents are SHA-256 of data, by flag, and base
     is of `adapter.record_base`.
     """
@@ -189,7 +190,7 @@ def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, l
     del settings["--gradient_accumulation_steps"]
     settings |= {f"SHA-256 of {flag}": content for flag, content in contents.items()}
     settings |= {
-        "--gradient_accumulation_steps x processes": args.gradient_accumulation_steps * world_size,
+        "--gradient_accumulation_steps x processes": args.gradient_accumulation_steps * data_parallel_size(),
         "weights of --model_name_or_path": base["fingerprint"],
         "config.json of --model_name_or_path": base["config"],
         "tokenizer of --model_name_or_path": tokenizer.fingerprint(),
@@ -197,7 +198,7 @@ def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, l
     for section in ("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"):
         settings[f"{section} of --ds_file"] = ds_config.get(section)
     settings[LAYOUT] = layout
-    return Run(settings, world_size, ds_config["zero_optimization"]["stage"])
+    return Run(settings, torch.distributed.get_world_size(), ds_config["zero_optimization"]["stage"])
 
 
 def open_output(args) -> str | None:
@@ -217,6 +218,33 @@ def open_output(args) -> str | None:
         say(f"going on from {state}" if state else f"no training state in {args.output_dir} yet: from the start")
     results.check_second_run(args.output_dir, state, args.resume_from_checkpoint == "auto", args.overwrite_output_dir)
     return state
+
+
+def claim_output(args) -> tuple[list, str | None]:
+    """Take --output_dir for this run alone, and make it ready. Called on every rank.
+
+    Returns:
+        A lock that lasts as long as the object lives, and the training state to resume from, if there is one.
+
+    Raises:
+        FolderError, UserError: another run has the folder, a node does not see it, or see `open_output`.
+    """
+    lock = []
+    on_rank_0(lambda: lock.append(lock_folder(args.output_dir)))
+    check_shared(args.output_dir)
+    return lock, on_rank_0(lambda: open_output(args))
+
+
+def check_resume(args, state: str | None, run: Run) -> None:
+    """Make sure that this run may go on where an earlier one stopped; allowed changes are printed. On every rank.
+
+    Raises:
+        UserError: see `resume.check_run` and `check_restart`.
+    """
+    for change in check_run(state, run, args.resume_changed) if state else ():
+        say(f"warning: changed since {state}: {change}")
+    if args.resume_from_checkpoint and not state:
+        on_rank_0(lambda: check_restart(args.output_dir, results.find_traces(args.output_dir), run))
 
 
 def begin_output(args, state: str | None, record: RunRecord) -> None:

@@ -12,16 +12,17 @@ from collections.abc import Callable
 
 import torch
 
-from glm_models.chat import generate_answers
+from glm_models.generation import generate_answers
 from tuning.errors import UserError
 from tuning.folders import write_errors, write_file
 from tuning.metrics import AS_WRITTEN, FROM_LOSS, HEADLINE, kind_of, missing, references_of, score, with_references
 from tuning.run.log import JsonLines
+from tuning.run.results import BEST
 from tuning.samples.batches import MicroBatch
-from tuning.samples.dataset import InstructionData
+from tuning.samples.dataset import HeldOut, InstructionData
 from tuning.samples.encoding import encode_sample
 from tuning.samples.row_files import RowError, scan_rows
-from utils import control_group, device, is_main, on_rank_0, say
+from utils import control_group, data_parallel_rank, data_parallel_size, device, is_main, on_rank_0, say
 
 LOWER_IS_BETTER = {"loss", "perplexity", "repeating", "empty"}
 NO_DIRECTION = {"mean_length", "reference_length"}
@@ -55,9 +56,8 @@ def deal_batches(rows: list[int], lengths, batch_size: int, rank: int, world_siz
 @torch.no_grad()
 def mean_loss(model, data: InstructionData, rows: list[int], batch_size: int) -> float:
     """Cross entropy a token, over all answer tokens of the rows on all ranks together, summed in float64."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     total = torch.zeros((), dtype=torch.float64, device=device())
-    for batch in deal_batches(rows, data.lengths, batch_size, rank, world_size):
+    for batch in deal_batches(rows, data.lengths, batch_size, data_parallel_rank(), data_parallel_size()):
         total += model(**data[batch].to(device())).loss  # a sum: num_items_in_batch is 1
     total = total.cpu()
     torch.distributed.all_reduce(total, group=control_group())
@@ -65,7 +65,7 @@ def mean_loss(model, data: InstructionData, rows: list[int], batch_size: int) ->
 
 
 def gather_answers(
-    model, tokenizer, data: InstructionData, rows: list[int], batch_size: int, max_new_tokens: int
+    engine, tokenizer, data: InstructionData, rows: list[int], batch_size: int, max_new_tokens: int
 ) -> list[tuple[str, bool]] | None:
     """Greedy answers to the rows' prompts, made by all ranks: on rank 0 each in its place, None on the others.
 
@@ -74,12 +74,13 @@ def gather_answers(
     """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     lengths = data.lengths - data.answer_lengths
+    model = engine.module
     base = model.get_base_model() if hasattr(model, "peft_config") else model
+    # under ZeRO-3 a rank whose answers are complete goes on until those of all are
+    synced = engine.zero_optimization_stage() == 3 and world_size > 1
     mine: dict[int, tuple[str, bool]] = {}
     for batch in deal_batches(rows, lengths, batch_size, rank, world_size):
         prompts = [data.samples.prompt(i).tolist() for i in batch.rows]
-        # under ZeRO-3 a rank whose answers are complete goes on until those of all are
-        synced = model.zero3 and world_size > 1
         answers = generate_answers(base, tokenizer, prompts, [max_new_tokens] * len(prompts), synced_gpus=synced)
         if not batch.is_filler:
             mine |= zip(batch.rows, answers, strict=True)
@@ -99,12 +100,11 @@ class Validation:
 
     Args:
         engine: DeepSpeed's.
-        data, rows: where the held-out samples are.
-        path: their file.
-        args: of train.py: its group "validation", and output_dir.
-        every, total_steps: optimiser steps between two validations, and of the run, whose last one is validated too.
+        held_out: the samples to validate on.
+        args: of train.py.
+        epoch_steps: optimiser steps of an epoch.
         log: the run's (log.RunLog).
-        save_best: writes the model to output_dir/best.
+        save_result: writes the model to a folder of this name in output_dir.
 
     Raises:
         UserError: --best_metric is none of those that there will be.
@@ -114,25 +114,23 @@ class Validation:
         self,
         engine,
         tokenizer,
-        data: InstructionData,
-        rows: list[int],
-        path: str,
+        held_out: HeldOut,
         args,
-        every: int,
-        total_steps: int,
+        epoch_steps: int,
         log,
-        save_best: Callable[[], None],
+        save_result: Callable[[str], None],
     ):
-        self.engine, self.tokenizer, self.data, self.rows, self.args = engine, tokenizer, data, rows, args
-        self.every, self.total_steps, self.log, self.save_best = every, total_steps, log, save_best
+        self.engine, self.tokenizer, self.args, self.log, self.save_result = engine, tokenizer, args, log, save_result
+        self.data, self.rows = held_out.data, held_out.rows
+        self.every, self.total_steps = args.eval_steps or epoch_steps, args.num_train_epochs * epoch_steps
         self.kind, names = None, list(FROM_LOSS)
         if args.eval_generate != "off":
-            self.generated = spread(rows, args.eval_generate_rows)
-            longest = max(data.answer_tokens([i]) for i in self.generated)
+            self.generated = spread(self.rows, args.eval_generate_rows)
+            longest = max(self.data.answer_tokens([i]) for i in self.generated)
             self.max_new_tokens = args.eval_max_new_tokens or math.ceil(1.25 * longest)
             self.asked: list[dict] = []  # rank 0: the rows of the file, as `generated`
             self.references: list[list[str]] = []
-            self.kind, more = on_rank_0(lambda: self._read_references(path))
+            self.kind, more = on_rank_0(lambda: self._read_references(held_out.path))
             names += more
         if args.best_metric not in names:
             raise UserError(f"--best_metric {args.best_metric}: there are {', '.join(names)}; {self._more_names()}")
@@ -157,8 +155,6 @@ class Validation:
 
     def _ids(self, row: dict) -> tuple[int, ...]:
         """A row's sample, empty if it has none."""
-        if isinstance(row["output"], list):
-            row = {**row, "output": row["output"][0]}
         try:
             return tuple(encode_sample(self.tokenizer, row, self.args.max_len, self.args.max_src_len).input_ids)
         except ValueError:  # no room for an answer
@@ -211,7 +207,7 @@ class Validation:
         if better or (math.isnan(self.best) and not math.isnan(value)):
             self.best, self.best_step, self.stale = value, step, 0
             with self.log.paused():
-                self.save_best()
+                self.save_result(BEST)
                 on_rank_0(lambda: self._write_best(epoch))
             return False
         self.stale += 1
@@ -247,7 +243,7 @@ class Validation:
                 values = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
                 if self.kind:
                     sizes = (self.args.eval_batch_size, self.max_new_tokens)
-                    answers = gather_answers(model, self.tokenizer, self.data, self.generated, *sizes)
+                    answers = gather_answers(self.engine, self.tokenizer, self.data, self.generated, *sizes)
                     values |= on_rank_0(lambda: self._score(answers, step))
             except Exception as error:
                 error.add_note(f"in the validation after step {step} (--eval_batch_size {self.args.eval_batch_size})")

@@ -1,9 +1,9 @@
-"""Samples on disk as flat arrays, memory-mapped: the ids of all of them in a row, and a record for each.
+"""Samples on disk as flat arrays, memory-mapped: the ids of all of them, their learnt spans, and a record for each.
 
-    header (one JSON object, padded with spaces to HEADER bytes) | ids, int32 | records, RECORD
+    header (one JSON object, padded with spaces to HEADER bytes) | ids, int32 | spans, int32 | records, RECORD
 
-Files are named by a key that holds all that decides what is in them, written beside and renamed, and trusted only when
-size and checksum are right. So they can be shared by runs, and deleted whenever no run is starting.
+A file is named by a key of everything that determines its content. It is written under another name and renamed, and
+used only if size and checksum are right. So runs can share files, and files can be deleted whenever no run is starting.
 """
 
 import contextlib
@@ -23,23 +23,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-FORMAT = 3  # part of the key: raise it when the layout here changes
+FORMAT = 4  # part of the key: increase it when the layout changes
 HEADER = 4096
-RECORD = np.dtype([("end", "<i8"), ("line", "<i8"), ("answer_start", "<i4"), ("cut", "<i4")])  # see CachedSamples
+RECORD = np.dtype([("end", "<i8"), ("spans_end", "<i8"), ("line", "<i8"), ("learnt", "<i4"), ("cut", "<i4")])
 BLOCK = 1 << 20  # bytes read at once
 HOUR = 60 * 60  # seconds
 
 
 class CachedSamples(NamedTuple):
-    """An opened file; both arrays are memory-mapped and read-only."""
+    """An opened file; the arrays are memory-mapped and read-only.
 
-    ids: np.ndarray  # int32 [tokens]
-    records: np.ndarray  # RECORD [samples]: where its ids end, its line in the data, where its answer starts, cuts
-    counts: dict  # what else its writer counted; json values
+    ids: int32 [tokens].
+    spans: int32 [spans, 2], learnt pieces: first position in the sample, and position after the last.
+    records: RECORD [samples]: where its ids and its spans end, its line in the data, learnt tokens, what was cut.
+    """
+
+    ids: np.ndarray
+    spans: np.ndarray
+    records: np.ndarray
+    counts: dict  # what else the writer counted; JSON values
 
 
 def default_folder() -> str:
-    """Where caches of this user go."""
+    """The folder for caches of this user."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "chatglm-tuning")
 
@@ -55,7 +61,7 @@ def file_hash(path: str) -> tuple[str, int]:
 
 
 def cache_file(folder: str, *parts) -> str:
-    """Path in `folder` for what these parts (strings, numbers) decide."""
+    """Path in `folder` for a key of these parts (strings, numbers)."""
     key = hashlib.sha256(repr((FORMAT, *parts)).encode()).hexdigest()
     return os.path.join(folder, f"{key[:32]}.samples")
 
@@ -64,28 +70,30 @@ def open_cache(path: str) -> CachedSamples:
     """Map a file.
 
     Raises:
-        ValueError: it is not whole.
+        ValueError: it is incomplete.
         OSError: it cannot be read.
     """
     header = _read_header(path)
     ids = np.memmap(path, "<i4", "r", HEADER, (header["tokens"],))
-    records = np.memmap(path, RECORD, "r", HEADER + ids.nbytes, (header["samples"],))
-    return CachedSamples(ids, records, header["counts"])
+    spans = np.memmap(path, "<i4", "r", HEADER + ids.nbytes, (header["spans"], 2))
+    # the last ones in the file: `is_cut` of them speaks for all
+    records = np.memmap(path, RECORD, "r", HEADER + ids.nbytes + spans.nbytes, (header["samples"],))
+    return CachedSamples(ids, spans, records, header["counts"])
 
 
 def _read_header(path):
-    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would be to wait for its writer
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
         raise ValueError(f"{path} is no regular file")
     with open(path, "rb") as file:
         header = json.loads(file.read(HEADER))
-    size = HEADER + 4 * header["tokens"] + RECORD.itemsize * header["samples"]
+    size = HEADER + 4 * header["tokens"] + 8 * header["spans"] + RECORD.itemsize * header["samples"]
     if os.path.getsize(path) != size:
         raise ValueError(f"{path} has {os.path.getsize(path)} bytes instead of {size}")
     return header
 
 
 def is_whole(path: str, counts: Iterable[str]) -> bool:
-    """Whether there is such a file, each byte of it as it was written, with these counts."""
+    """Whether the file exists, every byte is as it was written, and it has these counts."""
     try:
         header = _read_header(path)
         if header["counts"].keys() != {*counts}:
@@ -101,7 +109,7 @@ def is_whole(path: str, counts: Iterable[str]) -> bool:
 
 
 def is_cut(mapped: np.memmap) -> bool:
-    """Whether a file has become shorter since it was mapped: to read what is gone would end the process by a signal."""
+    """Whether a file has been truncated since it was mapped: reading beyond its end would kill the process (SIGBUS)."""
     return mapped.base.size() < mapped.offset + mapped.nbytes
 
 
@@ -110,14 +118,15 @@ def _seal(checksum: int, header: dict) -> int:
     return zlib.crc32(json.dumps(header, sort_keys=True).encode(), checksum)
 
 
-def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], counts: dict) -> None:
-    """Write a file in one step: it has its name only once it is whole and on the disk. Memory: one chunk.
+def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], counts: dict) -> None:
+    """Write a file atomically: it gets its name once it is complete and on the disk. Memory: one chunk.
 
-    Several processes may write the same file at once; each writes its own, and the last one stays.
+    Several processes may write the same file at once; each writes its own, and the last one remains.
 
     Args:
-        chunks: ids and records of some samples; here `end` counts from the chunk's first id, and is changed.
-        counts: read when the chunks are through.
+        chunks: ids, spans and records of some samples; here `end` and `spans_end` count from the start of the chunk,
+            and are changed.
+        counts: read after the last chunk.
 
     Raises:
         OSError: it cannot be written.
@@ -125,21 +134,28 @@ def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], coun
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     sweep(folder, r"\w+\.samples")
-    with whole_file(path, "xb", opener=_private) as file, tempfile.TemporaryFile(dir=folder) as tail:
-        checksum = tokens = samples = 0
+    with (
+        whole_file(path, "xb", opener=_private) as file,
+        tempfile.TemporaryFile(dir=folder) as spans_file,
+        tempfile.TemporaryFile(dir=folder) as records_file,
+    ):
+        checksum = tokens = pieces = samples = 0
         file.seek(HEADER)
-        for ids, records in chunks:
+        for ids, spans, records in chunks:
             content = ids.astype("<i4", copy=False).data
             file.write(content)
             checksum = zlib.crc32(content, checksum)
             records["end"] += tokens
-            tail.write(records.tobytes())
-            tokens, samples = tokens + len(ids), samples + len(records)
-        tail.seek(0)
-        while block := tail.read(BLOCK):
-            file.write(block)
-            checksum = zlib.crc32(block, checksum)
-        header = {"tokens": tokens, "samples": samples, "counts": counts}
+            records["spans_end"] += pieces
+            spans_file.write(spans.astype("<i4", copy=False).tobytes())
+            records_file.write(records.tobytes())
+            tokens, pieces, samples = tokens + len(ids), pieces + len(spans), samples + len(records)
+        for tail in (spans_file, records_file):
+            tail.seek(0)
+            while block := tail.read(BLOCK):
+                file.write(block)
+                checksum = zlib.crc32(block, checksum)
+        header = {"tokens": tokens, "spans": pieces, "samples": samples, "counts": counts}
         header["crc32"] = _seal(checksum, header)
         content = json.dumps(header).encode().ljust(HEADER)
         if len(content) > HEADER:
@@ -150,9 +166,9 @@ def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], coun
 
 @contextlib.contextmanager
 def whole_file(path: str, mode: str, **how):
-    """A new file to write, that takes its name once it is whole and on the disk. mode and how are `open`'s.
+    """A new file to write, which gets its name once it is complete and on the disk. mode and how are `open`'s.
 
-    While it is written it is locked, and so `sweep` knows it from those that killed writers left behind.
+    It is locked while it is written, so that `sweep` can tell it from files that killed writers left behind.
     """
     file = _open_locked(path, mode, how)
     try:
@@ -175,11 +191,11 @@ def _open_locked(path: str, mode: str, how: dict):
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.path.exists(file.name):
             return file
-        file.close()  # a sweep took it between the two
+        file.close()  # a sweep removed it between open and lock
 
 
 def _private(path, flags):
-    """For `open`: the data may be nobody else's business."""
+    """For `open`: nobody else may read the data."""
     return os.open(path, flags, 0o600)
 
 
@@ -190,11 +206,11 @@ def _host() -> str:
 def sweep(folder: str, names: str) -> None:
     """Remove what killed writers of `whole_file` left behind.
 
-    A partial file is dead when nobody holds its lock. Some network file systems have locks within one machine only, so
-    that those of other machines, which keep being written, are spared for an HOUR more.
+    A partial file is abandoned when nobody holds its lock. Some network file systems lock within one machine only, so
+    files of other machines are removed only after an HOUR without a write.
 
     Args:
-        names: pattern of the names that the files were to have.
+        names: pattern of the names that the files would have got.
     """
     for entry in os.scandir(folder):
         found = re.fullmatch(rf"(?:{names})\.(?:(\w+)-)?\w+\.partial", entry.name)

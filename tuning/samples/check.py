@@ -1,9 +1,10 @@
-"""`train.py --check_data`: one pass over an instruction file that says all that is wrong or odd in it, row by row.
+"""`train.py --check_data`: one pass over a data file that reports everything wrong or unusual in it, row by row.
 
-The terminal gets counts and first lines; every finding is a line of JSON in FILE. What is counted before each training
-too is in findings.py.
+The terminal shows counts and the first lines; every finding is a line of JSON in FILE. findings.py has what is also
+counted before each training.
 """
 
+import itertools
 import json
 import os
 import re
@@ -13,14 +14,14 @@ import numpy as np
 
 from tuning.errors import DataError
 from tuning.samples.cache import sweep, whole_file
-from tuning.samples.dataset import encode_file
+from tuning.samples.dataset import Chunk, DataSettings, encode_file
 from tuning.samples.encoding import ANSWER_CUT, IGNORE_INDEX, PROMPT_CUT, Sample, encode_samples
 from tuning.samples.findings import BROKEN, CHANGED, WARNINGS, Findings, lines_text
-from tuning.samples.formats import few_unused, unused_text
+from tuning.samples.formats import few_unused, to_dialogue, unused_text
 from tuning.samples.row_files import RowError, scan_rows
 
 FILE = "data_check.jsonl"
-LENGTHS = {  # kinds of findings that only --check_data counts, and what is said of them
+LENGTHS = {  # kinds of findings that only --check_data counts, and their titles
     "prompt_cut": "queries that lose their end to --max_src_len",
     "answer_cut": "answers that lose their end and the end token to --max_len",
 }
@@ -40,35 +41,40 @@ class Lengths:
         self.prompts: list[np.ndarray] = []
         self.answers: list[np.ndarray] = []
         self.prompt_lost = self.answer_lost = 0
+        self.rows = 0
         self.whole = 0  # samples that are not cut
 
-    def feed(self, tokenizer, lines, rows, samples, findings: Findings) -> None:
-        """Take some samples, and encode those that were cut once more as a whole."""
-        records = samples.records
-        prompts = records["answer_start"].astype(np.int64)
-        answers = samples.lengths - prompts
+    def feed(self, tokenizer, chunk: Chunk, findings: Findings) -> None:
+        """Count the tokens of some samples; those that were cut are encoded once more as a whole."""
+        samples, records = chunk.samples, chunk.samples.records
+        answers = records["learnt"].astype(np.int64)
+        prompts = samples.lengths - answers
         cut = np.flatnonzero(records["cut"])
         if len(cut):
-            whole = encode_samples(tokenizer, [rows[i] for i in cut], NO_LIMIT, None)
-            whole_prompts = whole.records["answer_start"]
-            prompt_lost = whole_prompts - prompts[cut]
-            answer_lost = whole.lengths - whole_prompts - answers[cut]
+            # a dialogue has as many samples as a whole, in the same order
+            again = np.unique(samples.places[cut])
+            whole = encode_samples(tokenizer, [chunk.dialogues[i] for i in again], NO_LIMIT, None)
+            those = np.searchsorted(np.flatnonzero(np.isin(samples.places, again)), cut)
+            whole_answers = whole.records["learnt"][those]
+            prompt_lost = whole.lengths[those] - whole_answers - prompts[cut]
+            answer_lost = whole_answers - answers[cut]
             prompts[cut] += prompt_lost
             answers[cut] += answer_lost
             for i, from_prompt, from_answer in zip(cut, prompt_lost.tolist(), answer_lost.tolist(), strict=True):
                 if records["cut"][i] & PROMPT_CUT:
-                    findings.note("prompt_cut", int(lines[i]), tokens=int(prompts[i]), lost=from_prompt)
+                    findings.note("prompt_cut", int(records["line"][i]), tokens=int(prompts[i]), lost=from_prompt)
                 if records["cut"][i] & ANSWER_CUT:
-                    findings.note("answer_cut", int(lines[i]), tokens=int(answers[i]), lost=from_answer)
+                    findings.note("answer_cut", int(records["line"][i]), tokens=int(answers[i]), lost=from_answer)
             self.prompt_lost += int(prompt_lost.sum())
             self.answer_lost += int(answer_lost.sum())
+        self.rows += len(chunk.rows)
         self.whole += len(samples) - len(cut)
         self.prompts.append(prompts)
         self.answers.append(answers)
 
 
 def histogram(lengths: np.ndarray, limit: int | None = None, limit_name: str = "") -> list[str]:
-    """Lines of a histogram; the bar in which `limit` lies is marked."""
+    """Lines of a histogram; the bar that contains `limit` is marked."""
     top = max(int(np.percentile(lengths, 99.5)), 1)
     width = next(w for power in range(12) for w in (10**power, 2 * 10**power, 5 * 10**power) if top / w <= 12)
     bins = np.minimum(lengths // width, top // width)  # the last one has no upper end
@@ -88,28 +94,24 @@ def histogram(lengths: np.ndarray, limit: int | None = None, limit_name: str = "
 
 
 def sample_lines(tokenizer, sample: Sample) -> list[str]:
-    """A sample token by token: place, piece, id and label; the middle of long parts is left out."""
+    """A sample token by token: position, id, label and piece; the middle of long parts is left out."""
     pieces = tokenizer.convert_ids_to_tokens(sample.input_ids)
+    labels = sample.labels
     lines = [f"  {'place':>6} {'id':>7} {'label':>7}  piece"]
-    for start, end in ((0, sample.answer_start), (sample.answer_start, len(pieces))):
+    for start, end in itertools.pairwise(sorted({0, *itertools.chain(*sample.spans), len(pieces)})):
         for i in range(start, end):
             if end - start > 2 * ENDS + 1 and start + ENDS <= i < end - ENDS:
                 if i == start + ENDS:
                     lines.append(f"  {'...':>6} {end - start - 2 * ENDS} more")
                 continue
-            label = "-" if sample.labels[i] == IGNORE_INDEX else sample.labels[i]
+            label = "-" if labels[i] == IGNORE_INDEX else labels[i]
             lines.append(f"  {i:>6} {sample.input_ids[i]:>7} {label:>7}  {json.dumps(pieces[i], ensure_ascii=False)}")
     return lines
 
 
 def check_data(
-    path: str,
+    settings: DataSettings,
     tokenizer,
-    max_len: int,
-    max_src_len: int,
-    is_skip: bool,
-    empty_outputs: bool,
-    skip_bad: bool,
     test_path: str | None,
     output_dir: str,
     say: Callable[[str], None] = print,
@@ -117,12 +119,11 @@ def check_data(
     """Read the whole file, print what was found, and write each finding to FILE in `output_dir`.
 
     Args:
-        path to skip_bad: as for `data_set.prepare`.
-        test_path: a file whose prompts should not stand in `path`; its rows may have several outputs, or an empty one.
+        test_path: a file whose prompts should not be in the data; its rows may have several outputs, or an empty one.
 
     Raises:
         DataError: a training would not start with this file: it cannot be read, a row is broken and `skip_bad` is
-            false, or none is left; or the report cannot be written. All but the last are said after the report.
+            false, or none is left; or the report cannot be written. All but the last are raised after the report.
     """
     report = os.path.join(output_dir, FILE)
     try:
@@ -134,7 +135,7 @@ def check_data(
                 file.write(json.dumps({"line": line, "kind": kind, **details}, ensure_ascii=False) + "\n")
 
             findings, lengths = Findings(tokenizer, record, changed=True), Lengths()
-            first, ends = _read(path, tokenizer, max_len, max_src_len, empty_outputs, findings, lengths)
+            first, ends = _read(settings, tokenizer, findings, lengths)
             findings.finish()
             if test_path:
                 _find_test_rows(test_path, findings)
@@ -143,8 +144,8 @@ def check_data(
 
     tally = findings.tally
     broken = sum(tally[kind][0] for kind in BROKEN if kind in tally)
-    usable = sum(map(len, lengths.prompts))
-    say(f"{path}: {usable + broken} rows, {usable} of them usable")
+    usable = lengths.rows
+    say(f"{settings.path}: {usable + broken} rows, {usable} of them usable")
     for kinds, title in ((BROKEN, "broken"), (LENGTHS | WARNINGS, "to look at"), (TEST, "test file")):
         there = [kind for kind in kinds if kind in tally]
         if there:
@@ -162,28 +163,30 @@ def check_data(
     if first:
         prompts, answers = (np.concatenate(some) for some in (lengths.prompts, lengths.answers))
         total = int(prompts.sum() + answers.sum())
-        dropped = "; --is_skip leaves such rows out" if is_skip and {*LENGTHS} & {*tally} else ""
+        dropped = "; --is_skip leaves such rows out" if settings.skip_cut and {*LENGTHS} & {*tally} else ""
         say(
             f"tokens: {total} (prompts {prompts.sum()}, answers {answers.sum()}); the cuts take {lengths.prompt_lost} "
             f"of the prompts (--max_src_len) and {lengths.answer_lost} of the answers (--max_len){dropped}"
         )
-        # the prompt's special tokens are not counted by max_src_len, so that its mark may lie a bar too early
-        say("\n".join(("tokens of prompts:", *histogram(prompts, max_src_len, "--max_src_len"))))
+        # max_src_len does not count the prompt's special tokens, so its mark may be one bar too early
+        say("\n".join(("tokens of prompts:", *histogram(prompts, settings.max_src_len, "--max_src_len"))))
         say("\n".join(("tokens of answers:", *histogram(answers))))
-        say("\n".join(("tokens of both:", *histogram(prompts + answers, max_len, "--max_len"))))
+        say("\n".join(("tokens of both:", *histogram(prompts + answers, settings.max_len, "--max_len"))))
         say("\n".join((f"first sample (line {first[0]}), token by token:", *sample_lines(tokenizer, first[1]))))
     say(f"all findings: {report}")
     if not usable:
-        raise DataError(f"{path}: every row is broken")
+        raise DataError(f"{settings.path}: every row is broken")
     if ends:
         raise DataError(str(ends))
-    if broken and not skip_bad:
-        raise DataError(f"{path}: {broken} rows are broken; mend them, or train without them: --on_bad_row skip")
-    if is_skip and not lengths.whole:
-        raise DataError(f"{path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
+    if broken and not settings.skip_bad:
+        raise DataError(
+            f"{settings.path}: {broken} rows are broken; mend them, or train without them: --on_bad_row skip"
+        )
+    if settings.skip_cut and not lengths.whole:
+        raise DataError(f"{settings.path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
 
 
-def _read(path, tokenizer, max_len, max_src_len, empty_outputs, findings, lengths):
+def _read(settings, tokenizer, findings, lengths):
     """Fill findings and lengths. Returns line and sample of the first usable row, and the error that ended the file."""
     first = ends = None
 
@@ -193,11 +196,11 @@ def _read(path, tokenizer, max_len, max_src_len, empty_outputs, findings, length
             ends = error
         findings.note(error.flaw.kind, error.line, problem=error.flaw.problem)
 
-    for lines, rows, samples in encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, leave_out):
-        findings.feed(lines, rows)
-        lengths.feed(tokenizer, lines, rows, samples, findings)
-        if rows and not first:
-            first = lines[0], samples[0]
+    for chunk in encode_file(settings, tokenizer, leave_out):
+        findings.feed(chunk.lines, chunk.rows, chunk.dialogues)
+        lengths.feed(tokenizer, chunk, findings)
+        if len(chunk.samples) and not first:
+            first = int(chunk.samples.records["line"][0]), chunk.samples[0]
     return first, ends
 
 
@@ -210,7 +213,7 @@ def _find_test_rows(path, findings):
         if isinstance(row, RowError):
             findings.note("test_broken", line, problem=row.flaw.problem)
             continue
-        value = hash(row["instruction"] + row["input"])
+        value = hash(to_dialogue(row).prompt_key)
         place = np.searchsorted(prompts, value)
         if place < len(prompts) and prompts[place] == value:
             findings.note("test_in_training", line, training_line=int(lines[place]))

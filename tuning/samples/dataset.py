@@ -5,7 +5,9 @@ import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -14,6 +16,7 @@ from tqdm import tqdm
 from tuning.errors import DataError
 from tuning.samples import cache
 from tuning.samples.batches import Batch, MicroBatch, collate
+from tuning.samples.dialogue import Dialogue
 from tuning.samples.encoding import (
     AHEAD,
     ANSWER_CUT,
@@ -30,30 +33,46 @@ from tuning.samples.findings import BROKEN, FIRST, WARNINGS, Findings, lines_tex
 from tuning.samples.formats import ROW_FORMAT, Flaw, few_unused, unused_text
 from tuning.samples.row_files import RowError, scan_rows
 
-COUNTS = ("prompts_cut", "answers_cut", "skipped", "content", "findings", "unused")  # of a cache file, see prepare
+COUNTS = ("prompts_cut", "answers_cut", "skipped", "content", "findings", "unused")  # in a cache file, see prepare
 
 
-MOST = 0.5  # share of rows above which their being cut is a warning of its own
+MOST = 0.5  # share of cut rows above which there is an extra warning
 
 
-def prepare(
-    path: str,
-    tokenizer,
-    max_len: int,
-    max_src_len: int,
-    is_skip: bool = False,
-    empty_outputs: bool = False,
-    cache_dir: str | None = None,
-    progress: bool = False,
-    skip_bad: bool = False,
-    several_outputs: bool = False,
-) -> str:
-    """Encode an instruction file into a cache file, unless that is there already.
-
-    Memory is that of a few chunks, whatever the size of the file; but a JSON array is read as a whole.
+@dataclass(frozen=True)
+class DataSettings:
+    """A data file, and what of it becomes samples.
 
     Args:
-        path to empty_outputs, skip_bad, several_outputs: as for `InstructionData`.
+        path: the file.
+        max_len: maximum tokens per sample.
+        max_src_len: maximum tokens of its prompt.
+        skip_cut: drop samples that would be cut.
+        empty_outputs: an empty output is an answer too: the end token alone.
+        skip_bad: leave out rows that cannot be used, instead of an error for the first.
+        several_outputs: a row's output may also be a list of strings, of which the first one is learnt.
+    """
+
+    path: str
+    max_len: int
+    max_src_len: int
+    skip_cut: bool = False
+    empty_outputs: bool = False
+    skip_bad: bool = False
+    several_outputs: bool = False
+
+    @property
+    def key(self) -> tuple:
+        """All that decides which samples a file with the same content gives: not the path."""
+        return astuple(self)[1:]
+
+
+def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, progress: bool = False) -> str:
+    """Encode a data file into a cache file, unless that is there already.
+
+    Memory is that of a few chunks, for files of any size; but a JSON array is read as a whole.
+
+    Args:
         cache_dir: where cache files are kept; with None it is a temporary file, for the caller to delete.
         progress: show a bar, if stderr is a terminal.
 
@@ -64,15 +83,15 @@ def prepare(
         DataError: a row is broken or its prompt leaves no room for an answer, the first such in the file; no sample is
             left; the file changed meanwhile; or the cache cannot be written.
     """
-    if problem := path_problem(path):  # to open a pipe would be to wait for its writer
+    path = settings.path
+    if problem := path_problem(path):  # opening a pipe would wait for a writer
         raise DataError(f"{path}: {problem}")
     try:
         before = os.stat(path)
         content, line_breaks = cache.file_hash(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    key = (content, tokenizer.fingerprint(), max_len, max_src_len, is_skip, empty_outputs, skip_bad, several_outputs)
-    key += (ROW_FORMAT, *COUNTS)
+    key = (content, tokenizer.fingerprint(), *settings.key, ROW_FORMAT, *COUNTS)
     file = cache.cache_file(cache_dir or tempfile.gettempdir(), *key, *([] if cache_dir else [os.urandom(16)]))
     if cache.is_whole(file, COUNTS):
         return file
@@ -80,14 +99,13 @@ def prepare(
     counts, findings = {"prompts_cut": 0, "answers_cut": 0, "skipped": 0, "content": content}, Findings(tokenizer)
 
     def leave_out(error: RowError):
-        if not skip_bad or error.flaw.ends:
+        if not settings.skip_bad or error.flaw.ends:
             raise error
         findings.note(error.flaw.kind, error.line, problem=error.flaw.problem)
 
     hidden = not (progress and sys.stderr.isatty())
     with tqdm(total=line_breaks + 1, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
-        encoded = encode_file(path, tokenizer, max_len, max_src_len, empty_outputs, leave_out, several_outputs)
-        chunks = _kept_chunks(path, encoded, is_skip, findings, counts, bar)
+        chunks = _kept_chunks(settings, encode_file(settings, tokenizer, leave_out), findings, counts, bar)
         try:
             cache.write_cache(file, chunks, counts)
         except OSError as error:
@@ -100,82 +118,89 @@ def prepare(
             raise
     after = os.stat(path)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        os.unlink(file)  # it may hold other rows than its name says
+        os.unlink(file)  # its rows may not be those of its key
         raise DataError(f"{path} changed while it was read")
     return file
 
 
-def encode_file(
-    path: str,
-    tokenizer,
-    max_len: int,
-    max_src_len: int,
-    empty_outputs: bool,
-    leave_out: Callable[[RowError], None],
-    several_outputs: bool = False,
-) -> Iterator[tuple[Sequence[int], Sequence[dict], Samples]]:
-    """Lines, rows and samples of an instruction file, some at a time.
+class Chunk(NamedTuple):
+    """Some rows of a file that can be trained, and their samples. `samples.places` counts rows of the chunk."""
+
+    lines: Sequence[int]
+    rows: Sequence[dict]
+    dialogues: Sequence[Dialogue]
+    samples: Samples
+
+
+def encode_file(settings: DataSettings, tokenizer, leave_out: Callable[[RowError], None]) -> Iterator[Chunk]:
+    """Rows and samples of a data file, some at a time. It does not look at skip_cut and skip_bad.
 
     Args:
-        leave_out: gets what is wrong with each row that cannot be used, and raises it or does not.
-        several_outputs: as for `InstructionData`.
+        leave_out: gets the error of each row that cannot be used; it raises the error, or returns to leave the row out.
 
     Raises:
-        DataError: the file cannot be used, or max_src_len leaves no room for a query.
+        DataError: the file cannot be used, or max_src_len leaves no room for a question.
     """
+    path, limits = settings.path, (settings.max_len, settings.max_src_len)
 
     def usable():
-        for line, row in scan_rows(path, several_outputs, empty_outputs):
+        for line, row in scan_rows(path, settings.several_outputs, settings.empty_outputs):
             if isinstance(row, RowError):
                 leave_out(row)
-            elif isinstance(row["output"], list):
-                yield line, {**row, "output": row["output"][0]}
             else:
                 yield line, row
 
     threads = -(-available_cpus() // AHEAD)  # a chunk's share
 
     def encode(chunk):
-        lines, rows = zip(*chunk, strict=True)
+        lines, rows, dialogues = zip(*chunk, strict=True)
         no_room: dict[int, str] = {}
         try:
-            samples = encode_samples(tokenizer, rows, max_len, max_src_len, threads, no_room)
+            samples = encode_samples(tokenizer, dialogues, *limits, threads, no_room)
         except ValueError:
-            _raise_first_error(path, chunk, tokenizer, max_len, max_src_len)
+            _raise_first_error(path, chunk, tokenizer, *limits)
             raise
-        return lines, rows, samples, no_room
+        samples.records["line"] = np.array(lines)[samples.places]
+        return Chunk(lines, rows, dialogues, samples), no_room
 
-    for lines, rows, samples, no_room in _ahead(encode, _chunks(usable())):
+    for chunk, no_room in _ahead(encode, _chunks(usable())):
         for i, problem in no_room.items():
-            leave_out(RowError(f"{path} line {lines[i]}: {problem}", lines[i], Flaw("no_room", problem)))
-        if no_room:
-            lines, rows = ([item for i, item in enumerate(items) if i not in no_room] for items in (lines, rows))
-        samples.records["line"] = lines
-        yield lines, rows, samples
+            line = chunk.lines[i]
+            leave_out(RowError(f"{path} line {line}: {problem}", line, Flaw("no_room", problem)))
+        yield _without(chunk, no_room) if no_room else chunk
 
 
-def _kept_chunks(path, encoded, is_skip, findings, counts, bar):
-    """Yield ids and records of some samples at a time, for `cache.write_cache`; add to `counts` and `bar`."""
+def _without(chunk: Chunk, places: Container[int]) -> Chunk:
+    """A chunk without some of its rows, which have no samples."""
+    kept = [i for i in range(len(chunk.rows)) if i not in places]
+    lines, rows, dialogues = ([items[i] for i in kept] for items in chunk[:3])
+    chunk.samples.places = np.searchsorted(kept, chunk.samples.places)
+    return Chunk(lines, rows, dialogues, chunk.samples)
+
+
+def _kept_chunks(settings, encoded, findings, counts, bar):
+    """Yield ids, spans and records of some samples at a time, for `cache.write_cache`; add to `counts` and `bar`."""
     usable = kept = 0
-    for lines, rows, samples in encoded:
-        ids, records = samples.ids, samples.records
+    for lines, rows, dialogues, samples in encoded:
+        ids, spans, records = samples.ids, samples.spans, samples.records
         counts["prompts_cut"] += int(np.count_nonzero(records["cut"] & PROMPT_CUT))
         counts["answers_cut"] += int(np.count_nonzero(records["cut"] & ANSWER_CUT))
-        if is_skip:
+        if settings.skip_cut:
             whole = records["cut"] == 0
-            ids = ids[np.repeat(whole, samples.lengths)]
+            pieces = np.diff(records["spans_end"], prepend=0)
+            ids, spans = ids[np.repeat(whole, samples.lengths)], spans[np.repeat(whole, pieces)]
             records = records[whole]
-            records["end"] = np.cumsum(samples.lengths[whole])
+            records["end"], records["spans_end"] = np.cumsum(samples.lengths[whole]), np.cumsum(pieces[whole])
             counts["skipped"] += len(samples) - len(records)
         usable, kept = usable + len(rows), kept + len(records)
-        findings.feed(lines, rows)
-        yield ids, records
+        findings.feed(lines, rows, dialogues)
+        yield ids, spans, records
         bar.update((lines[-1] if lines else bar.n) - bar.n)
     if not usable:
         first = next((f"line {findings.tally[kind][1][0]}: {why}" for kind, why in findings.problems.items()), "")
-        raise DataError(f"{path}: every row is broken; --check_data says what is wrong with each. {first}")
+        raise DataError(f"{settings.path}: every row is broken; --check_data says what is wrong with each. {first}")
     if not kept:
-        raise DataError(f"{path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
+        raise DataError(f"{settings.path}: every row is longer than --max_src_len or --max_len allow (--is_skip)")
     counts |= {"findings": findings.finish(), "unused": few_unused(findings.unused)}
 
 
@@ -183,43 +208,24 @@ class InstructionData(Dataset):
     """All samples of a file. Indexed by a `MicroBatch`, it gives a batch of tensors.
 
     Args:
-        path: the instruction file.
         tokenizer: of the family; it makes the prompts.
-        max_len: most tokens of a sample.
-        max_src_len: most tokens of its prompt.
-        is_skip: drop samples that would be cut.
-        empty_outputs: an empty output is an answer too: the end token alone.
-        prepared: what `prepare` returned for these arguments; None does it here, without keeping a cache.
-        skip_bad: leave out rows that cannot be used, instead of an error for the first.
-        several_outputs: a row's output may also be a list of strings, of which the first one makes the sample.
+        prepared: what `prepare` returned for these settings; None does it here, without keeping a cache.
 
     Raises:
         DataError: as `prepare`.
     """
 
-    def __init__(
-        self,
-        path: str,
-        tokenizer,
-        max_len: int,
-        max_src_len: int,
-        is_skip: bool = False,
-        empty_outputs: bool = False,
-        prepared: str | None = None,
-        skip_bad: bool = False,
-        several_outputs: bool = False,
-    ):
+    def __init__(self, settings: DataSettings, tokenizer, prepared: str | None = None):
         self.context_length = tokenizer.context_length
-        settings = (path, tokenizer, max_len, max_src_len, is_skip, empty_outputs)
-        file = prepared or prepare(*settings, skip_bad=skip_bad, several_outputs=several_outputs)
-        ids, records, counts = cache.open_cache(file)
+        file = prepared or prepare(settings, tokenizer)
+        ids, spans, records, counts = cache.open_cache(file)
         if prepared is None:
-            os.unlink(file)  # what is mapped stays
-        self.samples = Samples(ids, records)
-        self.lengths = self.samples.lengths  # [samples], tokens of each
-        self.answer_lengths = self.lengths - records["answer_start"]  # [samples], of these with a label
+            os.unlink(file)  # a mapped file stays readable
+        self.samples = Samples(ids, spans, records)
+        self.lengths = self.samples.lengths  # int64 [samples], tokens per sample
+        self.answer_lengths = np.array(records["learnt"], np.int64)  # [samples], of these with a label
         self.lines = records["line"]  # [samples], where each comes from
-        self.files = [(path, self.lines)]  # the same, for messages: rows of several files count on
+        self.files = [(settings.path, self.lines)]  # the same, for messages: rows of several files count on
         self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]
         self.skipped, self.findings, self.unused = counts["skipped"], counts["findings"], counts["unused"]
         self.content = counts["content"]  # SHA-256 of the file
@@ -248,7 +254,7 @@ class InstructionData(Dataset):
         return f"{text}; {unused}" if unused else text
 
     def warnings(self) -> list[str]:
-        """Lines on what makes the whole training doubtful: most of its samples are cut."""
+        """Lines about what puts the whole training in doubt: most of its samples are cut."""
         lines = []
         for count, what, flag in (
             (self.prompts_cut, "prompts lose their end to", "--max_src_len"),
@@ -274,8 +280,23 @@ class InstructionData(Dataset):
         return collate([self.samples[i] for i in micro_batch.rows], self.context_length, micro_batch)
 
 
-def split_rows(data: InstructionData, ratio: float) -> tuple[list[int], list[int]]:
-    """Rows to train on, and about a share of `ratio` to validate on.
+@dataclass(frozen=True)
+class HeldOut:
+    """Samples to validate on.
+
+    Args:
+        data: has them, and may have others.
+        rows: their numbers in `data`, at least one.
+        path: the file they are from.
+    """
+
+    data: InstructionData
+    rows: list[int]
+    path: str
+
+
+def split_rows(data: InstructionData, ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on, and about a share of `ratio` to validate on: int64 each, ascending.
 
     A hash of the prompt's ids alone says on which side a row is: it stays there when rows come, go or change places,
     and rows with the same prompt are together.
@@ -283,11 +304,12 @@ def split_rows(data: InstructionData, ratio: float) -> tuple[list[int], list[int
     Raises:
         DataError: one side is empty.
     """
-    sides: tuple[list[int], list[int]] = ([], [])
-    for i in range(len(data)):
-        digest = hashlib.blake2b(data.samples.prompt(i).tobytes(), digest_size=8).digest()
-        sides[int.from_bytes(digest, "big") < ratio * 2**64].append(i)
-    if not all(sides):
-        what = "train on" if not sides[0] else "validate on"
+    held_out = np.zeros(len(data), bool)
+    for i, prompt in enumerate(data.samples.prompts()):
+        digest = hashlib.blake2b(prompt, digest_size=8).digest()
+        held_out[i] = int.from_bytes(digest, "big") < ratio * 2**64
+    sides = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    if not all(map(len, sides)):
+        what = "validate on" if len(sides[0]) else "train on"
         raise DataError(f"--eval_ratio {ratio} leaves none of {len(data)} rows to {what}; take another, or --eval_path")
     return sides

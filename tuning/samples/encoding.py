@@ -1,6 +1,5 @@
-"""Rows to token ids: in parallel, in order."""
+"""From rows to token ids, in parallel; the order is kept."""
 
-import itertools
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,38 +10,52 @@ import numpy as np
 
 from tuning.errors import DataError
 from tuning.samples import cache
+from tuning.samples.dialogue import Dialogue
+from tuning.samples.formats import to_dialogue
 
 IGNORE_INDEX = -100
 
 
-CHUNK_ROWS, CHUNK_CHARACTERS = 500, 4_000_000  # most that is encoded at once
-
-
-AHEAD = 2  # chunks under way: while one is with SentencePiece, Python is at the other
-
-
+CHUNK_ROWS, CHUNK_CHARACTERS = 500, 4_000_000  # maximum that is encoded at once
+AHEAD = 2  # chunks in progress: while SentencePiece encodes one, Python prepares the other
 PROMPT_CUT, ANSWER_CUT = 1, 2  # bits of a record's `cut`
 
 
 class Sample(NamedTuple):
-    """One row as ids; positions from `answer_start` on are learnt."""
+    """Token ids, and what of them is learnt."""
 
     input_ids: list[int]
-    answer_start: int
-    prompt_cut: bool  # the query lost its end to max_src_len
-    answer_cut: bool  # the answer lost its end to max_len, and with it the end token
+    spans: tuple[tuple[int, int], ...]  # learnt pieces: first position, position after the last
+    prompt_cut: bool  # the question lost its end to max_src_len
+    answer_cut: bool  # the sample lost its end to max_len, and with it the end token
 
     @property
     def labels(self) -> list[int]:
-        """Aligned with input_ids; IGNORE_INDEX on the prompt."""
-        return [IGNORE_INDEX] * self.answer_start + self.input_ids[self.answer_start :]
+        """Aligned with input_ids; IGNORE_INDEX where nothing is learnt."""
+        labels = [IGNORE_INDEX] * len(self.input_ids)
+        for start, end in self.spans:
+            labels[start:end] = self.input_ids[start:end]
+        return labels
+
+    @property
+    def prompt(self) -> list[int]:
+        """Ids before the first learnt piece."""
+        return self.input_ids[: self.spans[0][0]]
+
+    @property
+    def learnt(self) -> list[int]:
+        """Ids that are learnt."""
+        return [token for start, end in self.spans for token in self.input_ids[start:end]]
 
 
 class Samples(Sequence):
-    """Samples as flat arrays: `ids` of all of them, and a record for each, as in `cache.CachedSamples`."""
+    """Samples as flat arrays, see `cache.CachedSamples`.
 
-    def __init__(self, ids: np.ndarray, records: np.ndarray):
-        self.ids, self.records = ids, records
+    places: [samples], which of the encoded dialogues each comes from; None if that is not known.
+    """
+
+    def __init__(self, ids: np.ndarray, spans: np.ndarray, records: np.ndarray, places: np.ndarray | None = None):
+        self.ids, self.spans, self.records, self.places = ids, spans, records, places
         self.lengths = np.diff(records["end"], prepend=0)  # [samples], tokens of each
 
     def __len__(self) -> int:
@@ -52,13 +65,26 @@ class Samples(Sequence):
         record = self._record(i)
         end, cut = int(record["end"]), int(record["cut"])
         ids = self.ids[end - int(self.lengths[i]) : end].tolist()
-        return Sample(ids, int(record["answer_start"]), bool(cut & PROMPT_CUT), bool(cut & ANSWER_CUT))
+        spans = tuple(map(tuple, self.spans[self._first_span(i) : int(record["spans_end"])].tolist()))
+        return Sample(ids, spans, bool(cut & PROMPT_CUT), bool(cut & ANSWER_CUT))
 
     def prompt(self, i: int) -> np.ndarray:
-        """Ids of what comes before the answer, int32."""
-        record = self._record(i)
-        start = int(record["end"]) - int(self.lengths[i])
-        return self.ids[start : start + int(record["answer_start"])]
+        """Ids before the first learnt piece, int32."""
+        start = int(self._record(i)["end"]) - int(self.lengths[i])
+        return self.ids[start : start + int(self.spans[self._first_span(i), 0])]
+
+    def prompts(self) -> Iterator[memoryview]:
+        """The bytes of each `prompt`, in order; a million in about a second."""
+        self._record(0)
+        starts = 4 * (self.records["end"] - self.lengths)
+        first_spans = np.concatenate(([0], self.records["spans_end"][:-1]))
+        ends = starts + 4 * self.spans[first_spans, 0].astype(np.int64)
+        content = memoryview(self.ids).cast("B")
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            yield content[start:end]
+
+    def _first_span(self, i: int) -> int:
+        return int(self.records[i - 1]["spans_end"]) if i % len(self) else 0
 
     def _record(self, i: int):
         if isinstance(self.records, np.memmap) and cache.is_cut(self.records):
@@ -69,67 +95,73 @@ class Samples(Sequence):
 
 def encode_samples(
     tokenizer,
-    rows: list[dict],
+    dialogues: Sequence[Dialogue],
     max_len: int,
     max_src_len: int | None,
     threads: int = 1,
     no_room: dict[int, str] | None = None,
 ) -> Samples:
-    """Of each row: prompt, answer, end token.
+    """The samples of each dialogue: what a family makes of it (`encode_dialogues`), cut to max_len.
 
-    An answer that does not fit is cut and then has no end token: an end token after a cut would teach the model to stop
-    in mid-sentence.
+    A sample that is cut has no end token at its end: learning one there would teach the model to stop in mid-sentence.
 
     Args:
+        max_len: maximum tokens per sample.
+        max_src_len: maximum tokens before the first learnt answer, see `encode_prompts`.
         threads: of SentencePiece.
-        no_room: gets the places of rows whose prompts leave no room for an answer, and what is wrong; they have no
-            sample. Without it they are an error.
+        no_room: gets the places of dialogues in which a prompt leaves no room for its answer, and the problem; they
+            have no sample. Without it they are an error.
 
     Raises:
-        ValueError: a prompt leaves no room for an answer, max_src_len none for its query, or a text is none. It does
-            not say in which row; `encode_sample` does, asked one by one.
+        ValueError: a prompt leaves no room for an answer, max_src_len none for its question, or a text is not valid
+            Unicode. It does not say in which dialogue; `encode_sample` does, asked one by one.
     """
-    queries = [row["instruction"] + row["input"] for row in rows]
-    prompts = tokenizer.encode_prompts(queries, max_src_len=max_src_len, threads=threads)
-    answers = tokenizer.encode_answers([row["output"] for row in rows], threads=threads)
-    starts = np.array([len(begin) + len(text) + len(end) for begin, text, end, _ in prompts], np.int64)
-    fits = starts < max_len
-    if not fits.all():
-        for i in np.flatnonzero(~fits).tolist():
-            problem = f"the prompt's {starts[i]} tokens leave no room for an answer in max_len {max_len}"
+    encoded = tokenizer.encode_dialogues(dialogues, max_src_len, threads)
+    if full := [one for one in encoded if one.spans[0][0] >= max_len]:
+        for one in full:
+            problem = f"the prompt's {one.spans[0][0]} tokens leave no room for an answer in max_len {max_len}"
             if no_room is None:
                 raise ValueError(problem)
-            no_room[i] = problem
-        prompts, answers = (list(itertools.compress(items, fits)) for items in (prompts, answers))
-        starts = starts[fits]
-    room = max_len - starts
-    lengths = np.fromiter(map(len, answers), np.int64, len(answers))
-    answer_cut = lengths >= room  # the end token needs room too
-    end_token = np.array([tokenizer.eos_token_id], np.int32)
+            no_room.setdefault(one.dialogue, problem)
+        encoded = [one for one in encoded if one.dialogue not in no_room]
     parts: list[np.ndarray] = []
-    for prompt, answer, cut, most in zip(prompts, answers, answer_cut.tolist(), room.tolist(), strict=True):
-        parts += prompt[:-1]
-        parts += (answer[:most],) if cut else (answer, end_token)
-    records = np.zeros(len(starts), cache.RECORD)
-    records["end"], records["answer_start"] = np.cumsum(starts + np.minimum(lengths + 1, room)), starts
-    records["cut"] = np.array([prompt.cut for prompt in prompts], bool) * PROMPT_CUT + answer_cut * ANSWER_CUT
-    return Samples(np.frombuffer(b"".join(parts), np.int32), records)  # five times as fast as numpy puts them together
+    for one in encoded:
+        parts += one.parts if one.length <= max_len else _first_tokens(one.parts, max_len)
+    lengths = np.array([one.length for one in encoded], np.int64)
+    spans = np.array([span for one in encoded for span in one.spans], np.int32).reshape(-1, 2)
+    owners = np.repeat(np.arange(len(encoded)), [len(one.spans) for one in encoded])
+    kept = spans[:, 0] < max_len
+    spans, owners = np.minimum(spans[kept], max_len, dtype=np.int32), owners[kept]
+    records = np.zeros(len(encoded), cache.RECORD)
+    records["end"] = np.cumsum(np.minimum(lengths, max_len))
+    records["spans_end"] = np.cumsum(np.bincount(owners, minlength=len(encoded)))
+    records["learnt"] = np.bincount(owners, spans[:, 1] - spans[:, 0], len(encoded))
+    records["cut"] = np.array([one.cut for one in encoded], bool) * PROMPT_CUT + (lengths > max_len) * ANSWER_CUT
+    ids = np.frombuffer(b"".join(parts), np.int32)  # five times as fast as np.concatenate
+    return Samples(ids, spans, records, np.array([one.dialogue for one in encoded], np.int64))
 
 
-def encode_sample(tokenizer, row: dict, max_len: int, max_src_len: int) -> Sample:
-    """`encode_samples` of one row."""
-    return encode_samples(tokenizer, [row], max_len, max_src_len)[0]
+def _first_tokens(parts: Sequence[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The first `count` tokens of some arrays."""
+    for part in parts:
+        yield part[:count]
+        count = max(0, count - len(part))
+
+
+def encode_sample(tokenizer, row: dict, max_len: int, max_src_len: int | None) -> Sample:
+    """The sample of a row that has one learnt answer; see `encode_samples`."""
+    return encode_samples(tokenizer, [to_dialogue(row)], max_len, max_src_len)[0]
 
 
 def _ahead(encode, chunks):
-    """encode(chunk) of each, in order, made ahead: while SentencePiece is at work, Python reads on."""
+    """encode(chunk) of each chunk in order, computed ahead: Python reads on while SentencePiece encodes."""
     with ThreadPoolExecutor(AHEAD) as pool:
 
         def jobs():
             try:
                 for chunk in chunks:
                     yield pool.submit(encode, chunk)
-            except DataError as error:  # takes its place in the order: a row before it may have an error of its own
+            except DataError as error:  # raised in its turn: an earlier row may have an error of its own
                 broken = Future()
                 broken.set_exception(error)
                 yield broken
@@ -144,20 +176,24 @@ def _ahead(encode, chunks):
 
 
 def _raise_first_error(path, chunk, tokenizer, max_len, max_src_len):
-    for line, row in chunk:
+    for line, _, dialogue in chunk:
         try:
-            encode_sample(tokenizer, row, max_len, max_src_len)
+            encode_samples(tokenizer, [dialogue], max_len, max_src_len)
         except ValueError as error:
             raise DataError(f"{path} line {line}: {error}") from None
 
 
-def _chunks(rows: Iterator[tuple[int, dict]]) -> Iterator[list[tuple[int, dict]]]:
-    """Rows in bounded lists. Those before a broken row come first, since one of them may have an error of its own."""
+def _chunks(rows: Iterator[tuple[int, dict]]) -> Iterator[list[tuple[int, dict, Dialogue]]]:
+    """Rows and their dialogues in bounded lists.
+
+    The rows before a broken one come first, since one of them may have an error of its own.
+    """
     chunk, characters = [], 0
     try:
         for line, row in rows:
-            chunk.append((line, row))
-            characters += len(row["instruction"]) + len(row["input"]) + len(row["output"])
+            dialogue = to_dialogue(row)
+            chunk.append((line, row, dialogue))
+            characters += sum(len(message.content) for message in dialogue.messages)
             if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
                 yield chunk
                 chunk, characters = [], 0

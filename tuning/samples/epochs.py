@@ -1,62 +1,246 @@
-"""The order of an epoch: rows packed together and dealt to micro-batches, steps and ranks."""
+"""The order of an epoch: rows packed together and dealt to micro-batches, steps and ranks.
+
+All of it is arrays; an optimiser step becomes lists only when it is asked for. So a million rows take well under a
+second and 100 MiB in each process.
+"""
 
 import itertools
-import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from tuning.samples.batches import MicroBatch
 from tuning.samples.dataset import InstructionData
+from tuning.samples.shuffle import Shuffler
 
 
-def pack_rows(data: InstructionData, max_len: int, seed: int, rows: Sequence[int] | None = None) -> list[list[int]]:
-    """Put samples (rows; all of them for None) together, up to max_len tokens: the longest first, each where it leaves
-    the least room."""
-    packs: list[list[int]] = []
-    room: dict[int, list[int]] = {}  # packs by the tokens that still fit
-    rooms = 0  # bit n is set where room[n] holds a pack
-    order = list(range(len(data)) if rows is None else rows)
-    random.Random(seed).shuffle(order)  # so that chance says which of equal length come together
-    for i in sorted(order, key=data.length, reverse=True):
-        tokens = data.length(i)
-        fitting = rooms >> tokens
-        if fitting:
-            left = tokens + (fitting & -fitting).bit_length() - 1
-            pack = room[left].pop()
-            if not room[left]:
-                rooms &= ~(1 << left)
-        else:
-            left, pack = max_len, len(packs)
-            packs.append([])
-        packs[pack].append(i)
-        left -= tokens
-        room.setdefault(left, []).append(pack)
-        rooms |= 1 << left
-    return packs
+@dataclass(frozen=True)
+class BatchShape:
+    """How many rows an optimiser step has.
+
+    Args:
+        rows: of a micro-batch (packs, with packing).
+        accumulation: micro-batches of a rank in a step.
+        data_parallel: ranks that have different rows.
+    """
+
+    rows: int
+    accumulation: int = 1
+    data_parallel: int = 1
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, on all ranks together."""
+        return self.accumulation * self.data_parallel
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step, on all ranks together."""
+        return self.rows * self.micro_batches
+
+    def count_steps(self, rows: int) -> int:
+        """Optimiser steps of an epoch of so many rows; the last one may hold fewer."""
+        return -(-rows // self.step_rows)
 
 
-def count_steps(rows: int, batch_size: int, accumulation: int, world_size: int) -> int:
-    """Optimiser steps of an epoch; the last one may hold fewer rows."""
-    return -(-rows // (batch_size * accumulation * world_size))
+class Packs(Sequence):
+    """Lists of sample numbers, each of which takes the place of a row; kept as two arrays.
+
+    Args:
+        samples: int [samples], of all packs one after another.
+        ends: int [packs], where each ends in `samples`; None where each has one sample.
+    """
+
+    def __init__(self, samples: np.ndarray, ends: np.ndarray | None = None):
+        self.samples, self.ends = samples, ends
+
+    def __len__(self) -> int:
+        return len(self.samples if self.ends is None else self.ends)
+
+    def __getitem__(self, pack: int) -> list[int]:
+        if not -len(self) <= pack < len(self):
+            raise IndexError(pack)
+        pack %= len(self)
+        if self.ends is None:
+            return [int(self.samples[pack])]
+        return self.samples[self.ends[pack - 1] if pack else 0 : self.ends[pack]].tolist()
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Of each pack the sum of its samples' values: int64 [packs]."""
+        each = values[self.samples]
+        if self.ends is None:
+            return each.astype(np.int64, copy=False)
+        return np.diff(np.cumsum(each, dtype=np.int64)[self.ends - 1], prepend=0)
+
+    def select(self, packs: np.ndarray) -> "Packs":
+        """Some of the packs, in this order."""
+        if self.ends is None:
+            return Packs(self.samples[packs])
+        sizes = np.diff(self.ends, prepend=0)[packs]
+        ends = np.cumsum(sizes)
+        first = np.repeat(self.ends[packs] - ends, sizes)  # what takes a place in the result to the one in `samples`
+        return Packs(self.samples[first + np.arange(len(first))], ends)
+
+    def moved(self, offset: int) -> "Packs":
+        """The same with `offset` added to each number."""
+        return Packs(self.samples + offset, self.ends)
+
+    def __add__(self, other: "Packs") -> "Packs":
+        samples = np.concatenate((self.samples, other.samples))
+        if self.ends is None and other.ends is None:
+            return Packs(samples)
+        one, two = (np.arange(1, len(some) + 1) if some.ends is None else some.ends for some in (self, other))
+        return Packs(samples, np.concatenate((one, two + len(self.samples))))
+
+
+def pack_rows(data: InstructionData, max_len: int, seed: int, rows: np.ndarray | None = None) -> Packs:
+    """Put samples together, up to max_len tokens: the longest first, each where it leaves the least room.
+
+    Samples of the same length are placed together. The pack with the least room takes as many of them as fit, then the
+    next one: just as if they came one by one, since a pack that was filled has even less room than the others.
+
+    Args:
+        rows: numbers of the samples; all for None.
+    """
+    rows = np.arange(len(data)) if rows is None else np.asarray(rows)
+    rows = rows[Shuffler(seed).order(len(rows))]  # so that chance says which of equal length come together
+    lengths = data.lengths[rows].astype(np.int64)
+    order = stable_order(-lengths)
+    rows, lengths = rows[order], lengths[order]
+    stacks: dict[int, _Stack] = {}  # packs by the tokens that still fit, the last one to be taken first
+    rooms = 0  # bit n is set where stacks[n] holds a pack
+    pack_of = np.empty(len(rows), np.int32)
+    packs = 0
+    borders = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(rows)] if len(rows) else [0]
+    for start, end in itertools.pairwise(borders):
+        tokens = int(lengths[start])
+        while start < end:
+            fitting = rooms >> tokens
+            room = tokens + (fitting & -fitting).bit_length() - 1 if fitting else max_len
+            each = room // tokens  # samples that fit into such a pack
+            wanted = -(-(end - start) // each)
+            if fitting:
+                taken = stacks[room].pop(wanted)
+                if not len(stacks[room]):
+                    rooms &= ~(1 << room)
+            else:
+                taken = np.arange(packs, packs + wanted, dtype=np.int32)
+                packs += wanted
+            count = min(end - start, each * len(taken))
+            pack_of[start : start + count] = np.repeat(taken, each)[:count]
+            full, rest = divmod(count, each)
+            for some, left in ((taken[:full], room - each * tokens), (taken[full:], room - rest * tokens)):
+                if len(some):
+                    stacks.setdefault(left, _Stack()).push(some)
+                    rooms |= 1 << left
+            start += count
+    members = stable_order(pack_of)
+    return Packs(rows[members], np.cumsum(np.bincount(pack_of, minlength=packs)))
+
+
+class _Stack:
+    """Numbers, of which the last ones are taken first; pushed and popped as arrays."""
+
+    def __init__(self):
+        self.arrays: list[np.ndarray] = []
+        self.count = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def push(self, numbers: np.ndarray) -> None:
+        """Put numbers on top, the last one highest."""
+        self.arrays.append(numbers)
+        self.count += len(numbers)
+
+    def pop(self, most: int) -> np.ndarray:
+        """Take at most so many, the highest first."""
+        taken = []
+        missing = min(most, self.count)
+        self.count -= missing
+        while missing:
+            top = self.arrays.pop()
+            if len(top) > missing:
+                self.arrays.append(top[:-missing])
+                top = top[-missing:]
+            taken.append(top[::-1])
+            missing -= len(top)
+        return np.concatenate(taken)
+
+
+def stable_order(keys: np.ndarray) -> np.ndarray:
+    """Places in ascending order of their keys, as a stable argsort has them: int64.
+
+    Key and place are sorted as one number of 64 bits, which numpy does several times as fast.
+
+    Args:
+        keys: whole numbers; highest minus lowest below 2**31, at most 2**32 of them.
+    """
+    if not len(keys):
+        return np.zeros(0, np.int64)
+    both = ((keys.astype(np.int64) - int(keys.min())) << 32) | np.arange(len(keys))
+    both.sort()
+    return both & 0xFFFFFFFF
+
+
+class EpochPlan(Sequence):
+    """The optimiser steps of an epoch: lists of micro-batches, the same on every rank; see `plan_epoch`.
+
+    Rank r has the micro-batches at r, r + data_parallel, ... of each step.
+    """
+
+    def __init__(self, packs: Packs, tokens: np.ndarray, learnt: np.ndarray, order: np.ndarray, shape: BatchShape):
+        self.packs, self.tokens, self.learnt, self.order, self.shape = packs, tokens, learnt, order, shape
+        self.steps = np.arange(shape.count_steps(len(order)))  # which part of `order` each step is
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        start = int(self.steps[step]) * self.shape.step_rows
+        return self._deal(self.order[start : start + self.shape.step_rows])
+
+    def _deal(self, packs: np.ndarray) -> list[MicroBatch]:
+        """One step, the largest micro-batches first."""
+        parts = self.shape.micro_batches
+        num_items = int(self.learnt[packs].sum()) / parts
+        cuts = [len(packs) * i // parts for i in range(parts + 1)]
+        tokens = [0, *np.cumsum(self.tokens[packs]).tolist()]
+        sizes = [tokens[b] - tokens[a] for a, b in itertools.pairwise(cuts)]
+        numbers = packs.tolist()
+        split = [[row for i in numbers[a:b] for row in self.packs[i]] for a, b in itertools.pairwise(cuts)]
+        split = [split[i] for i in sorted(range(parts), key=sizes.__getitem__, reverse=True)]
+        return [MicroBatch(rows or split[0][:1], num_items, is_filler=not rows) for rows in split]
+
+
+@dataclass(frozen=True)
+class RankBatches:
+    """The micro-batches of one rank in an epoch, from a step on (counted from 0): a sampler for a DataLoader."""
+
+    plan: EpochPlan
+    rank: int
+    first_step: int = 0
+
+    def __len__(self) -> int:
+        return (len(self.plan) - self.first_step) * self.plan.shape.accumulation
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for step in range(self.first_step, len(self.plan)):
+            yield from self.plan[step][self.rank :: self.plan.shape.data_parallel]
 
 
 def plan_epoch(
-    data: InstructionData,
-    packs: list[list[int]],
-    batch_size: int,
-    accumulation: int,
-    world_size: int,
-    seed: int,
-    epoch: int,
-    by_length: bool = False,
-) -> list[list[MicroBatch]]:
+    data: InstructionData, packs: Packs, shape: BatchShape, seed: int, epoch: int, by_length: bool = False
+) -> EpochPlan:
     """Deal an epoch's rows out to optimiser steps, micro-batches and ranks; the same on every rank.
 
-    Every step has accumulation x world_size micro-batches, so that all ranks stay in step and the engine's own count of
-    accumulated micro-batches ends with the epoch. A last step with fewer rows spreads them; where there are fewer rows
-    than micro-batches, fillers without labels make up the number.
+    Every step has accumulation x data_parallel micro-batches, so that all ranks stay in step and the engine's own count
+    of accumulated micro-batches ends with the epoch. A last step with fewer rows spreads them; where there are fewer
+    rows than micro-batches, fillers without labels make up the number.
 
-    The engine divides by accumulation and averages over ranks. With num_items = answer tokens of the step /
-    (accumulation x world_size), the step's loss is the mean over all its answer tokens, however they are split.
+    The engine divides by accumulation and averages over ranks. With num_items = learnt tokens of the step /
+    (accumulation x data_parallel), the step's loss is the mean over all its learnt tokens, however they are split.
 
     The first epoch begins with the longest rows of all, so that a lack of memory shows at once. In each step the
     largest micro-batches come first, so that ranks have about as much to do at the same time.
@@ -64,39 +248,32 @@ def plan_epoch(
     Args:
         packs: what takes the place of a row: one sample each, or several with `pack_rows`.
         by_length: put rows of about the same length into a step.
-
-    Returns:
-        steps, each a list of micro-batches; rank r takes those at r, r + world_size, ...
     """
-    rng = random.Random(f"{seed} {epoch}")
-    order = list(range(len(packs)))
-    rng.shuffle(order)
-    parts = accumulation * world_size
-    size = batch_size * parts
-
-    def longest_first(some):
-        return sorted(some, key=lambda i: (data.tokens(packs[i]), data.answer_tokens(packs[i])), reverse=True)
-
+    shuffler = Shuffler(f"{seed} {epoch}")
+    order = shuffler.order(len(packs))
+    tokens, learnt = packs.sums(data.lengths), packs.sums(data.answer_lengths)
+    size = shape.step_rows
     if epoch == 1:
-        first = longest_first(order)[:size]
-        taken = set(first)
-        order = first + [i for i in order if i not in taken]
+        first = _longest(tokens, learnt, order, size)
+        rest = np.ones(len(order), bool)
+        rest[first] = False
+        order = np.concatenate((order[first], order[rest]))
     if by_length:
-        window = 50 * size  # sorted within, so that chance still says who meets whom
-        order = [i for a in range(0, len(order), window) for i in longest_first(order[a : a + window])]
-
-    steps = [_deal_step(data, [packs[i] for i in order[a : a + size]], parts) for a in range(0, len(order), size)]
+        # sorted within windows, so that chance still says who meets whom
+        for start in range(0, len(order), 50 * size):
+            window = order[start : start + 50 * size]
+            window[:] = window[np.lexsort((-learnt[window], -tokens[window]))]
+    plan = EpochPlan(packs, tokens, learnt, order, shape)
     if by_length:
-        middle = steps[1 : len(order) // size]  # but the first, and a last one with fewer rows
-        rng.shuffle(middle)
-        steps[1 : 1 + len(middle)] = middle
-    return steps
+        middle = plan.steps[1 : len(order) // size]  # all but the first, and a last one with fewer rows
+        middle[:] = middle[shuffler.order(len(middle))]
+    return plan
 
 
-def _deal_step(data: InstructionData, packs: list[list[int]], parts: int) -> list[MicroBatch]:
-    """One optimiser step as `parts` micro-batches, the largest first."""
-    num_items = sum(map(data.answer_tokens, packs)) / parts
-    cuts = [len(packs) * i // parts for i in range(parts + 1)]
-    split = [[row for pack in packs[a:b] for row in pack] for a, b in itertools.pairwise(cuts)]
-    split.sort(key=data.tokens, reverse=True)
-    return [MicroBatch(rows or split[0][:1], num_items, is_filler=not rows) for rows in split]
+def _longest(tokens: np.ndarray, learnt: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:
+    """Places in `order` of the longest packs, the longest first; of equal ones those with more learnt tokens."""
+    by_place = tokens[order]
+    places = np.arange(len(order))
+    if count < len(order):  # few are worth sorting
+        places = np.flatnonzero(by_place >= np.partition(by_place, -count)[-count])
+    return places[np.lexsort((-learnt[order[places]], -by_place[places]))][:count]

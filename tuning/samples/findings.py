@@ -1,7 +1,7 @@
-"""What is worth a word in rows that can be trained, found in one pass: rows that repeat or contradict others, text that
-the tokenizer does not keep. Which rows cannot be trained is said by data_set.py, whose findings are counted here too.
+"""Warnings about rows that can be trained, found in one pass: rows that repeat or contradict others, text that the
+tokenizer does not keep. Rows that cannot be trained are found by row_files.py and counted here too.
 
-A tokenizer is known here by these only: `special_texts`, `lost_characters` and `changed_characters`.
+Of a tokenizer this uses only `special_texts`, `lost_characters` and `changed_characters`.
 """
 
 import re
@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tuning.samples.dialogue import Dialogue
 from tuning.samples.formats import count_unused
 
-FIRST = 3  # lines that are named of each kind
+FIRST = 3  # lines that are named for each kind
 
-# Kinds of findings. Rows of the first few cannot be trained.
+# Kinds of findings. Rows with one of the kinds in BROKEN cannot be trained.
 BROKEN = {
     "encoding": "not UTF-8 text",
     "json": "not valid JSON",
@@ -37,11 +38,11 @@ CHANGED = "changed_characters"  # the kind of finding that --check_data alone lo
 class Findings:
     """Counts findings by kind, and finds those of WARNINGS in the rows that it is given.
 
-    Texts are kept as hashes of 8 bytes: 24 bytes a row in all.
+    Texts are kept as hashes of 8 bytes: 24 bytes per row in total.
 
     Args:
-        record: gets each finding as it is made: kind, line and what else is known of it.
-        changed: also look for characters that the tokenizer writes otherwise.
+        record: called with each finding: kind, line and details.
+        changed: also look for characters that the tokenizer changes.
     """
 
     def __init__(self, tokenizer, record: Callable[[str, int, dict], None] | None = None, changed: bool = False):
@@ -68,17 +69,22 @@ class Findings:
         if self.record:
             self.record(kind, line, details)
 
-    def feed(self, lines: Sequence[int], rows: Sequence[dict]) -> None:
-        """Take some rows that can be trained, in the order of the file."""
+    def feed(self, lines: Sequence[int], rows: Sequence[dict], dialogues: Sequence[Dialogue]) -> None:
+        """Look at some rows that can be trained, in the order of the file.
+
+        Args:
+            dialogues: what the rows become; of the rows themselves only the keys are read.
+        """
         count_unused(rows, self.unused)
-        prompts = [row["instruction"] + row["input"] for row in rows]
-        answers = [row["output"] for row in rows]
+        prompts = [dialogue.prompt for dialogue in dialogues]
+        answers = [dialogue.answer for dialogue in dialogues]
+        keys = [dialogue.prompt_key for dialogue in dialogues]
         self.lines.append(np.array(lines, np.int64))
-        # those of str are of 64 bits, with a seed that nobody outside knows
-        hashes = (map(hash, prompts), map(hash, zip(prompts, answers, strict=True)))
+        # Python's hashes of str: 64 bits, with a secret seed
+        hashes = (map(hash, keys), map(hash, zip(keys, answers, strict=True)))
         self.hashes.append(np.stack([np.fromiter(some, np.int64, len(rows)) for some in hashes], 1))
 
-        text = "\n".join((*prompts, *answers))  # what is in none of the texts is looked for once
+        text = "\n".join((*prompts, *answers))  # one search for what is in none of the texts
         if self._holds_lost(text):
             for line, prompt, answer in zip(lines, prompts, answers, strict=True):
                 if found := sorted(self.lost.intersection(prompt + answer)):
@@ -130,7 +136,7 @@ class Findings:
         return self.tally
 
     def prompts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of all rows so far: lines, and the values of `hash` of their prompts."""
+        """Of all rows so far: lines, and the hashes of their `prompt_key`."""
         if not self.lines:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         return np.concatenate(self.lines), np.concatenate(self.hashes)[:, 0]

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tuning.samples.dialogue import Dialogue, Message
+
 ROW_FORMAT = 2  # part of a cache file's key: raise it when other rows are accepted, or in another way
 KEYS = frozenset({"instruction", "input", "output"})
 WANTED = "a row has instruction, input and output"
@@ -137,6 +139,23 @@ def find_flaw(
     if has_half_pair(query + "".join(outputs)):
         return Flaw("json", "a text holds half a surrogate pair, which is no character")
     return None
+
+
+def to_dialogue(row: dict) -> Dialogue:
+    """The normal form of a row in which `find_flaw` finds none: the one place that reads its fields.
+
+    Of several outputs the first is learnt. A row without output becomes a question.
+    """
+    question = Message("user", row["instruction"] + row["input"])
+    output = row.get("output")
+    if output is None:
+        return Dialogue((question,))
+    return Dialogue((question, Message("assistant", output if isinstance(output, str) else output[0], learn=True)))
+
+
+def question_of(row: dict) -> str:
+    """The text that a row asks the model to answer."""
+    return to_dialogue(row).prompt
 
 
 def has_half_pair(text: str) -> bool:

@@ -1,35 +1,35 @@
-"""Replay: rows of a general file beside those of the task, so that a model forgets less of what it could do.
+"""Replay: rows of a general file are mixed into the training data, so that the model forgets less of what it could do.
 
-Each epoch has all rows of the training file, and some of the replay file: other ones each time.
+Each epoch has all rows of the training file and some of the replay file, different ones each time.
 """
-
-import random
 
 import numpy as np
 from torch.utils.data import ConcatDataset
 
 from tuning.samples.dataset import InstructionData
+from tuning.samples.epochs import Packs, stable_order
+from tuning.samples.shuffle import Shuffler
 
 
 class Mixture(InstructionData):
-    """The samples of two files, numbered one after another, and what of them an epoch takes.
+    """The samples of two files, numbered one after another, and the choice of them for each epoch.
 
     Args:
-        task: has rows that every epoch has: those in task_packs.
-        general: has rows that an epoch has some of: whole general_packs are drawn.
-        ratio: share of general rows among all rows of an epoch, above 0 and below 1; where packs hold several rows, of
-            the mean over epochs.
-        longest: so many of the longest packs are in the first epoch, that a lack of memory shows at once; but at most
-            half of what it draws.
-        seed: of the draw, together with the epoch.
+        task: every epoch has its rows that are in task_packs.
+        general: every epoch has some of its rows: whole general_packs are drawn.
+        ratio: share of general rows among all rows of an epoch, above 0 and below 1; on average over epochs where
+            packs hold several rows.
+        longest: so many of the longest packs are in the first epoch, so that a lack of memory shows at once; but at
+            most half of what it draws.
+        seed: of the random draw, together with the epoch.
     """
 
     def __init__(
         self,
         task: InstructionData,
-        task_packs: list[list[int]],
+        task_packs: Packs,
         general: InstructionData,
-        general_packs: list[list[int]],
+        general_packs: Packs,
         ratio: float,
         longest: int,
         seed: int,
@@ -40,26 +40,28 @@ class Mixture(InstructionData):
         self.answer_lengths = np.concatenate((task.answer_lengths, general.answer_lengths))
         self.files = task.files + general.files
         self.task_packs = task_packs
-        self.packs = sorted(([row + len(task) for row in some] for some in general_packs), key=self.tokens)
-        task_rows = sum(map(len, task_packs))
-        wanted = task_rows * ratio / (1 - ratio)  # general rows of an epoch
-        self.drawn = max(1, round(wanted * len(self.packs) / len(general)))  # packs of an epoch
+        general_packs = general_packs.moved(len(task))
+        self.packs = general_packs.select(stable_order(general_packs.sums(self.lengths)))  # the longest last
+        task_rows = len(task_packs.samples)
+        general_rows = task_rows * ratio / (1 - ratio)  # per epoch
+        self.drawn = max(1, round(general_rows * len(self.packs) / len(general)))  # general packs per epoch
         self.longest, self.seed = min(longest, self.drawn // 2), seed
         rows = self.drawn * len(general) / len(self.packs)
         about = "" if len(self.packs) == len(general) else "about "
         self.text = f"{about}{rows:.0f} rows an epoch, {rows / (rows + task_rows):.1%} of all, of {general.summary()}"
 
     def summary(self) -> str:
-        """One line on the replay file, and what an epoch has of it."""
+        """One line: the replay file, and how much of it is in an epoch."""
         return self.text
 
-    def epoch_packs(self, epoch: int) -> list[list[int]]:
-        """All packs of the task, and some general ones: the same number in each epoch, counted from 1.
+    def epoch_packs(self, epoch: int) -> Packs:
+        """All packs of the task and some general ones: the same number in each epoch; epochs count from 1.
 
-        None comes twice before each has come once.
+        None is drawn twice before each was drawn once.
         """
-        rng = random.Random(f"replay {self.seed} {epoch}")
         whole, some = divmod(self.drawn, len(self.packs))
         first = self.longest if epoch == 1 and not whole else 0
         rest = len(self.packs) - first
-        return self.task_packs + self.packs * whole + self.packs[rest:] + rng.sample(self.packs[:rest], some - first)
+        drawn = Shuffler(f"replay {self.seed} {epoch}").sample(rest, some - first)
+        every = np.tile(np.arange(len(self.packs)), whole)
+        return self.task_packs + self.packs.select(np.concatenate((every, np.arange(rest, len(self.packs)), drawn)))

@@ -1,0 +1,122 @@
+"""Conversations as samples: what each family sees of the earlier turns, and which tokens are learnt."""
+
+import json
+
+import pytest
+
+from glm_models import MODE
+from tuning.samples.dialogue import Dialogue, Message
+from tuning.samples.encoding import IGNORE_INDEX, encode_samples
+from tuning.samples.formats import to_dialogue
+
+TURNS = [("发动机水温高，怎么办？", "先看冷却液。"), ("风扇不转", "查继电器。\n再查。"), ("好了，谢谢", "不客气。")]
+
+
+def conversation(turns, learnt):
+    messages = []
+    for number, (question, answer) in enumerate(turns):
+        messages += [Message("user", question), Message("assistant", answer, learn=number in learnt)]
+    return Dialogue(tuple(messages))
+
+
+def pieces(sample):
+    return [sample.input_ids[start:end] for start, end in sample.spans]
+
+
+@pytest.mark.parametrize("mode", ["glm", "glm2"])
+def test_each_learnt_answer_is_a_sample_with_its_history(tokenizers, mode):
+    tokenizer = tokenizers[mode]
+    dialogues = [conversation(TURNS, {0, 2}), conversation(TURNS[:1], {0}), conversation(TURNS, ())]
+    samples = encode_samples(tokenizer, dialogues, 500, 400)
+    assert samples.places.tolist() == [0, 0, 1]
+    for sample, (turns, turn) in zip(samples, ((TURNS, 0), (TURNS, 2), (TURNS, 0)), strict=True):
+        question, answer = turns[turn]
+        assert sample.prompt == tokenizer.encode_prompt(question, turns[:turn])
+        assert pieces(sample) == [[*tokenizer.encode_answer(answer), tokenizer.eos_token_id]]
+        assert sample.spans[-1][1] == len(sample.input_ids)
+        question = Dialogue(conversation(turns[: turn + 1], {turn}).asked)
+        assert tokenizer.encode_questions([question])[0].ids.tolist() == sample.prompt
+
+
+@pytest.mark.parametrize("mode", ["glm", "glm2"])
+def test_families_without_tools_or_system_messages_say_so(tokenizers, mode):
+    messages = (Message("system", "简短回答。"), *conversation(TURNS[:1], {0}).messages)
+    with pytest.raises(ValueError, match="user and assistant in turn, not system, user, assistant"):
+        tokenizers[mode].encode_dialogues([Dialogue(messages)])
+    with pytest.raises(ValueError, match="has no tools"):
+        tokenizers[mode].encode_dialogues([conversation(TURNS[:1], {0})._replace(tools=({"name": "time"},))])
+
+
+def test_chatglm3_learns_several_answers_in_one_sample(tokenizers):
+    tokenizer = tokenizers["glm3"]
+    sample = encode_samples(tokenizer, [conversation(TURNS, {0, 2})], 500, 400)[0]
+    ids, labels = [], []
+    for message in conversation(TURNS, {0, 2}).messages:
+        one = tokenizer.build_single_message(message.role, "", message.content)
+        ends_a_learnt_answer = len(labels) and labels[-1] != IGNORE_INDEX
+        labels += one[:1] if ends_a_learnt_answer else [IGNORE_INDEX]
+        labels += one[1:] if message.learn else [IGNORE_INDEX] * (len(one) - 1)
+        ids += one
+    prefix = tokenizer.get_prefix_tokens()
+    assert sample.input_ids == [*prefix, *ids, tokenizer.eos_token_id]
+    assert sample.labels == [*[IGNORE_INDEX] * len(prefix), *labels, tokenizer.eos_token_id]
+    user = tokenizer.get_command("<|user|>")
+    assert [piece[-1] for piece in pieces(sample)] == [user, tokenizer.eos_token_id]  # what stops the official chat
+    assert sample.prompt == tokenizer.encode_prompt(TURNS[0][0])
+
+
+def test_chatglm3_writes_tools_as_its_chat_does(tokenizers):
+    tokenizer = tokenizers["glm3"]
+    tools = ({"name": "time", "参数": {}},)
+    history = [
+        {"role": "system", "content": "需要时用工具。", "tools": list(tools)},
+        {"role": "user", "content": "几点？"},
+        {"role": "assistant", "metadata": "time", "content": "```python\ntool_call()\n```"},
+    ]
+    messages = [Message(m["role"], m["content"], m.get("metadata", ""), m["role"] == "assistant") for m in history]
+    messages += [Message("observation", "10:30"), Message("assistant", "十点半。", learn=True)]
+    dialogue = Dialogue(tuple(messages), tools)
+    sample = encode_samples(tokenizer, [dialogue], 1000, 1000)[0]
+    second = tokenizer.encode_prompt("10:30", history, role="observation")
+    assert sample.input_ids[: sample.spans[1][0]] == second
+    assert tokenizer.encode_questions([Dialogue(dialogue.asked, tools)])[0].ids.tolist() == second
+    call = tokenizer.build_single_message("assistant", "time", history[-1]["content"])
+    assert pieces(sample)[0] == [*call[1:], tokenizer.get_command("<|observation|>")]
+    assert pieces(sample)[1] == [*tokenizer.encode_answer("十点半。"), tokenizer.eos_token_id]
+    # without a system message the official sentence stands before the tools
+    bare = tokenizer.encode_questions([Dialogue((Message("user", "几点？"),), tools)])[0].ids.tolist()
+    text = tokenizer.decode(bare)
+    assert "You have access to the following tools:" in text
+    assert json.dumps(list(tools), indent=4, ensure_ascii=False) in text
+
+
+@pytest.mark.parametrize("mode", MODE)
+def test_cuts_shorten_the_question_and_the_spans(tokenizers, mode):
+    tokenizer, dialogue = tokenizers[mode], conversation(TURNS, {0, 1})
+    whole = encode_samples(tokenizer, [dialogue], 500, 400)
+    for max_len in range(len(whole[0].prompt) + 1, len(whole[len(whole) - 1].input_ids) + 1):
+        no_room = {}
+        cut = encode_samples(tokenizer, [dialogue], max_len, 400, no_room=no_room)
+        if no_room:  # of ChatGLM and ChatGLM2: the second prompt is longer
+            assert mode != "glm3" and len(cut) == 0
+            continue
+        for one, other in zip(cut, whole, strict=True):
+            assert one.input_ids == other.input_ids[:max_len]
+            assert one.labels == other.labels[:max_len]
+            assert one.answer_cut == (len(other.input_ids) > max_len)
+            assert cut.records["learnt"].sum() == sum(len(sample.learnt) for sample in cut)
+    counted = len(whole[0].prompt) - {"glm": 2, "glm2": 2, "glm3": 3}[mode]
+    shorter = encode_samples(tokenizer, [conversation(TURNS, {0})], 500, counted - 2)[0]
+    assert shorter.prompt_cut and len(shorter.prompt) == len(whole[0].prompt) - 2
+
+
+def test_rows_have_one_normal_form():
+    row = {"instruction": "查", "input": "油", "output": "漏"}
+    question, answer = Message("user", "查油"), Message("assistant", "漏", learn=True)
+    assert to_dialogue(row) == Dialogue((question, answer))
+    assert to_dialogue(row | {"output": ["漏", "不漏"]}) == to_dialogue(row)
+    assert to_dialogue({"instruction": "查", "input": "油"}) == Dialogue((question,))
+    assert (to_dialogue(row).prompt, to_dialogue(row).answer, to_dialogue(row).prompt_key) == ("查油", "漏", "查油")
+    many = conversation(TURNS, {2})
+    assert many.prompt_key != many._replace(tools=("a",)).prompt_key != conversation(TURNS[1:], {1}).prompt_key
+    assert many.answer == TURNS[-1][1] and TURNS[0][1] in many.prompt and many.answer not in many.prompt

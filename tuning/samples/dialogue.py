@@ -1,0 +1,55 @@
+"""The normal form of a row: a conversation, of which some messages are learnt.
+
+`formats.to_dialogue` makes one of each row, and tokenizers encode it (`encode_dialogues`, `encode_questions`).
+"""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+
+class Message(NamedTuple):
+    """One message.
+
+    role: system, user, assistant or observation.
+    metadata: of an assistant's message that calls a tool, the tool's name.
+    learn: whether the model learns to write it; only an assistant's message can be learnt.
+    """
+
+    role: str
+    content: str
+    metadata: str = ""
+    learn: bool = False
+
+
+class Dialogue(NamedTuple):
+    """A conversation. Without an assistant's message at its end it is a question, for prediction.
+
+    tools: descriptions of the tools that the model may call, values of JSON; an empty list is written too, None is not.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple | None = None
+
+    @property
+    def asked(self) -> tuple[Message, ...]:
+        """The messages before the last answer."""
+        return self.messages[: -1 if self.messages[-1].role == "assistant" else None]
+
+    @property
+    def prompt(self) -> str:
+        """The text before the last answer; messages are separated by line breaks."""
+        asked = self.asked
+        return asked[0].content if len(asked) == 1 else "\n".join(message.content for message in asked)
+
+    @property
+    def answer(self) -> str:
+        """The text of the last answer, "" in a question."""
+        return self.messages[-1].content if self.messages[-1].role == "assistant" else ""
+
+    @property
+    def prompt_key(self) -> Hashable:
+        """Equal for two dialogues that ask the same: the question alone where that is all."""
+        asked = self.asked
+        if len(asked) == 1 and asked[0].role == "user" and self.tools is None:
+            return asked[0].content
+        return *((message.role, message.metadata, message.content) for message in asked), repr(self.tools)
