@@ -2,8 +2,8 @@
 
 Taken from its runtime/zero/stage_1_and_2.py, stage3.py and partitioned_param_coordinator.py, and replayed into the
 simulated caching allocator: partitions, float32 master weights and moments, gradient buckets, gathered parameters,
-temporary buffers of a step, offload. DeepSpeed is simulated with the patches of `tuning.engine.patches.apply`. Nothing here
-was measured on a GPU.
+temporary buffers of a step, offload. DeepSpeed is simulated with the patches of `tuning.engine.patches.apply`. Nothing
+here was measured on a GPU.
 """
 
 import itertools
