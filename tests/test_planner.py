@@ -118,7 +118,7 @@ def test_tied_weights_count_once():
     setup = build(args, ds_config(args, 2), "meta")
     memory = CachingAllocator()
     run = Zero12Simulator(setup, 1, memory)
-    run.start()
+    run.allocate_states()
     numel = sum(p.numel() for p in {id(p): p for p in setup.model.parameters()}.values())
     assert memory.by_tag["weights"] == pytest.approx(2 * numel, rel=0.01)
     assert setup.model.lm_head.weight is setup.model.transformer.word_embeddings.weight
