@@ -80,7 +80,7 @@ def wide_and_half(mode: str, base: str, folder: str, tokenizer, dtype: torch.dty
 
 
 def main() -> None:
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     print("errors of logits, as shares of the logits; answers that are the same as in float32, of 24")
     print("family | type | effect of the adapter | error: base | adapter | merged | same: base, adapter, merged")
     means = []

@@ -76,7 +76,7 @@ def facts(config: dict) -> list:
 
 def main() -> None:
     torch.set_num_threads(1)
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     get_accelerator().is_fp16_supported = lambda: True  # slow, but any CPU can
     patches.apply()
     rank, _ = launch.start_distributed(verbose=False)

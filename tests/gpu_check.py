@@ -420,7 +420,7 @@ def main() -> int:
     parser.add_argument("--folder", help="where files go, and stay (default: a temporary folder)")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     device = utils.device()
     dtype = torch.bfloat16 if utils.supports_bf16() else torch.float16
     name = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU: no GPU was found"

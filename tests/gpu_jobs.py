@@ -84,14 +84,14 @@ def run_training(argv: list[str]) -> dict:
 
 def main() -> None:
     jobs, results = [Path(arg) for arg in sys.argv if arg.endswith((".json", ".jsonl"))]
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     for name, (script, argv) in json.loads(jobs.read_text()).items():
         print("job", name, flush=True)
         try:
             result = run_training(argv) if script == "train" else predict.main(argv) or {}
         except Exception as error:  # the other jobs are tried all the same
             result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        if utils.is_main():
+        if utils.is_rank_0():
             with results.open("a") as file:
                 file.write(json.dumps({"name": name, **result}) + "\n")
         if "error" in result and ("CUDA error" in result["error"] or int(os.environ.get("WORLD_SIZE", 1)) > 1):

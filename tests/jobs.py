@@ -23,7 +23,7 @@ def main():
     torch.set_num_threads(1)
     jobs, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
     ops.TILE, ops.CHUNK = 16, 10_000  # else tiny rows would fit in one
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     # any CPU can compute in both, if slowly; what train.py thinks of it is not what these runs are about
     accelerator = get_accelerator()
     accelerator.is_bf16_supported = accelerator.is_fp16_supported = lambda: True
@@ -34,7 +34,7 @@ def main():
         gc.collect()  # else models would pile up: engines have cycles
         if len(done) == 1:  # all is imported now, and stays: DeepSpeed looks for garbage at each start, for a second
             gc.freeze()
-    if utils.is_main():
+    if utils.is_rank_0():
         results.write_text(json.dumps(done))
 
 

@@ -136,7 +136,7 @@ def main() -> None:
 
     stage, results, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or SETTINGS
     torch.set_num_threads(1)
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     patches.apply()
     rank, ranks = launch.start_distributed(verbose=False)
     gc.freeze()  # what was imported stays, and is not looked through each time

@@ -38,7 +38,7 @@ def main():
 
     torch.set_num_threads(1)
     cases, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     patches.apply()
     _, world_size = launch.start_distributed(verbose=False)
     found = {}
@@ -53,7 +53,7 @@ def main():
         everyone = [None] * world_size
         torch.distributed.all_gather_object(everyone, mine)
         found[name] = everyone
-    if utils.is_main():
+    if utils.is_rank_0():
         results.write_text(json.dumps(found))
 
 

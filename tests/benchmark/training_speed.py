@@ -102,7 +102,7 @@ def run_ours(argv: list[str]) -> dict:
         return add(log, step, epoch)
 
     train.parameter_groups, RunLog.add = loaded, timed
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     train.save = lambda *_: None
     train.train(train.parse_args(argv))
     result = clock.result()

@@ -79,14 +79,14 @@ from tqdm import tqdm
 from glm_models.generation import generate_ids
 from tuning.engine.loading import load_result, named_device
 from tuning.errors import DataError, UserError
-from tuning.exits import clear_errors
+from tuning.exits import exit_on_user_errors
 from tuning.folders import check_space, write_errors, write_file
 from tuning.samples.batches import MicroBatch, collate
 from tuning.samples.cache import file_hash
 from tuning.samples.encoding import Sample, encode_sample
 from tuning.samples.formats import KEYS, question_of, unused_keys
 from tuning.samples.row_files import read_rows
-from utils import quiet
+from utils import silence_libraries
 
 SHOWN = ("forgetting", "nll_base", "nll_tuned", "kl", "agree", "agree_prefix")
 
@@ -347,9 +347,9 @@ def _cell(text: str) -> str:
 
 
 def main(argv=None) -> None:
-    with clear_errors(DataError):
+    with exit_on_user_errors(DataError):
         args = parse_args(argv)
-        quiet(args.verbose)
+        silence_libraries(args.verbose)
         output = args.output or os.path.join(args.tuned, "forgetting.json")
         device = named_device(args.device)
         report = compare(args.mode, args.base, args.tuned, args.suite, device, args.max_length, args.max_new_tokens)

@@ -24,7 +24,7 @@ from tuning.plan.host import GIB, HostPlan, host_text, plan_host
 from tuning.plan.trace import Event, trace_step
 from tuning.plan.zero import Setup, Zero12Simulator
 from tuning.plan.zero3 import Zero3Simulator
-from utils import is_main, say
+from utils import is_rank_0, print_rank_0
 
 CONTEXT = int(1.5 * GIB)  # CUDA context, kernels and NCCL buffers, outside torch's allocator; an assumption
 # DeepSpeed versions whose allocations the simulators were compared with, see tests/test_planner.py
@@ -288,15 +288,15 @@ def plan(args: argparse.Namespace, build: Build) -> None:
         raise UserError(f"--plan_gpus must be at least 1, not {gpus}")
     if args.max_memory is not None and not args.max_memory * GIB > CONTEXT:
         raise UserError(f"--max_memory must be more than {CONTEXT / GIB} GiB, which the CUDA context needs")
-    if not is_main():
+    if not is_rank_0():
         return
     plans = Plans(build, gpus)
     found = plans(args)
     for line in ds_notes(build(args, gpus).ds_config):
-        say(line)
-    say(describe(args, found, gpus))
+        print_rank_0(line)
+    print_rank_0(describe(args, found, gpus))
     if args.max_memory is None:
-        say(f"{host_text(found.host, args)}\n{advice(args, plans)}")
+        print_rank_0(f"{host_text(found.host, args)}\n{advice(args, plans)}")
         return
     best = search_flags(args, plans, args.max_memory * GIB)
     if best is None:
@@ -306,8 +306,10 @@ def plan(args: argparse.Namespace, build: Build) -> None:
         )
     changes, after = best
     flags_text = flags(changes) or "no change"
-    say(f"fits into {args.max_memory:.4g} GiB with: {flags_text}  (peak {after.peak / GIB:.2f} GiB); it then needs")
-    say(host_text(after.host, changed(args, changes)))
+    print_rank_0(
+        f"fits into {args.max_memory:.4g} GiB with: {flags_text}  (peak {after.peak / GIB:.2f} GiB); it then needs"
+    )
+    print_rank_0(host_text(after.host, changed(args, changes)))
 
 
 def plan_setup(args, gpus: int) -> Setup:
