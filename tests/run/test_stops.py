@@ -33,7 +33,7 @@ from tuning import folders
 from tuning.run import health
 from tuning.run.resume import find_state, list_states
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOTAL = {1: 36, 2: 18}  # optimiser steps of a run as `command` has it, by ranks
 
 
@@ -240,7 +240,7 @@ def test_a_rank_that_raises_ends_the_run_with_its_message(two):
 
 SABOTEUR = """
 import sys
-sys.path[:0] = [{tests!r}, {root!r}]
+sys.path[:0] = [{tests!r}, {root!r}, {root!r} + '/tests/support', {root!r} + '/tests']
 import runs, test_stops, train
 test_stops.before_step(3, test_stops.{what}, rank=1)()
 train.main(hooks=runs.step_hooks())
