@@ -9,8 +9,10 @@ import numpy as np
 from tuning.errors import UserError
 from tuning.evaluate.inputs import read_answers
 from tuning.metrics import HEADLINE, bootstrap, kind_of, references_of, relation_scores, row_scores, score
+from tuning.samples.formats import to_dialogue
 
 LABELS = {"f1": "F1", "question_points": "points", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
+LABELS |= {"tool_call_right": "calls right"}
 SAMPLE_ROWS = 8  # test rows whose answers are shown
 
 
@@ -125,7 +127,7 @@ def evaluate(folder: str, runs: list[dict]) -> list[FamilyScores]:
 
 def _question(row: dict) -> tuple:
     """What must be equal in a row for two models to be compared on it."""
-    return row["instruction"], row["input"], row["output"]
+    return to_dialogue(row).prompt_key, str(row["output"])
 
 
 def _score_method(name: str, runs: list[dict], kind: str, answered: list[tuple]) -> MethodScores:

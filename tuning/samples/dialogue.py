@@ -6,6 +6,8 @@
 from collections.abc import Hashable
 from typing import NamedTuple
 
+from glm_models.tools import answer_text
+
 
 class Message(NamedTuple):
     """One message.
@@ -43,8 +45,9 @@ class Dialogue(NamedTuple):
 
     @property
     def answer(self) -> str:
-        """The text of the last answer, "" in a question."""
-        return self.messages[-1].content if self.messages[-1].role == "assistant" else ""
+        """The text of the last answer, of a tool call with the tool's name above it; "" in a question."""
+        last = self.messages[-1]
+        return answer_text(last.metadata, last.content) if last.role == "assistant" else ""
 
     @property
     def prompt_key(self) -> Hashable:
