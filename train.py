@@ -25,7 +25,7 @@ use_large_pages()
 import deepspeed
 import torch
 
-from data_set import Sources, batch_shape, data_settings, load_sources, training_steps
+from data_set import Sources, batch_shape, data_settings, dump, load_sources, training_steps
 from glm_models import MODE
 from glm_models.ops import TiledMLP
 from tuning.engine import patches
@@ -228,9 +228,11 @@ def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
     with clear_errors(DataError), told_clearly(lambda: memory_advice(args)):
         if args.plan:
             planner.plan(args, plan_setup)
-        elif args.check_data:
-            if is_main():
+        elif args.check_data or args.dump_samples:
+            if is_main() and args.check_data:
                 check(args)
+            elif is_main():
+                dump(args, load_tokenizer(args.mode, args.model_name_or_path))
         else:
             with leaving_distributed():
                 train(args, hooks)

@@ -40,6 +40,7 @@ class Prompt(NamedTuple):
     text: np.ndarray
     end: np.ndarray
     cut: bool  # the end of the query was dropped because of max_src_len
+    dropped: int = 0  # turns of a conversation that were dropped from its beginning because of max_src_len
 
     @property
     def ids(self) -> np.ndarray:
@@ -54,6 +55,7 @@ class Encoded(NamedTuple):
     length: total tokens of all parts.
     spans: the learnt pieces, as (first position, position after the last); at least one piece.
     cut: the end of the question before the first learnt piece was dropped because of max_src_len.
+    dropped: how many turns were dropped from the beginning of the conversation.
     """
 
     dialogue: int
@@ -61,6 +63,7 @@ class Encoded(NamedTuple):
     length: int
     spans: tuple[tuple[int, int], ...]
     cut: bool
+    dropped: int = 0
 
 
 def check_pairs(history) -> None:
@@ -75,6 +78,14 @@ def check_pairs(history) -> None:
     for number, turn in enumerate(history):
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError(f"{expected} of texts; history[{number}] is {short_repr(turn)}")
+
+
+def _turns_of(history, share: float) -> int:
+    """How many first turns have about this share of the characters of a history; at least one."""
+    if not history:
+        return 0
+    lengths = np.cumsum([len(question) + len(answer) + SEAM for question, answer in history])
+    return min(len(history), 1 + int(np.searchsorted(lengths, share * lengths[-1])))
 
 
 def load_vocabulary(path: str) -> sentencepiece.SentencePieceProcessor:
@@ -239,12 +250,18 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         """As `encode_prompts`, but each query has its own history."""
         raise NotImplementedError
 
-    def encode_dialogues(self, dialogues: Sequence, max_src_len: int | None = None, threads: int = 1) -> list[Encoded]:
+    def encode_dialogues(
+        self, dialogues: Sequence, max_src_len: int | None = None, threads: int = 1, max_len: int | None = None
+    ) -> list[Encoded]:
         """Samples of conversations, in order: one for each learnt answer, with the earlier turns as its history.
+
+        Of a sample that is longer than a limit, as few turns as necessary are dropped from the beginning of its
+        history, before its question or its answer is cut.
 
         Args:
             dialogues: each has `messages` (with role, content, metadata and learn) and `tools`.
             max_src_len, threads: as for `encode_prompts`.
+            max_len: maximum ids of a sample; it only drops turns, and cuts nothing.
 
         Raises:
             ValueError: the family has no such messages; or as `encode_prompts`.
@@ -258,33 +275,84 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
                 queries.append(query)
                 histories.append(pairs[:turn])
                 answers.append(answer)
-        prompts = self._encode_each(queries, histories, max_src_len, threads)
         end = np.array([self.eos_token_id], np.int32)
         encoded = []
         answer_ids = self.encode_answers(answers, threads)
-        for number, (before, text, after, cut), answer in zip(numbers, prompts, answer_ids, strict=True):
+        rooms = None if max_len is None else [max_len - len(answer) - 1 for answer in answer_ids]
+        prompts = self._encode_fitting(queries, histories, max_src_len, rooms, threads)
+        for number, (before, text, after, cut, dropped), answer in zip(numbers, prompts, answer_ids, strict=True):
             start = len(before) + len(text) + len(after)
             length = start + len(answer) + 1
-            encoded.append(Encoded(number, (before, text, after, answer, end), length, ((start, length),), cut))
+            encoded.append(
+                Encoded(number, (before, text, after, answer, end), length, ((start, length),), cut, dropped)
+            )
         return encoded
 
     def encode_questions(self, dialogues: Sequence, max_src_len: int | None = None, threads: int = 1) -> list[Prompt]:
         """Prompts for the answer to the last message of each dialogue. Arguments and errors: see `encode_dialogues`."""
         pairs = [self._pairs(dialogue) for dialogue in dialogues]
         queries = [dialogue.messages[-1].content for dialogue in dialogues]
-        return self._encode_each(queries, pairs, max_src_len, threads)
+        return self._encode_fitting(queries, pairs, max_src_len, None, threads)
+
+    def _encode_fitting(self, queries, histories, max_src_len, rooms, threads) -> list[Prompt]:
+        """As `_encode_each`, but histories lose turns from their beginning until a prompt fits.
+
+        Args:
+            rooms: maximum ids of each whole prompt; None for no limit.
+        """
+        if not any(histories) or (max_src_len is None and rooms is None):
+            return self._encode_each(queries, histories, max_src_len, threads)
+
+        def excess(i, prompt):
+            """How many ids are too many; not above 0 where it fits."""
+            most = -1 if max_src_len is None else len(prompt.text) - max_src_len
+            whole = len(prompt.begin) + len(prompt.text) + len(prompt.end)
+            return most if rooms is None else max(most, whole - rooms[i])
+
+        prompts = self._encode_each(queries, histories, None, threads)
+        search = {}  # the prompts that do not fit -> turns to drop next, the most that are known to be too few
+        for i, prompt in enumerate(prompts):
+            if (over := excess(i, prompt)) > 0:
+                search[i] = (_turns_of(histories[i], over / len(prompt.text)), 0)
+        fitting: dict[int, Prompt] = {}
+        while search:
+            places, still = list(search), {}
+            cut_short = [histories[i][search[i][0] :] for i in places]
+            again = [
+                self._encode_each([queries[i]], [history], None if history else max_src_len)[0]
+                for i, history in zip(places, cut_short, strict=True)
+            ]
+            for i, prompt in zip(places, again, strict=True):
+                drop, too_few = search[i]
+                if drop == len(histories[i]) or excess(i, prompt) <= 0:
+                    fitting[i] = prompt._replace(dropped=drop)
+                    if drop - 1 > too_few:
+                        still[i] = (drop - 1, too_few)
+                elif i not in fitting:
+                    still[i] = (drop + 1, drop)
+            search = still
+        return [fitting.get(i, prompt) for i, prompt in enumerate(prompts)]
+
+    def dialogue_problem(self, dialogue) -> str | None:
+        """Why this family cannot take a conversation, and the way out; None if it can."""
+        roles = [message.role for message in dialogue.messages]
+        way_out = "train --mode glm3, which has them"
+        if dialogue.tools or any(message.metadata or message.role == "observation" for message in dialogue.messages):
+            return f"{self.mode} has no tools: {way_out}"
+        if "system" in roles:
+            return f"{self.mode} has no system message: write it into the first question, or {way_out}"
+        if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+            return f"a conversation of {self.mode} is user and assistant in turn, not {', '.join(roles[:8])}"
+        return None
 
     def _pairs(self, dialogue) -> list[tuple[str, str]]:
         """Question and answer of each complete turn.
 
         Raises:
-            ValueError: the messages are not alternating questions and answers.
+            ValueError: see `dialogue_problem`.
         """
-        if dialogue.tools or any(message.metadata for message in dialogue.messages):
-            raise ValueError(f"{self.mode} has no tools; only glm3 has")
-        roles = [message.role for message in dialogue.messages]
-        if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
-            raise ValueError(f"a conversation of {self.mode} is user and assistant in turn, not {', '.join(roles)}")
+        if problem := self.dialogue_problem(dialogue):
+            raise ValueError(problem)
         texts = [message.content for message in dialogue.messages]
         return list(zip(texts[::2], texts[1::2], strict=False))
 

@@ -305,6 +305,8 @@ def test_flags_of_train_that_depend_on_others():
         ("--resume_changed", "--resume_changed does nothing without --resume_from_checkpoint"),
         ("--eval_ratio 0.1 --eval_generate_rows 5", "--eval_generate_rows does nothing without --eval_generate"),
         ("--plan --check_data", "--plan and --check_data exclude each other"),
+        ("--check_data --dump_samples x", "--check_data and --dump_samples exclude each other"),
+        ("--prompt_column x", "--prompt_column does nothing without --response_column"),
         ("--packing --group_by_length", "--packing and --group_by_length exclude each other"),
         ("--max_len 100 --max_src_len 100", "--max_src_len 100 must be less than --max_len 100"),
         ("--num_train_epochs 0", "--num_train_epochs 0: must be at least 1; predict.py scores"),
