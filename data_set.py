@@ -21,7 +21,7 @@ from tuning.samples.dump import dump_samples
 from tuning.samples.epochs import BatchShape, EpochPlan, Packs, RankBatches, pack_rows, plan_epoch
 from tuning.samples.formats import Columns
 from tuning.samples.mixture import Mixture
-from utils import data_parallel_rank, data_parallel_size, is_main, on_rank_0, once_per_node, say
+from utils import data_parallel_rank, data_parallel_size, is_rank_0, on_rank_0, once_per_node, print_rank_0
 
 # Batches
 
@@ -57,7 +57,7 @@ def load_data(args, tokenizer, path: str, several_outputs: bool = False, columns
     settings = data_settings(args, path, several_outputs, columns)
     keep = args.data_cache != "none"
     cache_dir = (args.data_cache or cache.default_folder()) if keep else None
-    prepared = once_per_node(lambda: prepare(settings, tokenizer, cache_dir, progress=is_main()))
+    prepared = once_per_node(lambda: prepare(settings, tokenizer, cache_dir, progress=is_rank_0()))
     data = InstructionData(settings, tokenizer, prepared)
     if not keep:
         on_rank_0(lambda: None)  # all have mapped it
@@ -95,19 +95,23 @@ class Sources(NamedTuple):
 def load_sources(args, tokenizer) -> Sources:
     """All files that flags name."""
     task = load_data(args, tokenizer, args.train_path)
-    say("\n".join((f"data: {task.summary()}", *task.warnings())))
+    print_rank_0("\n".join((f"data: {task.summary()}", *task.warnings())))
     contents = {"--train_path": task.content}
     rows, held_out = np.arange(len(task)), None
     if args.eval_ratio is not None:
         rows, held_out_rows = split_rows(task, args.eval_ratio)
         held_out = HeldOut(task, held_out_rows.tolist(), args.train_path)
-        say(f"{len(rows)} of them to train on, {len(held_out.rows)} to validate on (--eval_ratio {args.eval_ratio:g})")
+        print_rank_0(
+            f"{len(rows)} of them to train on, {len(held_out.rows)} to validate on (--eval_ratio {args.eval_ratio:g})"
+        )
     elif args.eval_path:
         data = load_data(args, tokenizer, args.eval_path, several_outputs=True)
         held_out, contents["--eval_path"] = HeldOut(data, list(range(len(data))), args.eval_path), data.content
-        say("\n".join((f"validation data: {data.summary()}", *data.warnings())))
+        print_rank_0("\n".join((f"validation data: {data.summary()}", *data.warnings())))
         if data.content == task.content:
-            say("warning: --eval_path has the very rows of --train_path: its scores say nothing of unseen rows")
+            print_rank_0(
+                "warning: --eval_path has the very rows of --train_path: its scores say nothing of unseen rows"
+            )
 
     def pack(data, rows):
         return pack_rows(data, args.max_len, args.seed, rows) if args.packing else Packs(rows)
@@ -120,9 +124,9 @@ def load_sources(args, tokenizer) -> Sources:
     general_packs = pack(general, np.arange(len(general)))
     longest = args.per_device_train_batch_size
     mixture = Mixture(task, packs, general, general_packs, args.replay_ratio, longest, args.seed)
-    say("\n".join((f"replay: {mixture.summary()}", *general.warnings())))
+    print_rank_0("\n".join((f"replay: {mixture.summary()}", *general.warnings())))
     if general.content == task.content:
-        say("warning: --replay_path has the very rows of --train_path")
+        print_rank_0("warning: --replay_path has the very rows of --train_path")
     return Sources(mixture, mixture.epoch_packs, held_out, contents)
 
 

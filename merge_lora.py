@@ -54,11 +54,11 @@ from glm_models.checkpoint import (
 )
 from tuning.engine.loading import load_tokenizer
 from tuning.errors import UserError
-from tuning.exits import clear_errors
+from tuning.exits import exit_on_user_errors
 from tuning.folders import check_space, claimed_folder
 from tuning.lora.adapter import Adapter, add_adapter, check_base, has_patterns, read_adapter, read_config, unread_keys
 from tuning.lora.verify import logits, skeleton, tied_weights
-from utils import quiet
+from utils import silence_libraries
 
 CHUNK = 2**21  # values of a weight that are added at a time: 8 MiB in float32
 
@@ -278,9 +278,9 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
 
 
 def main(argv=None) -> None:
-    with clear_errors():
+    with exit_on_user_errors():
         args = parse_args(argv)
-        quiet(verbose=False)
+        silence_libraries(verbose=False)
         output = args.output_dir or args.model_dir.rstrip("/") + "-merged"
         merge(args.mode, args.ori_model_dir, args.model_dir, output, not args.no_verify)
         print(f"wrote {output}: {args.ori_model_dir} with {args.model_dir} merged in; both are unchanged")

@@ -29,7 +29,7 @@ from glm_models.tokenization import Prompt
 from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, named_device
 from tuning.errors import DataError, UserError
 from tuning.evaluate.answers import AnswerFile, Made, describe_model, describe_scores, file_hash
-from tuning.exits import clear_errors
+from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import find_base
 from tuning.metrics import AS_WRITTEN, references_of, with_references
 from tuning.samples.dialogue import Dialogue
@@ -37,7 +37,7 @@ from tuning.samples.findings import FIRST, lines_text
 from tuning.samples.formats import KEYS, to_dialogue, unused_keys
 from tuning.samples.row_files import read_rows
 from tuning.terminal import visible
-from utils import quiet, set_seed
+from utils import set_seed, silence_libraries
 
 CHUNK = 1000  # rows per batch when counting prompts that are cut
 
@@ -207,9 +207,9 @@ def check_args(args) -> None:
 
 
 def main(argv=None) -> None:
-    with clear_errors(DataError):
+    with exit_on_user_errors(DataError):
         args = parse_args(argv)
-        quiet(args.verbose)
+        silence_libraries(args.verbose)
         check_args(args)
         if args.predict_path:
             predict_file(args)

@@ -33,21 +33,21 @@ from tuning.engine.ds_config import compute_dtype, ds_notes, fit_buckets, load_t
 from tuning.engine.loading import load_base, load_tokenizer
 from tuning.engine.saving import check_room, count_results, is_save_step, result_size, save
 from tuning.errors import DataError
-from tuning.exits import clear_errors
+from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import record_base
 from tuning.methods import build_model, count_parameters, parameter_groups
 from tuning.plan import planner
 from tuning.plan.planner import memory_advice, plan_setup
 from tuning.run.flops import matmul_peak, needed_flops
-from tuning.run.health import NO_HOOKS, Peers, StepHooks, Watch, told_clearly
+from tuning.run.health import NO_HOOKS, PeerWatchdog, StepHooks, StepMonitor, explain_oom
 from tuning.run.launch import describe_devices, leaving_distributed, start_distributed
 from tuning.run.log import RunLog, next_steps
 from tuning.run.record import RunRecord, begin_output, check_resume, claim_output, describe_run, describe_start
-from tuning.run.resume import States, ds_section
+from tuning.run.resume import Checkpoints, ds_section
 from tuning.run.validation import Validation
 from tuning.samples.batches import Batch
 from tuning.samples.check import check_data
-from utils import is_main, on_rank_0, quiet, say, set_seed
+from utils import is_rank_0, on_rank_0, print_rank_0, set_seed, silence_libraries
 
 
 def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
@@ -85,9 +85,9 @@ class RunParts(NamedTuple):
     """
 
     log: RunLog
-    watch: Watch
+    watch: StepMonitor
     validation: Validation | None
-    states: States
+    states: Checkpoints
     record: RunRecord
     save_result: Callable[[str], None]
 
@@ -122,7 +122,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     # processes, seed, output folder
     patches.apply()
     start_distributed(args.verbose, args.local_rank)
-    peers = Peers()
+    peers = PeerWatchdog()
     set_seed(args.seed)
     lock, state = claim_output(args)
 
@@ -131,7 +131,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     total_steps = args.num_train_epochs * data.epoch_steps
     ds_config = load_training_config(args, total_steps, data.config.hidden_size)
     for line in ds_notes(ds_config):
-        say(line)
+        print_rank_0(line)
     dtype = compute_dtype(ds_config)
     base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
     run = describe_run(args, data.sources.contents, data.tokenizer, base, ds_config, zero_layout(ds_config))
@@ -142,20 +142,22 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     # what goes with the engine
     save_result = functools.partial(save, args, model, data.tokenizer, dtype, base)
     log = RunLog(engine, args, total_steps, needed_flops(model), matmul_peak(dtype))
-    watch = Watch(engine, data.sources.data.files, math.log(data.config.vocab_size), args.skip_nonfinite, hooks)
+    watch = StepMonitor(engine, data.sources.data.files, math.log(data.config.vocab_size), args.skip_nonfinite, hooks)
     resumed = {"log": log, "watch": watch}
     validation = None
     if validates(args):
         validation = Validation(engine, data.tokenizer, data.sources.held_out, args, data.epoch_steps, log, save_result)
         resumed["validation"] = validation
-    states = States(engine, resumed, run, args.output_dir, args.save_state_steps, args.save_total_limit)
+    states = Checkpoints(engine, resumed, run, args.output_dir, args.save_state_steps, args.save_total_limit)
     on_rank_0(lambda: check_room(args, result_size(model, dtype), states, count_results(args, data.epoch_steps)))
     if state:
         states.load(state)
     record = RunRecord(args.output_dir, describe_start(args, run, ds_config, state))
 
     # training
-    say(f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows")
+    print_rank_0(
+        f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows"
+    )
     on_rank_0(lambda: begin_output(args, state, record))
     patches.keep_freed_memory()
     engine.train()
@@ -174,7 +176,7 @@ def read_data(args) -> Data:
     """Tokenizer and rows, after the errors in the ds file: reading rows can take long."""
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
-    say(describe_devices(compute_dtype(load_training_config(args, 1, config.hidden_size))))
+    print_rank_0(describe_devices(compute_dtype(load_training_config(args, 1, config.hidden_size))))
     sources = load_sources(args, tokenizer)
     return Data(tokenizer, config, sources, batch_shape(args).count_steps(len(sources.packs(1))))
 
@@ -194,7 +196,9 @@ def start_engine(args, ds_config: dict, more: dict):
     if args.tiled_mlp and ds_config["zero_optimization"]["stage"] == 3:
         deepspeed.utils.set_z3_leaf_modules(model, [TiledMLP])  # see there
     trained, total = count_parameters(model)
-    say(f"model: {trained:,} of {total:,} parameters train ({trained / total:.2%}), in {compute_dtype(ds_config)}")
+    print_rank_0(
+        f"model: {trained:,} of {total:,} parameters train ({trained / total:.2%}), in {compute_dtype(ds_config)}"
+    )
 
     fit_buckets(ds_config, trained)
     ds_config |= more
@@ -212,7 +216,7 @@ def finish(args, model, result: str, log: RunLog, validation: Validation | None)
     log.close(result=result, trained=trained, parameters=total)
     best = validation.describe_best() if validation else None
     for line in next_steps(args, os.path.join(args.output_dir, result), best):
-        say(line)
+        print_rank_0(line)
 
 
 def check(args) -> None:
@@ -222,16 +226,16 @@ def check(args) -> None:
 
 
 def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
-    with clear_errors(DataError):
+    with exit_on_user_errors(DataError):
         args = parse_args(argv)
-    quiet(args.verbose)
-    with clear_errors(DataError), told_clearly(lambda: memory_advice(args)):
+    silence_libraries(args.verbose)
+    with exit_on_user_errors(DataError), explain_oom(lambda: memory_advice(args)):
         if args.plan:
             planner.plan(args, plan_setup)
         elif args.check_data or args.dump_samples:
-            if is_main() and args.check_data:
+            if is_rank_0() and args.check_data:
                 check(args)
-            elif is_main():
+            elif is_rank_0():
                 dump(args, load_tokenizer(args.mode, args.model_name_or_path))
         else:
             with leaving_distributed():

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tuning.terminal import drop_output, visible
 
 
-def quiet(verbose: bool) -> None:
+def silence_libraries(verbose: bool) -> None:
     """Silence the libraries, except for their errors, so that the terminal shows this project's lines alone."""
     if verbose:
         return
@@ -89,14 +89,14 @@ def data_parallel_rank() -> int:
     return torch.distributed.get_rank()
 
 
-def is_main() -> bool:
+def is_rank_0() -> bool:
     """Whether this is the process that prints and writes."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def say(message: str) -> None:
+def print_rank_0(message: str) -> None:
     """Print on rank 0, above the progress bar if there is one. If that fails, nothing is printed from then on."""
-    if not is_main():
+    if not is_rank_0():
         return
     try:
         tqdm.write(visible(message), file=sys.stdout)

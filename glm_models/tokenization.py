@@ -22,6 +22,7 @@ import sentencepiece
 from transformers import PreTrainedTokenizer
 
 from .checkpoint import CheckpointError, check_download, read_json, short_repr
+from .histories import encode_fitting
 from .identify import check_family
 
 # Part of `fingerprint`: increase it when a code change gives other ids for the same text.
@@ -78,14 +79,6 @@ def check_pairs(history) -> None:
     for number, turn in enumerate(history):
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError(f"{expected} of texts; history[{number}] is {short_repr(turn)}")
-
-
-def _turns_of(history, share: float) -> int:
-    """How many first turns have about this share of the characters of a history; at least one."""
-    if not history:
-        return 0
-    lengths = np.cumsum([len(question) + len(answer) + SEAM for question, answer in history])
-    return min(len(history), 1 + int(np.searchsorted(lengths, share * lengths[-1])))
 
 
 def load_vocabulary(path: str) -> sentencepiece.SentencePieceProcessor:
@@ -269,6 +262,13 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         numbers, queries, histories, answers = [], [], [], []
         for number, dialogue in enumerate(dialogues):
             pairs = self._pairs(dialogue)
+            if len(dialogue.messages) == 2:  # most data has no other dialogues: without the loop it is faster
+                if dialogue.messages[1].learn:
+                    numbers.append(number)
+                    queries.append(pairs[0][0])
+                    histories.append(None)
+                    answers.append(pairs[0][1])
+                continue
             for turn in [i for i, message in enumerate(dialogue.messages[1::2]) if message.learn]:
                 query, answer = pairs[turn]
                 numbers.append(number)
@@ -279,7 +279,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         encoded = []
         answer_ids = self.encode_answers(answers, threads)
         rooms = None if max_len is None else [max_len - len(answer) - 1 for answer in answer_ids]
-        prompts = self._encode_fitting(queries, histories, max_src_len, rooms, threads)
+        prompts = encode_fitting(self._encode_each, queries, histories, max_src_len, rooms, threads)
         for number, (before, text, after, cut, dropped), answer in zip(numbers, prompts, answer_ids, strict=True):
             start = len(before) + len(text) + len(after)
             length = start + len(answer) + 1
@@ -292,46 +292,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         """Prompts for the answer to the last message of each dialogue. Arguments and errors: see `encode_dialogues`."""
         pairs = [self._pairs(dialogue) for dialogue in dialogues]
         queries = [dialogue.messages[-1].content for dialogue in dialogues]
-        return self._encode_fitting(queries, pairs, max_src_len, None, threads)
-
-    def _encode_fitting(self, queries, histories, max_src_len, rooms, threads) -> list[Prompt]:
-        """As `_encode_each`, but histories lose turns from their beginning until a prompt fits.
-
-        Args:
-            rooms: maximum ids of each whole prompt; None for no limit.
-        """
-        if not any(histories) or (max_src_len is None and rooms is None):
-            return self._encode_each(queries, histories, max_src_len, threads)
-
-        def excess(i, prompt):
-            """How many ids are too many; not above 0 where it fits."""
-            most = -1 if max_src_len is None else len(prompt.text) - max_src_len
-            whole = len(prompt.begin) + len(prompt.text) + len(prompt.end)
-            return most if rooms is None else max(most, whole - rooms[i])
-
-        prompts = self._encode_each(queries, histories, None, threads)
-        search = {}  # the prompts that do not fit -> turns to drop next, the most that are known to be too few
-        for i, prompt in enumerate(prompts):
-            if (over := excess(i, prompt)) > 0:
-                search[i] = (_turns_of(histories[i], over / len(prompt.text)), 0)
-        fitting: dict[int, Prompt] = {}
-        while search:
-            places, still = list(search), {}
-            cut_short = [histories[i][search[i][0] :] for i in places]
-            again = [
-                self._encode_each([queries[i]], [history], None if history else max_src_len)[0]
-                for i, history in zip(places, cut_short, strict=True)
-            ]
-            for i, prompt in zip(places, again, strict=True):
-                drop, too_few = search[i]
-                if drop == len(histories[i]) or excess(i, prompt) <= 0:
-                    fitting[i] = prompt._replace(dropped=drop)
-                    if drop - 1 > too_few:
-                        still[i] = (drop - 1, too_few)
-                elif i not in fitting:
-                    still[i] = (drop + 1, drop)
-            search = still
-        return [fitting.get(i, prompt) for i, prompt in enumerate(prompts)]
+        return encode_fitting(self._encode_each, queries, pairs, max_src_len, None, threads)
 
     def dialogue_problem(self, dialogue) -> str | None:
         """Why this family cannot take a conversation, and the way out; None if it can."""
@@ -351,6 +312,10 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         Raises:
             ValueError: see `dialogue_problem`.
         """
+        if len(dialogue.messages) == 2 and dialogue.tools is None:
+            question, answer = dialogue.messages
+            if (question.role, answer.role) == ("user", "assistant") and not question.metadata and not answer.metadata:
+                return [(question.content, answer.content)]
         if problem := self.dialogue_problem(dialogue):
             raise ValueError(problem)
         texts = [message.content for message in dialogue.messages]

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "support"), str(TESTS / "lora")]
 
 import torch
 from conftest import TEXT, TINY, make_lively_checkpoint
@@ -80,7 +80,7 @@ def wide_and_half(mode: str, base: str, folder: str, tokenizer, dtype: torch.dty
 
 
 def main() -> None:
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     print("errors of logits, as shares of the logits; answers that are the same as in float32, of 24")
     print("family | type | effect of the adapter | error: base | adapter | merged | same: base, adapter, merged")
     means = []

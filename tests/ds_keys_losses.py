@@ -17,7 +17,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
 from runs import METHOD_FLAGS, Launched, make_base, make_rows
 
@@ -189,7 +189,7 @@ def optimizers() -> dict[str, tuple[int, dict, dict]]:
 
 def run_all(jobs: dict[str, list[str]], results: Path) -> None:
     """On each rank: all trainings, one after the other. An error of one is its result."""
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     done = {}
     for name, argv in jobs.items():
         print("job", name, flush=True)
@@ -199,7 +199,7 @@ def run_all(jobs: dict[str, list[str]], results: Path) -> None:
             traceback.print_exc()
             done[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         gc.collect()
-        if utils.is_main():
+        if utils.is_rank_0():
             results.write_text(json.dumps(done))
     os._exit(0)
 

@@ -9,10 +9,12 @@ import argparse
 import itertools
 import random
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 from runs import LIMIT, STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
 
 import utils
@@ -24,7 +26,7 @@ from tuning.run import resume
 def slow_saving() -> None:
     """Make the writing of a state take long, so that kills fall into it."""
     described = folders._describe
-    publish = resume.States._publish
+    publish = resume.Checkpoints._publish
 
     def slowly(path, flush=False):
         time.sleep(0.05)
@@ -35,7 +37,7 @@ def slow_saving() -> None:
         publish(self, *args)
         time.sleep(0.1)
 
-    folders._describe, resume.States._publish = slowly, slow_publish
+    folders._describe, resume.Checkpoints._publish = slowly, slow_publish
 
 
 def compare(folder: Path, argv, ranks: int, kills: int, seed: str, in_save: bool = False) -> dict[str, int]:
@@ -109,7 +111,7 @@ def main():
     parser.add_argument("--sample", action="store_true", help="one setting of each family and method")
     parser.add_argument("--only", default="", help="settings whose name holds this")
     args = parser.parse_args()
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     rest = list(itertools.product(STAGES, (1, 2), (False, True)))
     pairs = list(itertools.product(MODE, methods.TRAIN_TYPE))
     settings = [(*pair, *setting) for pair in pairs for setting in rest]

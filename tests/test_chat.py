@@ -8,7 +8,7 @@ import pytest
 
 import predict
 from glm_models.glm3 import ChatGLM3ForConditionalGeneration
-from tuning.exits import clear_errors
+from tuning.exits import exit_on_user_errors
 
 
 class Model:
@@ -137,5 +137,5 @@ def test_a_line_before_the_answer_is_shown_once(talk, text, shown):
 
 
 def test_an_error_of_the_model_ends_the_chat_with_its_own_words(talk):
-    with pytest.raises(ZeroDivisionError), clear_errors():
+    with pytest.raises(ZeroDivisionError), exit_on_user_errors():
         talk(Model(["a", ZeroDivisionError()]), typed("x"))

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent / "support")]
 import torch
 from conftest import TEXT, TINY
 from fuzz_rows import RowKinds
@@ -42,7 +42,7 @@ from tuning.engine.loading import load_base, load_tokenizer
 from tuning.errors import DataError, FolderError, UserError
 from tuning.folders import new_folder
 from tuning.lora.adapter import read_adapter
-from utils import quiet
+from utils import silence_libraries
 
 ROOT = Path(__file__).resolve().parent.parent
 CLEAR = (DataError, UserError, CheckpointError, FolderError)
@@ -439,7 +439,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this kind; may be given more than once")
     parser.add_argument("--seed", default="", help="another one makes other inputs")
     args = parser.parse_args()
-    quiet(verbose=False)
+    silence_libraries(verbose=False)
     kinds, failures, start = args.kind or KINDS, collections.Counter(), time.time()
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = {mode: f"{folder}/{mode}" for mode in MODE}

@@ -31,10 +31,10 @@ def models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def errors_are_raised(monkeypatch):
-    """clear_errors ends the process; here errors are looked at."""
+    """exit_on_user_errors ends the process; here errors are looked at."""
     import contextlib
 
-    monkeypatch.setattr(predict, "clear_errors", lambda *kinds: contextlib.nullcontext())
+    monkeypatch.setattr(predict, "exit_on_user_errors", lambda *kinds: contextlib.nullcontext())
 
 
 def write_rows(path: Path, count: int = 5, **change) -> Path:

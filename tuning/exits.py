@@ -49,7 +49,7 @@ def _tell(message: str) -> None:
 
 
 @contextlib.contextmanager
-def clear_errors(*kinds: type[Exception]):
+def exit_on_user_errors(*kinds: type[Exception]):
     """End with one line and an exit code on StopTraining and on errors of the user; bugs keep their traceback.
 
     Most such errors occur on every rank at once: then rank 0 prints for all. If one occurs on another rank, that rank

@@ -31,7 +31,7 @@ def load(folder: str, ds_file: str) -> None:
     from tuning.run import launch
 
     torch.set_num_threads(1)
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     patches.apply()
     rank, world_size = launch.start_distributed(verbose=False)
     args = train.parse_args(f"--mode glm3 --model_name_or_path {folder} --train_path {__file__}".split())

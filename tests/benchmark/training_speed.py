@@ -23,7 +23,7 @@ from pathlib import Path
 from process import forget_peak, status
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 WARM_UP = 3  # steps that are not timed
 BATCH = 4
@@ -102,7 +102,7 @@ def run_ours(argv: list[str]) -> dict:
         return add(log, step, epoch)
 
     train.parameter_groups, RunLog.add = loaded, timed
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     train.save = lambda *_: None
     train.train(train.parse_args(argv))
     result = clock.result()

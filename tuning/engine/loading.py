@@ -29,7 +29,7 @@ from tuning.lora.adapter import (
     unread_keys,
 )
 from tuning.lora.verify import skeleton
-from utils import say, supports_bf16
+from utils import print_rank_0, supports_bf16
 
 # Keys of a LoRA config that prediction does not support, and why.
 REFUSED = {
@@ -136,7 +136,7 @@ def load_tokenizer(mode: str, folder: str):
     check_family(folder, mode)
     tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
     for odd in check_ids(MODE[mode].config.from_pretrained(folder), tokenizer, folder):
-        say(f"warning: {odd}")
+        print_rank_0(f"warning: {odd}")
     return tokenizer
 
 
@@ -156,7 +156,9 @@ def load_base(
     zero3 = bool(ds_config) and ds_config["zero_optimization"].get("stage") == 3
     new_prefix = config.get("pre_seq_len") is not None
     if new_prefix and has_lost_prefix(folder):
-        say(f"warning: config.json of {folder} names a P-Tuning prefix that its weights lack; a new one is made")
+        print_rank_0(
+            f"warning: config.json of {folder} names a P-Tuning prefix that its weights lack; a new one is made"
+        )
     config = family.config.from_pretrained(folder, use_cache=ds_config is None, **config)
     try:
         if zero3:

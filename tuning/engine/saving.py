@@ -11,8 +11,8 @@ from tuning.arguments.train import validates
 from tuning.folders import check_space, free_space, new_folder
 from tuning.lora.adapter import write_adapter
 from tuning.run import results
-from tuning.run.resume import States
-from utils import is_main, on_rank_0, say
+from tuning.run.resume import Checkpoints
+from utils import is_rank_0, on_rank_0, print_rank_0
 
 
 def result_size(model, dtype) -> int:
@@ -34,7 +34,7 @@ def is_save_step(args, step: int, epoch_steps: int) -> bool:
     return step % epoch_steps == 0 or bool(args.save_model_step and step % args.save_model_step == 0)
 
 
-def check_room(args, result: int, states: States, count: int) -> None:
+def check_room(args, result: int, states: Checkpoints, count: int) -> None:
     """Make sure that the disk has room for one result and the training states; print how much all results need.
 
     Args:
@@ -51,13 +51,15 @@ def check_room(args, result: int, states: States, count: int) -> None:
     check_space(args.output_dir, result + kept - freed, what)
     all_of_them = f"results: {count} of {shown_size(result)} each"
     if args.keep_results and args.keep_results < count:
-        say(f"{all_of_them}; the newest {args.keep_results} are kept (--keep_results)")
+        print_rank_0(f"{all_of_them}; the newest {args.keep_results} are kept (--keep_results)")
         count = args.keep_results + 1
     elif count > 1:
-        say(f"{all_of_them}, {shown_size(count * result)} in total; --keep_results N would keep the newest N")
+        print_rank_0(f"{all_of_them}, {shown_size(count * result)} in total; --keep_results N would keep the newest N")
     most = count + 2 * validates(args)  # best/
     if free_space(args.output_dir) + freed < most * result + kept:
-        say(f"warning: the disk of {args.output_dir} is too small for all results of this run; see --keep_results")
+        print_rank_0(
+            f"warning: the disk of {args.output_dir} is too small for all results of this run; see --keep_results"
+        )
 
 
 def shown_size(size: int) -> str:
@@ -70,10 +72,10 @@ def save(args, model, tokenizer, dtype: torch.dtype, base: dict, name: str) -> N
     folder = os.path.join(args.output_dir, name)
     on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype), folder))
     save_model(model, tokenizer, args.model_name_or_path, folder, dtype, base)
-    say(f"saved {folder}")
+    print_rank_0(f"saved {folder}")
     if args.keep_results and name != results.BEST:
         for warning in on_rank_0(lambda: results.prune(args.output_dir, results.step_of(folder), args.keep_results)):
-            say(f"warning: {warning}")
+            print_rank_0(f"warning: {warning}")
 
 
 def gathered(named_parameters):
@@ -98,7 +100,7 @@ def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype, rec
     if hasattr(model, "peft_config"):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in gathered(trained)}
-        if is_main():
+        if is_rank_0():
             with new_folder(folder) as partial:
                 write_adapter(partial, model, tensors, base, record)
     else:
@@ -113,7 +115,7 @@ def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype
     count = sum(getattr(p, "ds_numel", p.numel()) for _, p in parameters)
     total = count * dtype.itemsize + sum(b.numel() * b.element_size() for b in buffers.values())
     whole = gathered(parameters)
-    if not is_main():
+    if not is_rank_0():
         for _ in whole:  # takes part in gathering, but copies nothing
             pass
         return

@@ -31,7 +31,7 @@ from glm_models.checkpoint import read_json
 from tuning.errors import DataError, ExitCode, UserError
 from tuning.evaluate import report, scores
 from tuning.evaluate.inputs import read_curves
-from tuning.exits import clear_errors
+from tuning.exits import exit_on_user_errors
 from tuning.folders import write_errors, write_file
 from tuning.samples.formats import question_of, unused_keys
 from tuning.samples.row_files import read_rows
@@ -364,7 +364,7 @@ def compare(args, runner=None) -> str:
 
 def main(argv=None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with clear_errors(DataError):
+    with exit_on_user_errors(DataError):
         args = parse_args(argv)
         try:
             path = compare(args)

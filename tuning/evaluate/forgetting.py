@@ -79,14 +79,14 @@ from tqdm import tqdm
 from glm_models.generation import generate_ids
 from tuning.engine.loading import load_result, named_device
 from tuning.errors import DataError, UserError
-from tuning.exits import clear_errors
+from tuning.exits import exit_on_user_errors
 from tuning.folders import check_space, write_errors, write_file
 from tuning.samples.batches import MicroBatch, collate
 from tuning.samples.cache import file_hash
 from tuning.samples.encoding import Sample, encode_sample
 from tuning.samples.formats import KEYS, question_of, unused_keys
 from tuning.samples.row_files import read_rows
-from utils import quiet
+from utils import silence_libraries
 
 SHOWN = ("forgetting", "nll_base", "nll_tuned", "kl", "agree", "agree_prefix")
 
@@ -278,21 +278,7 @@ def compare(
         raise UserError(f"{base} and {tuned} have different tokenizers: their distributions cannot be compared")
     after = measure_tuned(model, tokenizer, samples, max_new_tokens, kept)
 
-    tokens = [len(sample.learnt) for sample in samples]
-    categories = {}
-    for category in dict.fromkeys(row["category"] for row in rows):
-        chosen = [i for i, row in enumerate(rows) if row["category"] == category]
-        categories[category] = summarise(*([some[i] for i in chosen] for some in (tokens, before, after)))
-    overall = {key: sum(some[key] for some in categories.values()) / len(categories) for key in SHOWN}
-    asked = [{key: row[key] for key in ("category", "instruction", "input", "output")} for row in rows]
-    shown = [
-        {
-            "base_answer": tokenizer.decode_answer(one.answer),
-            "tuned_answer": tokenizer.decode_answer(other.answer),
-            **{key: value for key, value in summarise([size], [one], [other]).items() if key != "rows"},
-        }
-        for size, one, other in zip(tokens, before, after, strict=True)
-    ]
+    figures = figures_of(rows, [len(sample.learnt) for sample in samples], before, after, tokenizer)
     return {
         "base": base,
         "tuned": tuned,
@@ -300,10 +286,31 @@ def compare(
         "suite_sha256": file_hash(suite)[0],
         "dtype": str(dtype).removeprefix("torch."),
         "max_new_tokens": max_new_tokens,
-        "overall": overall,
-        "categories": categories,
-        "rows": [{**row, **figures} for row, figures in zip(asked, shown, strict=True)],
+        **figures,
     }
+
+
+def figures_of(rows: list[dict], tokens: list[int], before: list, after: list, tokenizer) -> dict:
+    """`overall`, `categories` and `rows` of `compare`.
+
+    Args:
+        tokens: of each reference. before, after: what `measure_base` and `measure_tuned` found for each row.
+    """
+    categories = {}
+    for category in dict.fromkeys(row["category"] for row in rows):
+        chosen = [i for i, row in enumerate(rows) if row["category"] == category]
+        categories[category] = summarise(*([some[i] for i in chosen] for some in (tokens, before, after)))
+    overall = {key: sum(some[key] for some in categories.values()) / len(categories) for key in SHOWN}
+    shown = []
+    for row, size, one, other in zip(rows, tokens, before, after, strict=True):
+        asked = {key: row[key] for key in ("category", "instruction", "input", "output")}
+        answers = {
+            "base_answer": tokenizer.decode_answer(one.answer),
+            "tuned_answer": tokenizer.decode_answer(other.answer),
+        }
+        single = {key: value for key, value in summarise([size], [one], [other]).items() if key != "rows"}
+        shown.append({**asked, **answers, **single})
+    return {"overall": overall, "categories": categories, "rows": shown}
 
 
 # Reports
@@ -347,9 +354,9 @@ def _cell(text: str) -> str:
 
 
 def main(argv=None) -> None:
-    with clear_errors(DataError):
+    with exit_on_user_errors(DataError):
         args = parse_args(argv)
-        quiet(args.verbose)
+        silence_libraries(args.verbose)
         output = args.output or os.path.join(args.tuned, "forgetting.json")
         device = named_device(args.device)
         report = compare(args.mode, args.base, args.tuned, args.suite, device, args.max_length, args.max_new_tokens)

@@ -56,7 +56,7 @@ from tuning.errors import UserError
 from tuning.evaluate.inputs import count_seen, read_commands, read_curves
 from tuning.evaluate.page import Report, csv_lines, describe_seen, html_page, input_text, markdown_page, or_empty
 from tuning.evaluate.scores import FamilyScores, evaluate, pick_samples
-from tuning.exits import clear_errors
+from tuning.exits import exit_on_user_errors
 from tuning.folders import write_errors, write_file
 from tuning.metrics import references_of
 from tuning.terminal import visible
@@ -122,7 +122,7 @@ def read_run(args: argparse.Namespace, name: str, answers: str, training: str) -
 
 
 def main(argv=None) -> None:
-    with clear_errors():
+    with exit_on_user_errors():
         args = parse_args(argv)
         names = Counter(name for name, *_ in args.run)
         if twice := [name for name, count in names.items() if count > 1]:

@@ -1,1 +1,1 @@
-"""How much memory a training needs, from a trace on the meta device."""
+"""How much memory a training needs, simulated from a trace on the meta device."""

@@ -1,4 +1,4 @@
-"""Torch's caching allocator of GPU memory, simulated."""
+"""Simulation of torch's caching allocator for GPU memory."""
 
 import bisect
 
@@ -6,7 +6,7 @@ MIB = 2**20
 
 
 class Block:
-    """A piece of a segment; neighbours know each other, so that free ones grow together again."""
+    """A piece of a segment, linked to its neighbours so that free ones can be merged again."""
 
     __slots__ = ("address", "free", "next", "previous", "size", "small")
 
@@ -20,25 +20,25 @@ class CachingAllocator:
     """torch's CUDA caching allocator with its default settings (c10/cuda/CUDACachingAllocator.cpp).
 
     Sizes are rounded up to 512 bytes. Up to 1 MiB they come from segments of 2 MiB; below 10 MiB from segments of
-    20 MiB; above from a segment of their own, rounded up to 2 MiB. The smallest free block that is large enough is
-    taken, and split if more than 1 MiB (of a small one: 512 bytes) is left. Nothing goes back to the driver, unless
-    a new segment would go beyond `capacity`: then all that are wholly free do, as torch does before it gives up.
+    20 MiB; larger ones get a segment of their own, rounded up to 2 MiB. The smallest free block that is large enough is
+    used, and split if more than 1 MiB (small blocks: 512 bytes) remains. Memory is returned to the driver only when a
+    new segment would exceed `capacity`: then all entirely free segments are, as torch does before it fails.
 
     Args:
-        expandable: one segment for small and one for large blocks, that grow at their ends by 2 and 20 MiB
+        expandable: one segment for small and one for large blocks, which grow by 2 and 20 MiB
             (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
-        capacity: bytes that may be reserved.
+        capacity: maximum bytes to reserve.
     """
 
     def __init__(self, expandable: bool = False, capacity: float = float("inf")):
         self.expandable, self.capacity = expandable, capacity
         self.ends: dict[bool, Block] = {}  # last block of each expandable segment
-        self.born = 0  # bytes of all segments ever: their addresses
+        self.born = 0  # bytes of all segments so far; gives their addresses
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
-        self.by_tag: dict[str, int] = {}  # bytes that live now, by tag
-        self.at_peak: dict[str, int] = {}  # and at the moment of peak_allocated
-        self.blocks: dict[object, tuple[Block, str]] = {}  # key -> living block, tag
-        self.pools = {True: [], False: []}  # small?, free blocks as (size, address, block), sorted
+        self.by_tag: dict[str, int] = {}  # bytes allocated now, by tag
+        self.at_peak: dict[str, int] = {}  # the same at the time of peak_allocated
+        self.blocks: dict[object, tuple[Block, str]] = {}  # key -> allocated block, tag
+        self.pools = {True: [], False: []}  # small? -> free blocks as (size, address, block), sorted
 
     def alloc(self, key, size: int, tag: str = "") -> None:
         """Allocate `size` bytes under a new key."""
@@ -63,7 +63,7 @@ class CachingAllocator:
             self.peak_allocated, self.at_peak = self.allocated, dict(self.by_tag)
 
     def free(self, key) -> None:
-        """Free what was allocated under `key`; nothing if that was empty."""
+        """Free what was allocated under `key`; does nothing for an empty allocation."""
         if key not in self.blocks:
             return
         block, tag = self.blocks.pop(key)
@@ -86,13 +86,13 @@ class CachingAllocator:
         return block
 
     def _grow(self, size: int, small: bool) -> Block:
-        """Room at the end of an expandable segment; what is free there already counts."""
+        """A block at the end of an expandable segment, which grows as far as needed."""
         page = (2 if small else 20) * MIB
         end = self.ends.get(small)
         usable = end.size if end is not None and end.free else 0
         more = -(-(size - usable) // page) * page
         if end is None:
-            block = Block((1 << 60) * (1 + small), more, small)  # addresses that nothing else comes near
+            block = Block((1 << 60) * (1 + small), more, small)  # addresses far away from all others
         elif usable:
             self._leave_pool(end)
             end.size += more
@@ -106,20 +106,20 @@ class CachingAllocator:
 
     def _reserve(self, size: int) -> None:
         if self.reserved + size > self.capacity:
-            raise MemoryError(f"{self.reserved + size} bytes are more than {self.capacity}")
+            raise MemoryError(f"{self.reserved + size} bytes exceed the capacity of {self.capacity}")
         self.born += size
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
     def _give_back(self) -> None:
-        """Return all segments that are wholly free to the driver."""
+        """Return all entirely free segments to the driver."""
         for pool in self.pools.values():
             for _, _, block in [entry for entry in pool if entry[2].previous is None and entry[2].next is None]:
                 self._leave_pool(block)
                 self.reserved -= block.size
 
     def _split(self, block: Block, size: int) -> None:
-        """Keep `size` bytes of a block; the rest becomes free."""
+        """Keep `size` bytes of a block; the rest becomes a free block."""
         rest = Block(block.address + size, block.size - size, block.small)
         block.size = size
         rest.previous, rest.next = block, block.next
@@ -131,7 +131,7 @@ class CachingAllocator:
         self._put(rest)
 
     def _join(self, first: Block, second: Block) -> None:
-        """Make one block of two neighbours; free ones leave the pool."""
+        """Merge two neighbours into one block; free ones are removed from the pool."""
         for block in (first, second):
             if block.free:
                 self._leave_pool(block)

@@ -1,4 +1,4 @@
-"""Main memory and disk that a training takes, and how much of both this machine has."""
+"""Main memory and disk space that a training needs, and how much of both this machine has."""
 
 import argparse
 import os
@@ -12,15 +12,15 @@ from tuning.plan.zero import Zero12Simulator
 
 MIB, GIB = 2**20, 2**30
 PROCESS = 3 * GIB  # main memory of one process with torch and CUDA loaded, before any weights
-READ = 2 * GIB  # a weight file of the official checkpoints, about
-WRITTEN = 4 * GIB  # a weight file of a result, at most; rank 0 holds it while it is written
+READ = 2 * GIB  # size of a weight file of the official checkpoints, roughly
+WRITTEN = 4 * GIB  # maximum size of a weight file of a result; rank 0 holds it in memory while writing
 
 
-class Host(NamedTuple):
-    """What a training takes beside the GPUs, in bytes.
+class HostPlan(NamedTuple):
+    """What a training needs besides GPU memory, in bytes.
 
-    memory: main memory of a node that runs all ranks.
-    phase: when it is the most.
+    memory: main memory of a node that runs all ranks, at its peak.
+    phase: when that peak is.
     result: weights of one result.
     state: one training state.
     """
@@ -31,32 +31,32 @@ class Host(NamedTuple):
     state: int
 
 
-def host_needs(run: Zero12Simulator) -> Host:
-    """Of a training that has been played."""
+def plan_host(run: Zero12Simulator) -> HostPlan:
+    """The main memory and disk space of a simulated training step."""
     model, gpus = run.setup.model, run.gpus
     size = sum(p.numel() for p in run.parameters) * run.item
     trained = sum(p.numel() for p in run.trained)
-    # a tied output layer is saved beside the embedding, for other programs want it
-    saved = trained if hasattr(model, "peft_config") else sum(p.numel() for _, p in every_name(model))
+    # a tied output layer is saved in addition to the embedding, because other programs expect it
+    saved = trained if hasattr(model, "peft_config") else sum(p.numel() for _, p in named_parameters(model))
     result = saved * run.item
     phases = {
-        # ZeRO-3 maps the files and keeps parts; else each rank makes the whole model before it goes to the GPU
+        # ZeRO-3 maps the files and keeps partitions; otherwise each rank builds the whole model before moving it
         "loading": size + gpus * READ if run.stage == 3 else gpus * size + READ,
         "setting up": gpus * (run.cpu + run.cpu_once),
         "training": gpus * run.cpu,
         "saving": gpus * run.cpu + min(result, WRITTEN),
     }
     phase = max(phases, key=phases.get)
-    return Host(gpus * PROCESS + phases[phase], phase, result, trained * (run.item + 12) + MIB)
+    return HostPlan(gpus * PROCESS + phases[phase], phase, result, trained * (run.item + 12) + MIB)
 
 
-def every_name(model):
+def named_parameters(model):
     """Names and parameters as they are saved: tied ones under each of their names."""
     return model.named_parameters(remove_duplicate=False)
 
 
 class Disk(NamedTuple):
-    """Bytes that --output_dir comes to hold: results of epochs, the best one, training states."""
+    """Bytes that --output_dir will hold: results of epochs, the best one, training states."""
 
     results: int
     best: int
@@ -67,8 +67,8 @@ class Disk(NamedTuple):
         return sum(self)
 
 
-def disk_needs(host: Host, args: argparse.Namespace) -> Disk:
-    """What the flags keep at the same time. A new best model, or state, is whole before an old one goes."""
+def plan_disk(host: HostPlan, args: argparse.Namespace) -> Disk:
+    """Disk space for what the flags keep. A new best model or state is complete before an old one is deleted."""
     validates = bool(args.eval_path) or args.eval_ratio is not None
     return Disk(
         args.num_train_epochs * host.result,
@@ -81,16 +81,16 @@ def disk_needs(host: Host, args: argparse.Namespace) -> Disk:
 
 
 def free_memory(root: str = "/") -> int:
-    """Bytes of main memory that this process could take: of the machine, and of the container or job it runs in.
+    """Bytes of main memory available to this process: on the machine, and in the container or job it runs in.
 
     Args:
-        root: of the file system, for tests.
+        root: of the file system; tests use another one.
     """
     return min([psutil.virtual_memory().available, *_cgroup_rooms(Path(root))])
 
 
 def _cgroup_rooms(root: Path):
-    """What each control group around this process has left (Linux; version 1 and 2)."""
+    """Free bytes of each control group of this process (Linux cgroups, version 1 and 2)."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -115,29 +115,29 @@ def _cgroup_rooms(root: Path):
             yield room + int(cache.get("total_inactive_file", cache.get("inactive_file", 0)))
 
 
-# What the user sees
+# Output
 
 
 def shown_size(size: float) -> str:
-    """As 7.4 MiB, 250 MiB, 11.63 GiB."""
+    """For example 7.4 MiB, 250 MiB, 11.63 GiB."""
     if size < GIB:
         return f"{size / MIB:.{1 if size < 100 * MIB else 0}f} MiB"
     return f"{size / GIB:.2f} GiB"
 
 
-def host_text(host: Host, args: argparse.Namespace) -> str:
-    """Lines about main memory and disk, with a warning where this machine has less."""
-    disk = disk_needs(host, args)
+def host_text(host: HostPlan, args: argparse.Namespace) -> str:
+    """Lines about main memory and disk, with a warning if this machine has less."""
+    disk = plan_disk(host, args)
     kept = [f"{shown_size(disk.results)} for {args.num_train_epochs} epoch{'s' * (args.num_train_epochs > 1)}"]
     if disk.best:
         kept.append(f"{shown_size(disk.best)} for the best model, old and new")
     if disk.states:
         kept.append(f"{shown_size(disk.states)} for {args.save_total_limit + 1} training states")
     if args.save_model_step:
-        kept.append("and what --save_model_step saves")
+        kept.append("plus the saves of --save_model_step")
     lines = [
-        f"main memory of a node with all ranks: about {host.memory / GIB:.0f} GiB, most of it while {host.phase}",
-        f"disk: {shown_size(host.result)} a saved folder; {', '.join(kept)}"
+        f"main memory of a node with all ranks: about {host.memory / GIB:.0f} GiB, at its peak while {host.phase}",
+        f"disk: {shown_size(host.result)} per saved folder; {', '.join(kept)}"
         + (f"; {shown_size(disk.total)} in all" if disk.total > disk.results else ""),
     ]
     if not args.save_state_steps:
@@ -145,7 +145,7 @@ def host_text(host: Host, args: argparse.Namespace) -> str:
     return "\n".join([*lines, *_warnings(host, disk, args.output_dir)])
 
 
-def _warnings(host: Host, disk: Disk, folder: str) -> list[str]:
+def _warnings(host: HostPlan, disk: Disk, folder: str) -> list[str]:
     memory, room = free_memory(), free_space(folder)
     less = []
     if memory < host.memory:

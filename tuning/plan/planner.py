@@ -1,8 +1,8 @@
-"""What a training needs before it starts: `train.py ... --plan`. No GPU, no weights; seconds.
+"""How much memory a training needs, before it starts: `train.py ... --plan`. Takes seconds, no GPU and no weights.
 
 The model is built on the meta device, its real forward and backward run on the longest batch that the flags allow, and
-every storage is followed (trace.py). What DeepSpeed adds is played around it (zero.py, zero3.py), all
-of it through a model of CUDA's caching allocator. Nothing here was measured on a GPU.
+every allocation is recorded (trace.py). The trace is replayed into a simulated CUDA caching allocator (allocator.py),
+together with the allocations of DeepSpeed (zero.py, zero3.py). Nothing here was measured on a GPU.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import deepspeed
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
@@ -19,24 +20,26 @@ from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buck
 from tuning.errors import UserError
 from tuning.methods import build_model, parameter_groups
 from tuning.plan.allocator import CachingAllocator
-from tuning.plan.host import GIB, Host, host_needs, host_text
+from tuning.plan.host import GIB, HostPlan, host_text, plan_host
 from tuning.plan.trace import Event, trace_step
 from tuning.plan.zero import Setup, Zero12Simulator
 from tuning.plan.zero3 import Zero3Simulator
-from utils import is_main, say
+from utils import is_rank_0, print_rank_0
 
-CONTEXT = int(1.5 * GIB)  # CUDA's own, its kernels and NCCL's buffers: outside torch's allocator; assumed
+CONTEXT = int(1.5 * GIB)  # CUDA context, kernels and NCCL buffers, outside torch's allocator; an assumption
+# DeepSpeed versions whose allocations the simulators were compared with, see tests/plan/test_planner.py
+TESTED_DEEPSPEED = ("0.19.8",)
 
 
-class Needs(NamedTuple):
-    """What a plan found, in bytes.
+class MemoryPlan(NamedTuple):
+    """The memory that a training needs, in bytes.
 
-    parts: what lives when most is allocated, by kind.
-    slack: what the caching allocator holds beyond that, at its own peak.
-    peak: all of a GPU, context included.
-    phase: when most is allocated.
+    parts: allocated memory at its peak, by kind.
+    slack: memory that the caching allocator reserves beyond that, at its own peak.
+    peak: memory of a GPU, including the CUDA context.
+    phase: part of the step in which the peak is.
     dtype: of weights and activations.
-    host: main memory and disk.
+    host: main memory and disk space.
     """
 
     parts: dict[str, int]
@@ -44,7 +47,7 @@ class Needs(NamedTuple):
     peak: int
     phase: str
     dtype: torch.dtype
-    host: Host
+    host: HostPlan
 
 
 def longest_batch(args: argparse.Namespace, config) -> dict:
@@ -54,10 +57,10 @@ def longest_batch(args: argparse.Namespace, config) -> dict:
 
 
 def run_trace(setup: Setup, on_gpu: bool = True) -> list[Event]:
-    """What one micro-batch allocates, with marks for DeepSpeed; by the rules of a GPU's kernels or of a CPU's."""
+    """Trace of one micro-batch, with the events that DeepSpeed reacts to, as on a GPU or on a CPU."""
     batch = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in setup.batch.items()}
     zero = setup.ds_config["zero_optimization"]
-    # ZeRO-3 has a linear function of its own, that saves the parameter and not a view of what it holds
+    # ZeRO-3 has its own linear function, which saves the parameter instead of a view of its data
     linear = zero3_linear_wrap if zero["stage"] == 3 and zero.get("memory_efficient_linear", True) else None
     return trace_step(setup.model, batch, on_gpu, linear=linear)
 
@@ -66,40 +69,42 @@ EXPANDABLE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
 
 
 def expandable() -> bool:
-    """Whether torch is told to let the allocator's segments grow: then next to nothing is lost between blocks."""
+    """Whether torch uses expandable segments, with almost no loss between blocks."""
     name, value = EXPANDABLE.split("=")
     return value in os.environ.get(name, "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
 
 
-def account(
+def simulate(
     setup: Setup, trace: list[Event], gpus: int, capacity: float = float("inf"), grows: bool | None = None
-) -> Needs:
-    """Play a trace under DeepSpeed on so many GPUs.
+) -> MemoryPlan:
+    """Simulate an optimizer step under DeepSpeed.
 
     Args:
+        trace: of `run_trace`.
+        gpus: number of GPUs.
         capacity: bytes of a GPU that torch may reserve.
-        grows: segments of the allocator do; None: see `expandable`.
+        grows: whether the segments of the allocator are expandable; None: see `expandable`.
 
     Raises:
-        UserError: an optimizer that is not planned.
+        UserError: the optimizer is not supported.
         MemoryError: more than `capacity` is needed.
     """
     stage = setup.ds_config["zero_optimization"]["stage"]
     memory = CachingAllocator(expandable() if grows is None else grows, capacity)
     run = (Zero3Simulator if stage == 3 else Zero12Simulator)(setup, gpus, memory)
-    run.play(trace)
-    return Needs(
+    run.replay(trace)
+    return MemoryPlan(
         parts=memory.at_peak,
         slack=memory.peak_reserved - memory.peak_allocated,
         peak=memory.peak_reserved + CONTEXT,
         phase=run.peak_phase,
         dtype=run.parameters[0].dtype,
-        host=host_needs(run),
+        host=plan_host(run),
     )
 
 
-# Changes of the command line. A new flag that saves memory is a new row: what it costs (in points of trouble, to order
-# the search), and a function that gives the changed flags, or None where it changes nothing.
+# Changes of the command line. A new flag that saves memory is a new row: a cost that orders the search, and a function
+# that returns the changed flags, or None if it changes nothing.
 
 
 def _single_rows(args, gpus):
@@ -152,7 +157,7 @@ Build = Callable[[argparse.Namespace, int], Setup]
 
 
 def flags(changes: dict) -> str:
-    """Changes as they are typed."""
+    """Changes as typed on the command line."""
     return " ".join(f"--{name} {value}" for name, value in changes.items())
 
 
@@ -161,30 +166,32 @@ def changed(args: argparse.Namespace, changes: dict) -> argparse.Namespace:
 
 
 class Plans:
-    """Plans command lines that differ a little; those that differ in what DeepSpeed does alone share a trace.
+    """Plans several command lines; those that differ only in what DeepSpeed does share a trace.
 
     Args:
-        build: makes a Setup of arguments and a number of GPUs.
+        build: makes a Setup from arguments and a number of GPUs.
     """
 
     def __init__(self, build: Build, gpus: int):
         self.build, self.gpus = build, gpus
         self.traces: dict[tuple, tuple[Setup, list[Event]]] = {}
 
-    def __call__(self, args: argparse.Namespace, capacity: float = float("inf"), grows: bool | None = None) -> Needs:
-        """See `account` for capacity, grows and errors."""
+    def __call__(
+        self, args: argparse.Namespace, capacity: float = float("inf"), grows: bool | None = None
+    ) -> MemoryPlan:
+        """The plan of a command line; see `simulate` for capacity, grows and errors."""
         setup = self.build(args, self.gpus)
-        mine = {k: v for k, v in vars(args).items() if k not in ("ds_file", "gradient_accumulation_steps")}
+        settings = {k: v for k, v in vars(args).items() if k not in ("ds_file", "gradient_accumulation_steps")}
         stage3 = setup.ds_config["zero_optimization"]["stage"] == 3
-        key = (str(mine), next(setup.model.parameters()).dtype, stage3)
+        key = (str(settings), next(setup.model.parameters()).dtype, stage3)
         if key not in self.traces:
             self.traces[key] = setup, run_trace(setup)
         traced, trace = self.traces[key]
-        return account(traced._replace(ds_config=setup.ds_config), trace, self.gpus, capacity, grows)
+        return simulate(traced._replace(ds_config=setup.ds_config), trace, self.gpus, capacity, grows)
 
 
-def suggestions(args: argparse.Namespace, plans: Plans) -> list[tuple[str, Needs]]:
-    """Single changes that lower the peak, planned anew each; the most helpful first."""
+def suggestions(args: argparse.Namespace, plans: Plans) -> list[tuple[str, MemoryPlan]]:
+    """Single changes that lower the peak, with their plans; the most effective first."""
     before = plans(args).peak
     options = [change(args, plans.gpus) for _, change in CHANGES]
     found = [(flags(changes), plans(changed(args, changes))) for changes in options if changes]
@@ -193,8 +200,8 @@ def suggestions(args: argparse.Namespace, plans: Plans) -> list[tuple[str, Needs
     return sorted((one for one in found if one[1].peak < before), key=lambda one: one[1].peak)
 
 
-def cheapest(args: argparse.Namespace, plans: Plans, limit: float) -> tuple[dict, Needs] | None:
-    """The changes of least cost with which a training fits into `limit` bytes of each GPU; None if none do."""
+def search_flags(args: argparse.Namespace, plans: Plans, limit: float) -> tuple[dict, MemoryPlan] | None:
+    """Cheapest set of flag changes that fits into `limit` bytes per GPU, with its plan; None if there is none."""
     candidates = []  # (cost, changes)
     for subset in range(1 << len(CHANGES)):
         rows = [row for i, row in enumerate(CHANGES) if subset >> i & 1]
@@ -210,7 +217,7 @@ def cheapest(args: argparse.Namespace, plans: Plans, limit: float) -> tuple[dict
     return None
 
 
-# What the user sees
+# Output
 
 NAMES = {
     "weights": "weights",
@@ -223,8 +230,8 @@ NAMES = {
 }
 
 
-def table(found: Needs) -> str:
-    """The parts of a GPU's memory, in GiB."""
+def memory_table(found: MemoryPlan) -> str:
+    """The parts of a GPU's memory as a table, in GiB."""
     rows = [
         (name, found.parts.get(part, 0)) for part, name in NAMES.items() if part != "gathered" or part in found.parts
     ]
@@ -232,64 +239,81 @@ def table(found: Needs) -> str:
     return "\n".join(f"  {name:<18}{size / GIB:8.2f}" for name, size in rows)
 
 
-def describe(args: argparse.Namespace, found: Needs, gpus: int) -> str:
-    """What was planned, and its table."""
+def describe(args: argparse.Namespace, found: MemoryPlan, gpus: int) -> str:
+    """The planned setting and its memory table."""
     dtype = str(found.dtype).removeprefix("torch.")
     return (
         f"plan (simulated): {args.mode} {args.train_type} in {dtype}, {args.ds_file}, {gpus} GPU{'s' * (gpus > 1)}, "
         f"{args.per_device_train_batch_size} x {args.max_len} tokens each\n"
-        f"GiB of each GPU; the most is allocated in the {found.phase}:\n{table(found)}\n"
-        "CUDA context: what CUDA, its kernels and NCCL take beside torch, assumed. For GPUs of compute capability 8.0\n"
-        "or newer (A100, A40, RTX 30xx, H100); older ones (V100, T4) have other attention kernels and need more."
+        f"GiB per GPU at the peak, which is in the {found.phase}:\n{memory_table(found)}\n"
+        "CUDA context: memory of CUDA, its kernels and NCCL outside torch, an assumption. For GPUs of compute\n"
+        "capability 8.0 or newer (A100, A40, RTX 30xx, H100); older ones (V100, T4) have other attention kernels\n"
+        "and need more."
     )
 
 
 def advice(args: argparse.Namespace, plans: Plans) -> str:
-    """What would lower the peak, a line each: GiB of a GPU with it, the difference, main memory, the flags."""
+    """Changes that lower the peak, one per line: GiB per GPU, the difference, main memory, the flags."""
     before = plans(args).peak
     lines = [
         f"  {after.peak / GIB:6.2f} ({(after.peak - before) / GIB:+.2f}), {after.host.memory / GIB:4.0f}  {change}"
         for change, after in suggestions(args, plans)
     ]
-    head = "what would lower it: GiB of each GPU, GiB of main memory"
-    return "\n".join([head, *(lines or ["  nothing that train.py knows of"])])
+    head = "what would lower it: GiB per GPU, GiB of main memory"
+    return "\n".join([head, *(lines or ["  none known to train.py"])])
+
+
+def check_deepspeed() -> None:
+    """Refuse a DeepSpeed version with which the simulators were not compared.
+
+    Raises:
+        UserError: the installed version is not one of TESTED_DEEPSPEED.
+    """
+    if deepspeed.__version__.split("+")[0] not in TESTED_DEEPSPEED:
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} is installed, but --plan simulates the allocations of DeepSpeed "
+            f"{', '.join(TESTED_DEEPSPEED)} and was not tested with others: install that version to plan"
+        )
 
 
 def plan(args: argparse.Namespace, build: Build) -> None:
-    """Print what `args` need, and what would lower it; with --max_memory, flags that fit, and what they need.
+    """Print the memory that `args` need and changes that lower it; with --max_memory, flags that fit.
 
     Raises:
-        UserError: flags that cannot be meant, or nothing fits.
+        UserError: the installed DeepSpeed is not one of TESTED_DEEPSPEED; invalid flags; nothing fits.
     """
+    check_deepspeed()
     gpus = args.plan_gpus if args.plan_gpus is not None else int(os.environ.get("WORLD_SIZE", 1))
     if gpus < 1:
         raise UserError(f"--plan_gpus must be at least 1, not {gpus}")
     if args.max_memory is not None and not args.max_memory * GIB > CONTEXT:
-        raise UserError(f"--max_memory must be more than {CONTEXT / GIB} GiB, which CUDA itself takes")
-    if not is_main():
+        raise UserError(f"--max_memory must be more than {CONTEXT / GIB} GiB, which the CUDA context needs")
+    if not is_rank_0():
         return
     plans = Plans(build, gpus)
     found = plans(args)
     for line in ds_notes(build(args, gpus).ds_config):
-        say(line)
-    say(describe(args, found, gpus))
+        print_rank_0(line)
+    print_rank_0(describe(args, found, gpus))
     if args.max_memory is None:
-        say(f"{host_text(found.host, args)}\n{advice(args, plans)}")
+        print_rank_0(f"{host_text(found.host, args)}\n{advice(args, plans)}")
         return
-    best = cheapest(args, plans, args.max_memory * GIB)
+    best = search_flags(args, plans, args.max_memory * GIB)
     if best is None:
         raise UserError(
-            f"nothing fits into {args.max_memory:.4g} GiB of each GPU: fewer rows, checkpointing, ZeRO-3, offload and "
+            f"nothing fits into {args.max_memory:.4g} GiB per GPU: fewer rows, checkpointing, ZeRO-3, offload and "
             "a quarter of --max_len were tried; use more GPUs (--plan_gpus), or a method that trains less"
         )
     changes, after = best
-    what = flags(changes) or "no change"
-    say(f"fits into {args.max_memory:.4g} GiB with: {what}  (peak {after.peak / GIB:.2f} GiB); so it takes")
-    say(host_text(after.host, changed(args, changes)))
+    flags_text = flags(changes) or "no change"
+    print_rank_0(
+        f"fits into {args.max_memory:.4g} GiB with: {flags_text}  (peak {after.peak / GIB:.2f} GiB); it then needs"
+    )
+    print_rank_0(host_text(after.host, changed(args, changes)))
 
 
 def plan_setup(args, gpus: int) -> Setup:
-    """What `train` would start on so many GPUs, with the model on the meta device."""
+    """The training that train.py would start on `gpus` GPUs, with the model on the meta device."""
     family = MODE[args.mode]
     config = family.config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, gpus, 1, config.hidden_size), as_gpu=True)
@@ -306,8 +330,9 @@ def plan_setup(args, gpus: int) -> Setup:
 
 
 def memory_advice(args) -> str:
-    """What would need less memory, as --plan has it."""
+    """Changes that need less memory, for the message of a training that ran out of it."""
     try:
+        check_deepspeed()
         return advice(args, Plans(plan_setup, int(os.environ.get("WORLD_SIZE", 1))))
-    except Exception as error:  # the error that this is said of must not be lost
-        return f"--plan can tell what would need less memory ({error})"
+    except Exception as error:  # must not hide the error that it is appended to
+        return f"--plan could not tell what would need less memory ({error})"

@@ -1,7 +1,7 @@
-"""What a training step allocates and frees, seen without a GPU, and what CUDA's caching allocator makes of it.
+"""What a training step allocates and frees, recorded without a GPU.
 
-`trace_step` runs the real forward and backward of a model and writes down the life of every tensor storage. On the meta
-device it costs neither memory nor arithmetic. `CachingAllocator` replays such a list.
+`trace_step` runs the real forward and backward of a model and records when every tensor storage is allocated and freed.
+On the meta device this needs neither memory nor arithmetic. allocator.py replays such a trace.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from torch.utils._pytree import tree_iter
 
 
 class Event(NamedTuple):
-    """One line of a trace.
+    """One entry of a trace.
 
-    what: "alloc", "free" (key is the block's number), or a mark of something that DeepSpeed acts on: "gradient" (key
-    is a parameter; its gradient is complete), "forward", "done", "backward" (key is a module).
+    what: "alloc", "free" (key is the number of the block), or an event that DeepSpeed reacts to: "gradient" (key is a
+    parameter whose gradient is complete), "forward", "done", "backward" (key is a module).
     """
 
     what: str
     key: object
     size: int = 0  # bytes, of an allocation
-    tag: str = ""  # what it is counted as
+    tag: str = ""  # kind of memory it counts as
     block: int | None = None  # number of the block that holds a gradient
 
 
@@ -34,23 +34,23 @@ class Event(NamedTuple):
 
 
 class StorageTracker(TorchDispatchMode):
-    """Writes down when each storage is born and dies. Works on any device, meta included.
+    """Records when each storage is allocated and freed. Works on any device, including meta.
 
-    A storage counts once, however many views it has, and only if it was born in here: those of `known` tensors
-    (weights, inputs) and their views count nothing. Storages elsewhere than on the device of `known` count as "host".
+    A storage counts once, however many views it has, and only if it was allocated in this context: `known` tensors
+    (weights, inputs) and their views do not count. Storages on another device than that of `known` count as "host".
 
     Args:
-        known: tensors that exist already.
-        vocab_size: tensors of so many columns are counted as "loss", all others as "activations".
+        known: tensors that already exist.
+        vocab_size: tensors with this size of the last dimension count as "loss", all others as "activations".
     """
 
     def __init__(self, known, vocab_size: int | None = None):
         super().__init__()
         self.events: list[Event] = []
         self.vocab_size = vocab_size
-        self.numbers: dict[int, int] = {}  # address of a living storage -> its number
-        self.references = {}  # kept, else they would never call back
-        self.tags: dict[int, str] = {}  # better knowledge, come late
+        self.numbers: dict[int, int] = {}  # address of an allocated storage -> its number
+        self.references = {}  # weak references must be kept for their callbacks to run
+        self.tags: dict[int, str] = {}  # tags that became known after the allocation
         self.device = known[0].device.type
         for tensor in known:
             self._add(tensor, silent=True)
@@ -77,7 +77,7 @@ class StorageTracker(TorchDispatchMode):
             self.events.append(Event("alloc", number, storage.nbytes(), tag))
 
     def retag(self, tensor: torch.Tensor, tag: str) -> int:
-        """Count a living storage as something else. Returns its number."""
+        """Change the tag of an allocated storage. Returns its number."""
         number = self.numbers[tensor.untyped_storage()._cdata]
         self.tags[number] = tag
         return number
@@ -86,7 +86,7 @@ class StorageTracker(TorchDispatchMode):
         self.events.append(Event(what, key, block=block))
 
     def trace(self) -> list[Event]:
-        """The events, with late tags filled in."""
+        """The events, with tags that became known later."""
         return [
             e._replace(tag=self.tags[e.key]) if e.what == "alloc" and e.key in self.tags else e for e in self.events
         ]
@@ -94,9 +94,9 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.device == "meta" and kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}  # here may be no device to pin it for
+            kwargs = {**kwargs, "pin_memory": False}  # this machine may have no device to pin it for
         if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
-            result = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # moved out; never read
+            result = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # offloaded; never read
         elif func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             result = args[0]
         else:
@@ -107,14 +107,14 @@ class StorageTracker(TorchDispatchMode):
         return result
 
 
-# Kernels that the meta device lacks
+# Kernels that do not exist on the meta device
 
 
 class FusedAttention(torch.autograd.Function):
-    """What torch's fused attention kernels allocate: the output and one float32 a query and head, never scores.
+    """What torch's fused attention kernels allocate: the output and one float32 per query and head, but no scores.
 
-    On the meta device torch takes the path that spells the scores out. The fused kernels save q, k, v, the mask, the
-    output and the log of the softmax's denominator (aten/src/ATen/native/transformers).
+    On the meta device torch uses the implementation that computes all scores. The fused kernels save q, k, v, the mask,
+    the output and the log of the softmax denominator (aten/src/ATen/native/transformers).
     """
 
     @staticmethod
@@ -129,7 +129,7 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, _mask, _out, log_sum = ctx.saved_tensors
-        # the GPU kernel sums the query's gradient in float32, and keeps sum(grad * out) of each query
+        # the GPU kernel accumulates the query gradient in float32, and stores sum(grad * out) of each query
         accumulator = torch.empty_like(q, dtype=torch.float32) if ctx.on_gpu else None
         row_sums = torch.empty_like(log_sum) if ctx.on_gpu else None
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -138,7 +138,7 @@ class FusedAttention(torch.autograd.Function):
 
 
 class FusedDropout(torch.autograd.Function):
-    """Dropout as a GPU does it: output and a bool mask. Elsewhere torch keeps a mask of the input's type."""
+    """Dropout as on a GPU: output and a bool mask. On other devices torch saves a mask in the dtype of the input."""
 
     @staticmethod
     def forward(ctx, x):
@@ -153,23 +153,23 @@ class FusedDropout(torch.autograd.Function):
 
 @contextlib.contextmanager
 def meta_kernels(on_gpu: bool):
-    """Put the fused kernels in the place of what the meta device would do. Tensors elsewhere are left alone.
+    """Replace functions by the fused kernels for tensors on the meta device; other tensors are not affected.
 
-    Functions are replaced, not intercepted by a TorchFunctionMode: that is off while autograd recomputes a checkpoint.
+    Functions are patched, because a TorchFunctionMode is inactive while autograd recomputes a checkpoint.
 
     Args:
-        on_gpu: allocate as kernels on a GPU do; else as those on a CPU.
+        on_gpu: allocate like GPU kernels; otherwise like CPU kernels.
     """
     real_attention, real_dropout = F.scaled_dot_product_attention, F.dropout
 
     def attention(query, key, value, attn_mask=None, *args, **kwargs):
         if not query.is_meta:
             return real_attention(query, key, value, attn_mask, *args, **kwargs)
-        if on_gpu and query.dtype == torch.float32:  # its kernel takes no groups, see glm_models.attention
+        if on_gpu and query.dtype == torch.float32:  # its kernel does not support groups, see glm_models.attention
             groups = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            # the kernels add masks: torch turns a bool one into numbers, anew in each layer, rows aligned on a GPU
+            # kernels add masks: torch converts a bool mask to numbers in each layer, with aligned rows on a GPU
             step = 16 if on_gpu else 1
             keys = -(-attn_mask.shape[-1] // step) * step
             attn_mask = torch.empty(*attn_mask.shape[:-1], keys, dtype=query.dtype, device="meta")
@@ -191,15 +191,15 @@ def meta_kernels(on_gpu: bool):
 
 
 def trace_step(model, batch: dict, on_gpu: bool = True, engine: bool = True, linear=None) -> list[Event]:
-    """Run forward and backward of one micro-batch and return what happened.
+    """Run forward and backward of one micro-batch and return the trace.
 
     Args:
         model: in training mode; on the device of the batch (meta for a plan).
-        batch: the model's arguments.
-        on_gpu: which kernels stand in on the meta device.
-        engine: gradients are handed over as soon as they are complete, as DeepSpeed takes them, and marked, and so is
-            every module that owns parameters; else they stay on the parameters.
-        linear: takes the place of torch's F.linear.
+        batch: arguments of the model.
+        on_gpu: which kernels the meta device imitates.
+        engine: as under DeepSpeed, a complete gradient is marked and removed from its parameter at once, and every
+            module with parameters of its own is marked; otherwise gradients stay on the parameters.
+        linear: replaces torch's F.linear.
     """
     parameters = list(model.parameters())
     known = [*parameters, *model.buffers(), *(x for x in batch.values() if isinstance(x, torch.Tensor))]
@@ -217,7 +217,7 @@ def trace_step(model, batch: dict, on_gpu: bool = True, engine: bool = True, lin
         loss.backward()
         del loss
     trace = tracker.trace()
-    tracker.references.clear()  # what lives on is no longer of interest
+    tracker.references.clear()  # stop recording
     return trace
 
 
@@ -244,17 +244,17 @@ def _engine_hooks(model, tracker):
 
 
 def peak_bytes(trace: list[Event]) -> int:
-    """The most bytes of the device that live at once, without any allocator's rounding."""
+    """Peak of the bytes allocated on the device, without rounding by an allocator."""
     return _peak(trace, host=False)
 
 
 def host_bytes(trace: list[Event]) -> int:
-    """The most bytes of main memory, of tensors that the model moved there: pinned, so rounded up to powers of two."""
+    """Peak of the bytes that the model moved to main memory: pinned, so rounded up to powers of two."""
     return _peak([e._replace(size=pinned_size(e.size)) for e in trace], host=True)
 
 
 def pinned_size(size: float) -> int:
-    """What torch takes of main memory for a pinned tensor of so many bytes."""
+    """Bytes of main memory that torch allocates for a pinned tensor of `size` bytes."""
     return 2 ** math.ceil(math.log2(size)) if size >= 1 else 0
 
 
@@ -268,6 +268,3 @@ def _peak(trace: list[Event], host: bool) -> int:
         elif event.what == "free":
             now -= sizes.pop(event.key, 0)
     return most
-
-
-# The allocator

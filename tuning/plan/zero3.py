@@ -1,4 +1,4 @@
-"""What ZeRO-3 allocates beside what zero.py has for the other stages: gathered parameters, other buckets."""
+"""Allocations of ZeRO-3: zero.py with partitioned and gathered parameters and other buckets."""
 
 from collections import deque
 
@@ -9,9 +9,9 @@ from tuning.plan.zero import Zero12Simulator
 
 
 class Zero3Simulator(Zero12Simulator):
-    """ZeRO-3: parameters are partitioned too, and gathered around the modules that use them."""
+    """ZeRO stage 3: parameters are partitioned too, and gathered for the modules that use them."""
 
-    def start(self) -> None:
+    def allocate_states(self) -> None:
         gpus, item = self.gpus, self.item
         offload_param = self._device("offload_param")
         pin_param = (self.zero.get("offload_param") or {}).get("pin_memory", True)
@@ -25,20 +25,30 @@ class Zero3Simulator(Zero12Simulator):
         flat = [item * sum(part[p] for p in group["params"]) for group in self.setup.groups]
         for size in (*frozen, *flat):
             if offload_param:
-                self.spare(size, pin_param)
+                self.count_host(size, pin_param)
             else:
-                self.take("weights", size)
-        if offload_param and pin_param:  # loaded one by one before they go into flat buffers; torch keeps pinned memory
+                self.allocate("weights", size)
+        if offload_param and pin_param:  # loaded one by one before flattening; torch keeps pinned memory
             for parameter in self.trained:
-                self.spare(part[parameter] * item, pin_param)
+                self.count_host(part[parameter] * item, pin_param)
         self.always = {p for p in self.parameters if p.numel() <= threshold or gpus == 1}
         if gpus > 1:
             for parameter in self.always:
-                self.take("weights", parameter.numel() * item)
-        elif offload_param:  # nothing to gather from others, but it must come from main memory
+                self.allocate("weights", parameter.numel() * item)
+        elif offload_param:  # gathered from main memory, not from other ranks
             self.always = {p for p in self.parameters if p.numel() <= threshold}
 
-        self.sub_groups = []  # the step goes through them one by one
+        self._allocate_optimizer()
+        self.allocate("buffers", self.bucket_size * item)
+        self.live: dict = {}  # gathered parameter -> its memory
+        self.flying: dict = {}  # prefetched parameter that is not unpacked yet -> (flat buffer, all parameters in it)
+        self.leaving: torch.nn.Module | None = None  # module whose backward is running
+        self.at = 0
+
+    def _allocate_optimizer(self) -> None:
+        """Master weights, moments and accumulated gradients, in the sub-groups that the optimizer steps through."""
+        part = self.part_numel
+        self.sub_groups = []
         limit = self.zero.get("sub_group_size", 1e9)
         for group in self.setup.groups:
             pieces: list[int] = []
@@ -50,40 +60,33 @@ class Zero3Simulator(Zero12Simulator):
             if pieces:
                 self.sub_groups.append(pieces)
         for pieces in self.sub_groups:
-            for _ in range(3):  # float32 copy, and two moments
+            for _ in range(3):  # float32 master weights and two moments
                 if self.offload:
-                    self.spare(4 * sum(pieces))
+                    self.count_host(4 * sum(pieces))
                 else:
-                    self.take("optimizer", 4 * sum(pieces))
+                    self.allocate("optimizer", 4 * sum(pieces))
             if self.offload:  # gradients
-                self.spare(4 * sum(pieces), self.pin)
+                self.count_host(4 * sum(pieces), self.pin)
         sums = self.sum_item * sum(map(sum, self.sub_groups))
         if self.offload:
-            self.spare(sums, self.pin)
-            self.cpu_once = sums if self.pin else 0  # made in common memory first
+            self.count_host(sums, self.pin)
+            self.cpu_once = sums if self.pin else 0  # created in pageable memory first
         else:
-            self.take("gradients", sums)
-        self.take("buffers", self.bucket_size * item)
-        self.in_bucket = []
+            self.allocate("gradients", sums)
 
-        self.live: dict = {}  # gathered parameter -> its memory
-        self.flying: dict = {}  # prefetched together, not yet cut apart: parameter -> (their memory, all of them)
-        self.leaving: torch.nn.Module | None = None  # module whose backward is under way
-        self.at = 0
-
-    def play(self, trace: list[Event]) -> None:
-        # DeepSpeed knows the order of modules from the first step
+    def replay(self, trace: list[Event]) -> None:
+        # DeepSpeed recorded the order of modules in the first step
         self.order = [list(e.key.parameters(recurse=False)) for e in trace if e.what in ("forward", "backward")]
         self.queue = deque((i, p) for i, parameters in enumerate(self.order) for p in parameters)
         self.fetched_for: dict = {}
-        super().play(trace)
+        super().replay(trace)
 
-    def module(self, event: Event) -> None:
+    def on_module(self, event: Event) -> None:
         if event.what == "done":
             self.release(event.key)
             return
-        # No mark tells the end of a module's backward but the begin of the next one's. Forwards in between recompute a
-        # checkpoint, at whose end this module stands.
+        # A module's backward ends where the next one's begins. Forwards in between recompute a checkpoint that ends
+        # with this module.
         if event.what == "backward":
             if self.leaving is not None:
                 self.release(self.leaving)
@@ -91,28 +94,30 @@ class Zero3Simulator(Zero12Simulator):
         self.fetch(list(event.key.parameters(recurse=False)))
 
     def gather(self, parameters: list, wait: bool) -> None:
-        """One coalesced all-gather: a flat buffer, cut into parameters once it has come; one alone is not copied."""
+        """One coalesced all-gather into a flat buffer, unpacked on arrival; a single parameter is not copied."""
         parameters = [p for p in parameters if p not in self.always and p not in self.live and p not in self.flying]
         if len(parameters) == 1:
-            self.live[parameters[0]] = self.take("gathered", parameters[0].numel() * self.item)
+            self.live[parameters[0]] = self.allocate("gathered", parameters[0].numel() * self.item)
         elif parameters:
-            flat = self.take("gathered", sum(p.numel() for p in parameters) * self.item)
+            flat = self.allocate("gathered", sum(p.numel() for p in parameters) * self.item)
             self.flying |= dict.fromkeys(parameters, (flat, parameters))
             if wait:
-                self.land(parameters[0])
+                self.unpack_gathered(parameters[0])
 
-    def land(self, parameter) -> None:
+    def unpack_gathered(self, parameter) -> None:
+        """Copy the parameters of a flat buffer that has arrived out of it."""
         flat, parameters = self.flying[parameter]
         for one in parameters:
-            self.live[one] = self.take("gathered", one.numel() * self.item)
+            self.live[one] = self.allocate("gathered", one.numel() * self.item)
             del self.flying[one]
-        self.drop(flat)
+        self.free(flat)
 
     def fetch(self, parameters: list) -> None:
+        """Gather the parameters of a module that begins, and prefetch those of the next ones."""
         self.gather(parameters, wait=True)
         for parameter in parameters:
             if parameter in self.flying:
-                self.land(parameter)
+                self.unpack_gathered(parameter)
         if self.gpus == 1 and not self.offload_param:
             self.at += 1
             return
@@ -121,7 +126,7 @@ class Zero3Simulator(Zero12Simulator):
             self.fetched_for[parameter] = step
         room = self.zero.get("stage3_max_live_parameters", 1e9) - sum(p.numel() for p in (*self.live, *self.flying))
         room = min(room, self.zero.get("stage3_prefetch_bucket_size", 5e7))
-        coming, numel = {}, 0  # a dict as an ordered set
+        coming, numel = {}, 0  # used as an ordered set
         while self.queue and numel < room:
             step, parameter = self.queue.popleft()
             self.fetched_for[parameter] = max(step, self.fetched_for.get(parameter, -1))
@@ -132,7 +137,7 @@ class Zero3Simulator(Zero12Simulator):
         self.at += 1
 
     def release(self, module) -> None:
-        """Let go of a module's parameters, except for those that are needed soon or were passed by the prefetch."""
+        """Free a module's gathered parameters, except those that are needed again soon or already prefetched."""
         leaving = [
             p for p in module.parameters(recurse=False) if p in self.live and self.fetched_for.get(p, -1) <= self.at
         ]
@@ -146,46 +151,46 @@ class Zero3Simulator(Zero12Simulator):
             distance += sum(p.numel() for p in parameters)
         for parameter in leaving:
             if parameter not in soon:
-                self.drop(self.live.pop(parameter))
+                self.free(self.live.pop(parameter))
 
-    def gradient(self, parameter, block) -> None:
+    def on_gradient(self, parameter, block) -> None:
         filled = sum(p.numel() for p, _ in self.in_bucket)
         if self.in_bucket and filled + parameter.numel() > self.bucket_size:
-            self.flush()
+            self.reduce_bucket()
             filled = 0
         fits = filled + parameter.numel() <= self.bucket_size
         self.in_bucket.append((parameter, None if fits else block))
         if not fits:
             self.held.add(block)
 
-    def flush(self) -> None:
+    def reduce_bucket(self) -> None:
         if not self.in_bucket:
             return
         numel = sum(self.part_numel[p] for p, _ in self.in_bucket)
         if len(self.in_bucket) > 1 or self.in_bucket[0][0].numel() % self.gpus:
-            flat = self.take("buffers", numel * self.gpus * self.item)  # interleaved by rank
+            flat = self.allocate("buffers", numel * self.gpus * self.item)  # interleaved by rank
         else:
             flat = None
         if not self.on_gpu:  # gloo's copy
-            self.drop(self.take("buffers", numel * self.gpus * self.item))
+            self.free(self.allocate("buffers", numel * self.gpus * self.item))
         if self.sum_item != self.item:
-            self.drop(self.take("buffers", numel * self.sum_item))
-        self.drop(flat)
+            self.free(self.allocate("buffers", numel * self.sum_item))
+        self.free(flat)
         self.held -= {block for _, block in self.in_bucket}
         self.in_bucket = []
 
     def end_of_backward(self) -> None:
-        self.flush()
+        self.reduce_bucket()
         for key in {*self.live.values(), *(flat for flat, _ in self.flying.values())}:
-            self.drop(key)
+            self.free(key)
 
-    def step(self) -> None:
+    def optimizer_step(self) -> None:
         if self.offload:
             return
         if self.takes_norm:
-            self.drop(self.take("buffers", self.norm_item * max(map(max, self.sub_groups))))
+            self.free(self.allocate("buffers", self.norm_item * max(map(max, self.sub_groups))))
         for pieces in self.sub_groups:
             size = sum(pieces)
-            # flattened, then made float32
-            flat = self.take("gradients", self.sum_item * size) if len(pieces) > 1 else None
-            self.update(flat, size)
+            # flattened, then converted to float32
+            flat = self.allocate("gradients", self.sum_item * size) if len(pieces) > 1 else None
+            self.adam_update(flat, size)

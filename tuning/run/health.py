@@ -20,7 +20,7 @@ from tuning.errors import ExitCode, StopTraining
 from tuning.exits import ENDING
 from tuning.run.launch import machine
 from tuning.samples.batches import Batch
-from utils import control_group, is_main, say
+from utils import control_group, is_rank_0, print_rank_0
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST = 5.0  # seconds: a terminal or Slurm signals all processes, and then the launcher repeats the signal
@@ -54,7 +54,7 @@ class Signals:
         now = time.monotonic()
         if not self.number:
             self.number, self.since = number, now
-            if is_main():  # not print(): the signal may have interrupted a print
+            if is_rank_0():  # not print(): the signal may have interrupted a print
                 text = (
                     f"{signal.Signals(number).name}: a state is saved after this step; a second signal ends at once\n"
                 )
@@ -65,7 +65,7 @@ class Signals:
             os._exit(128 + number)
 
 
-class Peers:
+class PeerWatchdog:
     """Ends this process when another process of the run on this machine has died.
 
     Gloo notices a dead process, NCCL does not: this process could wait for it for a long time.
@@ -132,18 +132,18 @@ def _nothing(*_) -> None:
 class StepHooks(NamedTuple):
     """Functions that tests and benchmarks have called around each optimiser step, on every rank.
 
-    before: gets the Watch and the step's micro-batches, before the model has them.
-    after: gets the Watch and the Step.
+    before: gets the StepMonitor and the step's micro-batches, before the model has them.
+    after: gets the StepMonitor and the Step.
     """
 
-    before: Callable[["Watch", list[Batch]], None] = _nothing
-    after: Callable[["Watch", Step], None] = _nothing
+    before: Callable[["StepMonitor", list[Batch]], None] = _nothing
+    after: Callable[["StepMonitor", Step], None] = _nothing
 
 
 NO_HOOKS = StepHooks()
 
 
-class Watch:
+class StepMonitor:
     """Checks each optimiser step of this rank, and stops all ranks when training on is useless.
 
     A context manager: inside it signals are noted, and an error that passes through says in which micro-batch it was.
@@ -241,7 +241,7 @@ class Watch:
             text += f" Rows of {path}, {where}." if where else ""
         self.skipped += skippable
         if skippable and self.skipped <= self.may_skip:
-            say(f"warning: {text} Step skipped ({self.skipped} of at most {self.may_skip}, --skip_nonfinite)")
+            print_rank_0(f"warning: {text} Step skipped ({self.skipped} of at most {self.may_skip}, --skip_nonfinite)")
             return
         hint = "a lower --learning_rate or a longer warm-up often helps; look at the rows"
         if skippable and self.may_skip:
@@ -292,7 +292,7 @@ def _list(lines: list[int]) -> str:
 
 
 @contextlib.contextmanager
-def told_clearly(advice: Callable[[], str]):
+def explain_oom(advice: Callable[[], str]):
     """Tell the user what to do when memory runs out, or when the float16 loss scale cannot go lower.
 
     Args:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tuning import ROOT
 from tuning.folders import write_errors, write_file
 from tuning.run.flops import Flops
-from utils import control_group, is_main, say
+from utils import control_group, is_rank_0, print_rank_0
 
 SUMMARY = "summary.json"  # of a finished training
 
@@ -60,7 +60,9 @@ class JsonLines:
             self._append()
         except OSError as error:
             if not self.warned:
-                say(f"warning: {self.path} cannot be written ({error.strerror}); its lines are kept and written later")
+                print_rank_0(
+                    f"warning: {self.path} cannot be written ({error.strerror}); its lines are kept and written later"
+                )
             self.warned = True
 
     def _append(self) -> None:
@@ -83,7 +85,7 @@ class JsonLines:
         try:
             self._append()
         except OSError as error:
-            say(f"warning: {self.path} lacks its last {self.waiting.count(chr(10))} lines ({error.strerror})")
+            print_rank_0(f"warning: {self.path} lacks its last {self.waiting.count(chr(10))} lines ({error.strerror})")
 
 
 def _step_of(line: str) -> float:
@@ -129,7 +131,7 @@ class Curves:
             yield
         except OSError as error:
             self.writer = None
-            say(
+            print_rank_0(
                 f"warning: TensorBoard's files in {self.folder} cannot be written ({error.strerror or error}); the "
                 "training goes on without them, log.jsonl has the same figures"
             )
@@ -171,7 +173,7 @@ class RunLog:
         """Start the clock."""
         self.start = self.last = time.perf_counter()
         self.first = self.engine.global_steps  # 0, or the step from which the run resumes
-        if is_main():
+        if is_rank_0():
             self.curves = Curves(os.path.join(self.output_dir, "tensorboard"), self.first)
             self.file = JsonLines(os.path.join(self.output_dir, "log.jsonl"), self.first)
             # without the bar's own estimate of the time left, which would differ from the better one in the lines
@@ -227,7 +229,7 @@ class RunLog:
         if self.file is None:
             return
         left = duration((now - self.start) / (steps - self.first) * (self.total_steps - steps))
-        say(
+        print_rank_0(
             f"epoch {epoch}/{self.epochs} step {steps}/{self.total_steps} loss {loss:.4f} lr {self.lr:.3g} "
             f"grad_norm {norm:.3g} {speed:.0f} tokens/s {memory / 2**30:.2f} GiB left {left}"
         )
@@ -255,8 +257,8 @@ class RunLog:
         try:
             write_file(path, json.dumps(more, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
-            say(f"warning: {path} cannot be written ({error.strerror})")
-        say(
+            print_rank_0(f"warning: {path} cannot be written ({error.strerror})")
+        print_rank_0(
             f"done: {samples:.0f} samples, {tokens:.0f} tokens in {duration(seconds)}, "
             f"{tokens / seconds:.0f} tokens/s, {flops / seconds / ranks / 1e12:.3g} TFLOP/s per device, "
             f"{flops / seconds / ranks / self.peak:.0%} of its {self.peak / 1e12:.3g} in a matrix product"

@@ -28,7 +28,7 @@ from tuning.run import results
 from tuning.run.launch import check_shared
 from tuning.run.results import shorten
 from tuning.run.resume import LAYOUT, Run, check_run, find_state
-from utils import control_group, data_parallel_size, is_main, on_rank_0, say
+from utils import control_group, data_parallel_size, is_rank_0, on_rank_0, print_rank_0
 
 FILE = "run.json"
 FORMAT = 1
@@ -89,7 +89,7 @@ def describe_start(args, run: Run, ds_config: dict, state: str | None) -> dict:
         "run": run._asdict(),
         "ds_config": ds_config,
         "versions": describe_versions(),
-        "git": describe_git() if is_main() else None,
+        "git": describe_git() if is_rank_0() else None,
         "devices": describe_devices(),
         "state": state,
         "started": now(),
@@ -173,13 +173,13 @@ class RunRecord:
             try:
                 self._end()
             except (FolderError, CheckpointError) as second:  # the first error is the one to report
-                say(f"warning: {second}")
+                print_rank_0(f"warning: {second}")
             raise
         self.start["exit"] = self.start["exit"] or "done"
         self._end()
 
     def _end(self) -> None:
-        if is_main():
+        if is_rank_0():
             path = os.path.join(self.output_dir, "best.json")
             self.start |= {"ended": now(), "best": read_json(path) if os.path.isfile(path) else None}
             self.write()
@@ -218,13 +218,15 @@ def open_output(args) -> str | None:
     """
     for folder in (args.output_dir, os.path.join(args.output_dir, "states")):
         for path in sweep(folder):
-            say(f"{path}: tidied up after a run that was killed")
+            print_rank_0(f"{path}: tidied up after a run that was killed")
     state = None
     if args.resume_from_checkpoint:
         state, broken = find_state(args.resume_from_checkpoint, args.output_dir)
         for problem in broken:
-            say(f"warning: a newer state cannot be used: {problem}")
-        say(f"going on from {state}" if state else f"no training state in {args.output_dir} yet: from the start")
+            print_rank_0(f"warning: a newer state cannot be used: {problem}")
+        print_rank_0(
+            f"going on from {state}" if state else f"no training state in {args.output_dir} yet: from the start"
+        )
     results.check_second_run(args.output_dir, state, args.resume_from_checkpoint == "auto", args.overwrite_output_dir)
     return state
 
@@ -251,7 +253,7 @@ def check_resume(args, state: str | None, run: Run) -> None:
         UserError: see `resume.check_run` and `check_restart`.
     """
     for change in check_run(state, run, args.resume_changed) if state else ():
-        say(f"warning: changed since {state}: {change}")
+        print_rank_0(f"warning: changed since {state}: {change}")
     if args.resume_from_checkpoint and not state:
         on_rank_0(lambda: check_restart(args.output_dir, results.find_traces(args.output_dir), run))
 

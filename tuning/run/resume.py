@@ -39,7 +39,7 @@ from tuning.folders import (
     write_errors,
     write_file,
 )
-from utils import control_group, on_rank_0, say
+from utils import control_group, on_rank_0, print_rank_0
 
 FORMAT = 1  # of run.json and the rank files
 LATEST = "latest"
@@ -201,7 +201,7 @@ def _differences(name: str, before, now) -> list[str]:
 # Saving and loading
 
 
-class States:
+class Checkpoints:
     """Saves the states of one run, and loads one. Each method is called on every rank.
 
     Args:
@@ -250,7 +250,7 @@ class States:
             files = [None] * self.run.ranks
             torch.distributed.all_gather_object(files, mine, control_group())
             on_rank_0(lambda: self._publish(partial, folder, {n: f for part in files for n, f in part.items()}))
-        say(f"state saved: {folder}")
+        print_rank_0(f"state saved: {folder}")
         return folder
 
     def _finish(self, partial: str) -> None:
@@ -268,7 +268,7 @@ class States:
         # later ones are damaged, or became invalid when the run resumed from an earlier state
         for old in [*past[self.keep :], *(state for state in others if step_of(state) > here)]:
             if os.path.islink(old):
-                say(f"{old} is a link: only the link is removed, not its target")
+                print_rank_0(f"{old} is a link: only the link is removed, not its target")
             remove_folder(old)
 
     def load(self, state: str) -> None:

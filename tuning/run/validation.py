@@ -23,7 +23,7 @@ from tuning.samples.dataset import HeldOut, InstructionData
 from tuning.samples.encoding import encode_samples
 from tuning.samples.formats import Columns, to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
-from utils import control_group, data_parallel_rank, data_parallel_size, device, is_main, on_rank_0, say
+from utils import control_group, data_parallel_rank, data_parallel_size, device, is_rank_0, on_rank_0, print_rank_0
 
 LOWER_IS_BETTER = {"loss", "perplexity", "repeating", "empty"}
 NO_DIRECTION = {"mean_length", "reference_length"}
@@ -201,9 +201,9 @@ class Validation:
                 f"; answers to {len(self.generated)}, of at most {self.max_new_tokens} tokens, scored as {self.kind}"
             )
             text += f" (ROUGE and BLEU are left out; they need: {missing(self.kind)})" if missing(self.kind) else ""
-        say(text)
+        print_rank_0(text)
         step = self.engine.global_steps
-        if is_main():
+        if is_rank_0():
             self.file = JsonLines(os.path.join(self.args.output_dir, "validation.jsonl"), step)
         if self.args.eval_at_start and not step:
             self._measure(0)
@@ -228,7 +228,7 @@ class Validation:
         if patience is None or self.stale < patience or step == self.total_steps:
             return False
         patient = f"{self.stale} validations without improvement (patience)"
-        say(f"stopping early after step {step}: {patient}; {self.describe_best()}")
+        print_rank_0(f"stopping early after step {step}: {patient}; {self.describe_best()}")
         return True
 
     def describe_best(self) -> str | None:
@@ -289,6 +289,6 @@ class Validation:
             shown += [HEADLINE[self.kind], "exact_match", "ended"]
         figures = " ".join(f"{name} {values[name]:.4f}" for name in dict.fromkeys(shown) if name in values)
         best = f"; best {self.args.best_metric} before {self.best:.4f}, step {self.best_step}" if self.best_step else ""
-        say(f"validation epoch {epoch} step {step}/{self.total_steps} {figures} ({seconds:.1f} s{best})")
+        print_rank_0(f"validation epoch {epoch} step {step}/{self.total_steps} {figures} ({seconds:.1f} s{best})")
         self.file.add(step=step, epoch=epoch, **values, seconds=seconds)
         self.log.write("eval", values, step)

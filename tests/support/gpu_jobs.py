@@ -1,6 +1,6 @@
 """Trainings and predictions in one process, measured: what tests/gpu_check.py runs on the device.
 
-    python tests/gpu_jobs.py JOBS RESULTS          (or under the deepspeed launcher)
+    python tests/support/gpu_jobs.py JOBS RESULTS          (or under the deepspeed launcher)
 
 JOBS is a json file, {name: [script, arguments]}, script train or predict; RESULTS gets a line for each job that ended:
 {"name": ..., and what `run_training` returns, or "error"}. A process that dies leaves the lines before.
@@ -14,7 +14,7 @@ import time
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -84,14 +84,14 @@ def run_training(argv: list[str]) -> dict:
 
 def main() -> None:
     jobs, results = [Path(arg) for arg in sys.argv if arg.endswith((".json", ".jsonl"))]
-    utils.quiet(verbose=False)
+    utils.silence_libraries(verbose=False)
     for name, (script, argv) in json.loads(jobs.read_text()).items():
         print("job", name, flush=True)
         try:
             result = run_training(argv) if script == "train" else predict.main(argv) or {}
         except Exception as error:  # the other jobs are tried all the same
             result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        if utils.is_main():
+        if utils.is_rank_0():
             with results.open("a") as file:
                 file.write(json.dumps({"name": name, **result}) + "\n")
         if "error" in result and ("CUDA error" in result["error"] or int(os.environ.get("WORLD_SIZE", 1)) > 1):

@@ -118,7 +118,7 @@ def test_tied_weights_count_once():
     setup = build(args, ds_config(args, 2), "meta")
     memory = CachingAllocator()
     run = Zero12Simulator(setup, 1, memory)
-    run.start()
+    run.allocate_states()
     numel = sum(p.numel() for p in {id(p): p for p in setup.model.parameters()}.values())
     assert memory.by_tag["weights"] == pytest.approx(2 * numel, rel=0.01)
     assert setup.model.lm_head.weight is setup.model.transformer.word_embeddings.weight
@@ -225,7 +225,7 @@ def measured(tmp_path_factory):
     """measured[stage, ranks]: what DeepSpeed allocates. Stages have their own processes: stage 3 changes modules."""
     folder = tmp_path_factory.mktemp("measured")
     files = {(stage, ranks): folder / f"{stage}-{ranks}.json" for stage, ranks in ((2, 1), (3, 1), (2, 2))}
-    program, started = str(ROOT / "tests" / "measured.py"), []
+    program, started = str(ROOT / "tests" / "support" / "measured.py"), []
     for (stage, ranks), file in files.items():
         started += start_ranks(ranks, program, str(stage), str(file), *(["large"] if ranks > 1 else []))
     end_ranks(started)
@@ -240,17 +240,17 @@ def planned_peaks(name: str, stage: int, ranks: int, sums: str) -> list[int]:
     memory = Exact()
 
     class Watched(Zero3Simulator if stage == 3 else Zero12Simulator):
-        def start(self):
-            super().start()
+        def allocate_states(self):
+            super().allocate_states()
             self.before = memory.allocated
 
-        def step(self):
+        def optimizer_step(self):
             peaks.append(memory.peak_allocated - self.before)
             self.before = memory.peak_allocated = memory.allocated
-            super().step()
+            super().optimizer_step()
             peaks.append(memory.peak_allocated - self.before)
 
-    Watched(setup, ranks, memory, on_gpu=False).play(planner.run_trace(setup, on_gpu=False))
+    Watched(setup, ranks, memory, on_gpu=False).replay(planner.run_trace(setup, on_gpu=False))
     return peaks
 
 
@@ -274,7 +274,7 @@ def play(flags: str, stage: int, gpus: int, **sections) -> Zero12Simulator:
     args = arguments(flags)
     setup = build(args, ds_config(args, stage, gpus, **sections), "meta")
     run = (Zero3Simulator if stage == 3 else Zero12Simulator)(setup, gpus, Exact())
-    run.play(planner.run_trace(setup))
+    run.replay(planner.run_trace(setup))
     return run
 
 
@@ -319,7 +319,7 @@ def test_offload_moves_the_optimizer_to_main_memory():
 def test_a_step_has_float32_gradients_beside_sums_in_bf16():
     flags = "--mode glm2 --train_type all --gradient_checkpointing --max_len 8 --max_src_len 4"
     run = play(flags, 2, 1, data_types={"grad_accum_dtype": "bf16"})
-    assert run.peak_phase == "optimiser step"
+    assert run.peak_phase == "optimizer step"
     decay, rest = (sum(p.numel() for p in group["params"]) for group in run.setup.groups)
     # bf16 sums of all, a flat copy of a group's and its float32
     assert run.memory.at_peak["gradients"] == 2 * (decay + rest) + (2 + 4) * decay
@@ -364,7 +364,7 @@ def test_max_memory_finds_the_cheapest_flags_that_fit(official, tmp_path, capsys
     ):
         planner.plan(train.parse_args([*flags, str(limit)]), planner.plan_setup)
         assert f"with: {found} " in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"nothing fits into 1\.6 GiB"):
+    with pytest.raises(UserError, match=r"nothing fits into 1\.6 GiB per GPU"):
         planner.plan(train.parse_args([*flags, "1.6"]), planner.plan_setup)
 
 
@@ -388,11 +388,22 @@ def test_a_plan_is_for_bf16_and_obeys_the_ds_file(official, tmp_path):
     assert next(planner.plan_setup(args, 1).model.parameters()).dtype == torch.float32
 
 
+def test_an_untested_deepspeed_is_refused(official, monkeypatch):
+    pins = (ROOT / "requirements.txt").read_text()
+    assert f"deepspeed=={planner.TESTED_DEEPSPEED[-1]}\n" in pins  # a new pin needs new comparisons, those above
+    monkeypatch.setattr(planner.deepspeed, "__version__", "0.20.1+abc")
+    with pytest.raises(UserError, match=r"DeepSpeed 0\.20\.1\+abc is installed, but --plan simulates"):
+        planner.plan(train.parse_args(official), planner.plan_setup)
+    assert "could not tell what would need less memory (DeepSpeed 0.20.1+abc" in planner.memory_advice(None)
+    monkeypatch.setattr(planner.deepspeed, "__version__", f"{planner.TESTED_DEEPSPEED[-1]}+abc")
+    planner.check_deepspeed()  # a local build of a tested version
+
+
 def test_an_optimizer_that_is_not_planned_is_refused():
     args = arguments("--mode glm2 --train_type lora")
     setup = build(args, ds_config(args, 2, optimizer={"type": "Lion"}), "meta")
     with pytest.raises(UserError, match="Adam and AdamW, not Lion"):
-        planner.account(setup, [], 1)
+        planner.simulate(setup, [], 1)
 
 
 def test_real_tensors_are_left_alone():

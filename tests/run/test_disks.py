@@ -20,7 +20,7 @@ from tuning.samples import cache
 def said(monkeypatch):
     """What the log says on the terminal."""
     lines = []
-    monkeypatch.setattr(log, "say", lines.append)
+    monkeypatch.setattr(log, "print_rank_0", lines.append)
     return lines
 
 

@@ -7,7 +7,7 @@ import torch
 
 import data_set
 import train
-from tuning.run.health import StepHooks, Watch
+from tuning.run.health import StepHooks, StepMonitor
 from tuning.samples.batches import Batch
 
 
@@ -95,7 +95,7 @@ def test_a_step_runs_every_micro_batch_and_keeps_no_graph():
 @pytest.mark.parametrize(("fails_at", "tokens"), [(2, 7), (3, 5)])
 def test_an_error_names_the_micro_batch_in_which_it_was(fails_at, tokens):
     engine, seen = Engine(accumulation=2, fails_at=fails_at), []
-    watch = Watch(engine, Rows.files, 5.0, hooks=StepHooks(before=lambda watch, step: seen.append(len(step))))
+    watch = StepMonitor(engine, Rows.files, 5.0, hooks=StepHooks(before=lambda watch, step: seen.append(len(step))))
     with pytest.raises(torch.OutOfMemoryError) as error, watch:
         train.train_step(engine, batches(9, 9))  # the step before
         watch.begin_step(batches(7, 5))

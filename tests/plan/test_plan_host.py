@@ -10,18 +10,18 @@ import train
 from glm_models import MODE
 from tuning.engine import saving
 from tuning.plan import host, planner
-from tuning.plan.host import GIB, MIB, Host, disk_needs, free_memory, host_needs, shown_size
+from tuning.plan.host import GIB, MIB, HostPlan, free_memory, plan_disk, plan_host, shown_size
 from tuning.plan.zero import Zero12Simulator
 from tuning.plan.zero3 import Zero3Simulator
 
 
 def test_a_new_best_model_or_state_is_there_before_an_old_one_goes():
-    host = Host(0, "loading", result=10, state=70)
+    host = HostPlan(0, "loading", result=10, state=70)
     plain = arguments("--mode glm2 --num_train_epochs 3")
-    assert disk_needs(host, plain) == (30, 0, 0)
+    assert plan_disk(host, plain) == (30, 0, 0)
     more = arguments("--mode glm2 --num_train_epochs 3 --eval_ratio 0.1 --save_state_steps 5 --save_total_limit 4")
-    assert disk_needs(host, more) == (30, 20, 350)
-    assert disk_needs(host, more).total == 400
+    assert plan_disk(host, more) == (30, 20, 350)
+    assert plan_disk(host, more).total == 400
 
 
 @pytest.mark.parametrize("method", ["lora", "all"])
@@ -29,7 +29,7 @@ def test_folders_and_states_are_as_large_as_training_makes_them(method):
     args = arguments(f"--mode glm --train_type {method}")
     setup = build(args, ds_config(args, 2), "meta")
     run = Zero12Simulator(setup, 2, planner.CachingAllocator())
-    host = host_needs(run)
+    host = plan_host(run)
     trained = sum(p.numel() for p in run.trained)
     assert host.result == saving.result_size(setup.model, torch.bfloat16)
     tied = setup.model.get_output_embeddings().weight.numel()  # written twice
@@ -44,10 +44,10 @@ def test_each_rank_makes_the_model_in_its_own_main_memory_but_under_zero_3():
         run = simulator(setup, 4, planner.CachingAllocator())
         size = 2 * sum(p.numel() for p in run.parameters)
         files = host.READ * (1 if stage == 2 else 4)
-        assert host_needs(run) == (4 * host.PROCESS + models * size + files, "loading", size, 7 * size + MIB)
+        assert plan_host(run) == (4 * host.PROCESS + models * size + files, "loading", size, 7 * size + MIB)
         run.cpu = 100 * GIB
-        assert host_needs(run).phase == "saving"
-        assert host_needs(run).memory == 4 * (host.PROCESS + 100 * GIB) + size
+        assert plan_host(run).phase == "saving"
+        assert plan_host(run).memory == 4 * (host.PROCESS + 100 * GIB) + size
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_machine_with_less_is_warned_of_once(small_machine, capsys, monkeypatc
 
 def test_an_adapter_has_a_size_and_the_context_a_meaning(small_machine, capsys):
     text = printed([*small_machine, "--train_type", "lora"], capsys)
-    assert "MiB a saved folder" in text and "0.00 GiB a saved" not in text
+    assert "MiB per saved folder" in text and "0.00 GiB per saved" not in text
     assert "an interrupted run saves a training state" in text
-    assert "CUDA context: what CUDA, its kernels and NCCL take" in text and "compute capability 8.0" in text
+    assert "CUDA context: memory of CUDA, its kernels and NCCL" in text and "capability 8.0 or newer" in text
     assert "warning" not in text

@@ -18,11 +18,11 @@ import torch
 
 from tuning import exits, folders
 from tuning.errors import DataError, StopTraining, UserError
-from tuning.exits import clear_errors
+from tuning.exits import exit_on_user_errors
 from tuning.run import health, launch, log, resume
 from tuning.run.launch import rank_variables
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = {"MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 FOURTH = {"RANK": "3", "WORLD_SIZE": "4"} | ADDRESS
@@ -159,9 +159,9 @@ def test_containers_of_one_name_are_told_apart(monkeypatch):
         elsewhere = launch.machine()
     assert elsewhere[:2] == mine[:2] and elsewhere != mine
     gathers(monkeypatch, [(mine, os.getpid()), (elsewhere, 2**22 + 1)])
-    assert health.Peers().others == {}  # no such process here, and yet it lives
+    assert health.PeerWatchdog().others == {}  # no such process here, and yet it lives
     gathers(monkeypatch, [(mine, os.getpid()), (mine, os.getppid())])
-    peers = health.Peers()
+    peers = health.PeerWatchdog()
     peers.over = True
     assert peers.others == {1: os.getppid()}
 
@@ -277,11 +277,11 @@ ENDS = [
 @pytest.mark.parametrize(("error", "code", "line"), ENDS)
 def test_each_end_is_one_line_and_its_exit_code(ranks, capsys, error, code, line):
     ranks(0, 1)
-    with pytest.raises(SystemExit) as end, clear_errors(DataError):
+    with pytest.raises(SystemExit) as end, exit_on_user_errors(DataError):
         raise error
     assert (end.value.code, capsys.readouterr().err) == (code, line + "\n")
     ranks(0, 2)  # where the interpreter could not end: others wait for this process
-    with pytest.raises(Gone) as end, clear_errors(DataError):
+    with pytest.raises(Gone) as end, exit_on_user_errors(DataError):
         raise error
     assert (end.value.args[0], capsys.readouterr().err) == (code, line + "\n")
 
@@ -289,28 +289,28 @@ def test_each_end_is_one_line_and_its_exit_code(ranks, capsys, error, code, line
 def test_rank_0_speaks_for_all_and_another_one_for_itself(ranks, capsys):
     ranks(1, 2)
     for error, said in ((StopTraining(75, "stopped"), ""), (UserError("no room"), "[rank 1] error: no room\n")):
-        with pytest.raises(Gone), clear_errors():
+        with pytest.raises(Gone), exit_on_user_errors():
             raise error
         assert capsys.readouterr().err == said
 
 
 def test_a_bug_keeps_its_traceback(ranks, capsys):
     ranks(0, 1)
-    with pytest.raises(ZeroDivisionError), clear_errors():
+    with pytest.raises(ZeroDivisionError), exit_on_user_errors():
         1 / 0  # noqa: B018
     ranks(0, 2)
-    with pytest.raises(Gone) as end, clear_errors():
+    with pytest.raises(Gone) as end, exit_on_user_errors():
         1 / 0  # noqa: B018
     assert end.value.args[0] == 1 and "Traceback" in capsys.readouterr().err
 
 
 def test_ctrl_c_of_a_training_on_several_devices(ranks, capsys):
     ranks(0, 2)
-    with pytest.raises(Gone) as end, clear_errors():
+    with pytest.raises(Gone) as end, exit_on_user_errors():
         raise KeyboardInterrupt
     assert (end.value.args[0], capsys.readouterr().err) == (130, "stopped by Ctrl-C (SIGINT)\n")
     ranks(0, 1)  # a notebook has its own way to show it, and lives on
-    with pytest.raises(KeyboardInterrupt), clear_errors():
+    with pytest.raises(KeyboardInterrupt), exit_on_user_errors():
         raise KeyboardInterrupt
 
 
@@ -326,7 +326,7 @@ def test_a_script_ends_by_ctrl_c_in_one_line_and_prints_what_the_terminal_cannot
 def test_a_reader_that_is_gone_is_one_line(ranks, capsys, monkeypatch):
     ranks(0, 1)
     monkeypatch.setattr(exits, "drop_output", lambda: None)
-    with pytest.raises(SystemExit) as end, clear_errors():
+    with pytest.raises(SystemExit) as end, exit_on_user_errors():
         raise BrokenPipeError
     assert end.value.code == 1 and "the program that reads this output has ended" in capsys.readouterr().err
 
@@ -345,7 +345,7 @@ def test_of_a_state_that_is_a_link_only_the_link_goes(tmp_path, monkeypatch, cap
         partial = folders.start_folder(str(parent / f"step-0000000{step}"))
         (Path(partial) / "run.json").write_text("{}")
         files = folders.seal_files(partial, folders.list_files(partial))
-        resume.States._publish(saver, partial, str(parent / f"step-0000000{step}"), files)
+        resume.Checkpoints._publish(saver, partial, str(parent / f"step-0000000{step}"), files)
     assert sorted(path.name for path in parent.iterdir()) == ["latest", "step-00000003"]
     assert (elsewhere / "step-00000001" / "kept").read_text() == "x"
     assert capsys.readouterr().out.count("is a link: only the link is removed") == 1

@@ -114,7 +114,7 @@ def test_processes_of_other_machines_and_containers_are_not_watched(monkeypatch,
     group["all_gather_object"] = lambda found, mine, group: found.__setitem__(slice(None), [mine, (where, 4321)])
     for name, function in group.items():
         monkeypatch.setattr(health.torch.distributed, name, function)
-    assert health.Peers().others == ({1: 4321} if watched else {})
+    assert health.PeerWatchdog().others == ({1: 4321} if watched else {})
 
 
 # Memory
