@@ -122,10 +122,16 @@ def warn_of_cuts(tokenizer, rows: list[dict], lines: list[int], max_src_len: int
     Raises:
         UserError: the prompt template alone is longer than that.
     """
-    cut = []
+    cut, shortened = [], []
     for start in range(0, len(rows), CHUNK):
         prompts = encode(tokenizer, [question_in(row) for row in rows[start : start + CHUNK]], max_src_len)
+        shortened += [
+            line for line, prompt in zip(lines[start : start + CHUNK], prompts, strict=True) if prompt.dropped
+        ]
         cut += [line for line, prompt in zip(lines[start : start + CHUNK], prompts, strict=True) if prompt.cut]
+    if shortened:
+        where = lines_text(len(shortened), shortened[:FIRST])
+        print(f"warning: conversations lose turns from their beginning to --max_src_len {max_src_len} in {where}")
     if cut:
         where = lines_text(len(cut), cut[:FIRST])
         print(f"warning: the end of the query is cut at --max_src_len {max_src_len} in {where}")

@@ -122,20 +122,27 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         line_break = np.array(self.line_break, np.int32)  # the line break that ends the (empty) metadata comes first
         return [np.concatenate((line_break, ids)) for ids in self.encode_texts(answers, threads)]
 
-    def encode_dialogues(self, dialogues, max_src_len=None, threads=1) -> list[Encoded]:
+    def dialogue_problem(self, dialogue) -> None:
+        return None
+
+    def encode_dialogues(self, dialogues, max_src_len=None, threads=1, max_len=None) -> list[Encoded]:
         """Samples of conversations: one per conversation, in which every learnt answer is a span.
 
         An answer is learnt with the token that ends it: the role of the next message, as in the official chat, or the
-        end token. max_src_len limits the tokens before the first learnt answer.
+        end token; of a tool call at the end it is the role of an observation. max_src_len limits the tokens before the
+        first learnt answer. A conversation that is longer than a limit loses as few turns as necessary from its
+        beginning: a question and everything up to the next one. The system message with the tools, and the turn of the
+        last learnt answer, are kept.
         """
         encoded = []
         for number, messages, contents in self._encode_messages(dialogues, threads):
             if len(messages) == 2 and (one := self._encode_turn(number, messages, contents, max_src_len)):
                 encoded.append(one)
                 continue
-            first = next((i for i, message in enumerate(messages) if message.learn), None)
-            if first is None:
+            if not any(message.learn for message in messages):
                 continue
+            messages, contents, dropped = self._drop_turns(messages, contents, max_src_len, max_len)
+            first = next(i for i, message in enumerate(messages) if message.learn)
             parts, length, cut = self._lay_out(messages[:first], contents, max_src_len)
             spans = []
             for place in range(first, len(messages)):
@@ -146,11 +153,12 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
                     spans.append((length + 1, length + 1))  # its end is known with the next message
                 parts += (role, head, contents[place])
                 length += len(role) + len(head) + len(contents[place])
-            parts.append(self._frame[1])
+            # the chat stops at an observation's role after a call
+            parts.append(self._bare_heads["observation"][0] if messages[-1].metadata else self._frame[1])
             length += 1
             if messages[-1].learn:
                 spans[-1] = (spans[-1][0], length)
-            encoded.append(Encoded(number, tuple(parts), length, tuple(spans), cut))
+            encoded.append(Encoded(number, tuple(parts), length, tuple(spans), cut, dropped))
         return encoded
 
     def _encode_turn(self, number: int, messages, contents, max_src_len) -> Encoded | None:
@@ -171,11 +179,39 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         """Ids before a first question, of the assistant's role and line break, and of the end token."""
         return np.concatenate((self._frame[0], *self._head("user", ""))), *self._head("assistant", ""), self._frame[1]
 
+    def _drop_turns(self, messages, contents, max_src_len, max_len, question=False):
+        """Messages and contents without the turns that are too much, and how many turns these are.
+
+        Args:
+            question: nothing is learnt, and max_src_len limits all messages.
+        """
+        learnt = [len(messages)] if question else [i for i, message in enumerate(messages) if message.learn]
+        system = int(messages[0].role == "system")
+        starts = [i for i, message in enumerate(messages[: learnt[-1]]) if message.role == "user"]
+        if len(starts) < 2 or (max_src_len is None and max_len is None):
+            return messages, contents, 0
+        # tokens before each message, without those of the frame
+        sizes = [
+            1 + len(self._head(m.role, m.metadata)[1]) + len(content)
+            for m, content in zip(messages, contents, strict=True)
+        ]
+        ends = [0, *itertools.accumulate(sizes)]
+        frame = len(self._frame[0]) + 1
+        starts[0] = system  # what may stand before the first question goes with it
+        for start in starts:
+            gone = ends[start] - ends[system]
+            first = next(i for i in learnt if i >= start)
+            fits = max_src_len is None or ends[first] - gone <= max_src_len
+            if fits and (max_len is None or frame + ends[-1] - gone <= max_len):
+                break
+        return (*messages[:system], *messages[start:]), contents[:system] + contents[start:], starts.index(start)
+
     def encode_questions(self, dialogues, max_src_len=None, threads=1) -> list[Prompt]:
         prompts = []
         for _, messages, contents in self._encode_messages(dialogues, threads):
+            messages, contents, dropped = self._drop_turns(messages, contents, max_src_len, None, question=True)
             parts, _, cut = self._lay_out(messages, contents, max_src_len)
-            prompts.append(Prompt(np.concatenate(parts[:-1]), parts[-1], self._head("assistant", "")[0], cut))
+            prompts.append(Prompt(np.concatenate(parts[:-1]), parts[-1], self._head("assistant", "")[0], cut, dropped))
         return prompts
 
     def _encode_messages(self, dialogues, threads):

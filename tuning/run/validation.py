@@ -20,7 +20,8 @@ from tuning.run.log import JsonLines
 from tuning.run.results import BEST
 from tuning.samples.batches import MicroBatch
 from tuning.samples.dataset import HeldOut, InstructionData
-from tuning.samples.encoding import encode_sample
+from tuning.samples.encoding import encode_samples
+from tuning.samples.formats import Columns, to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
 from utils import control_group, data_parallel_rank, data_parallel_size, device, is_rank_0, on_rank_0, print_rank_0
 
@@ -143,9 +144,10 @@ class Validation:
         """Read the references of the generated rows. Returns their kind, and the names of the scores."""
         lines = {int(self.data.lines[i]) for i in self.generated}
         found = {}
-        for line, row in scan_rows(path, several_outputs=True, empty_outputs=True):
+        columns = Columns.of(self.args)
+        for line, row in scan_rows(path, several_outputs=True, empty_outputs=True, columns=columns):
             if line in lines and not isinstance(row, RowError):
-                found[line, self._ids(row)] = row  # a line may hold several rows of an array
+                found |= {(line, ids): one for ids, one in self._samples(row)}  # a line may hold several samples
         asked = [found[int(self.data.lines[i]), tuple(self.data.samples[i].input_ids)] for i in self.generated]
         self.asked = [with_references(row, self.tokenizer) for row in asked]
         self.references = [references_of(row) for row in self.asked]
@@ -153,12 +155,24 @@ class Validation:
         one = self.references[0]
         return kind, [name for name in score(kind, one[:1], [one], [True]) if name not in NO_DIRECTION]
 
-    def _ids(self, row: dict) -> tuple[int, ...]:
-        """Token ids of a row; empty if there is no room for an answer."""
+    def _samples(self, row: dict) -> list[tuple[tuple[int, ...], dict]]:
+        """Token ids of each sample of a row, and the row with the first answer that is learnt in it as output."""
+        dialogue, limits = to_dialogue(row, self.args.train_on), (self.args.max_len, self.args.max_src_len)
         try:
-            return tuple(encode_sample(self.tokenizer, row, self.args.max_len, self.args.max_src_len).input_ids)
+            samples = encode_samples(self.tokenizer, [dialogue], *limits)
+            encoded = self.tokenizer.encode_dialogues([dialogue], limits[1], max_len=limits[0])
         except ValueError:  # no room for an answer
-            return ()
+            return []
+        learnt = [message for message in dialogue.messages if message.learn]
+        if len(learnt) == 1 and dialogue.messages[-1].learn:
+            return [(tuple(samples[0].input_ids), row)]
+        found = []
+        for number, (sample, one) in enumerate(zip(samples, encoded, strict=True)):
+            # one sample has all answers that its turns have, or each answer has a sample
+            first = learnt[number] if len(encoded) == len(learnt) else learnt[-len(one.spans)]
+            text = f"{first.metadata}\n{first.content}" if first.metadata else first.content
+            found.append((tuple(sample.input_ids), row | {"output": text}))
+        return found
 
     def _more_names(self) -> str:
         if self.kind is None:

@@ -21,6 +21,7 @@ from tuning.samples.encoding import (
     AHEAD,
     ANSWER_CUT,
     PROMPT_CUT,
+    TURNS_SHIFT,
     Samples,
     _ahead,
     _chunks,
@@ -30,10 +31,12 @@ from tuning.samples.encoding import (
 )
 from tuning.samples.file_kinds import path_problem
 from tuning.samples.findings import BROKEN, FIRST, WARNINGS, Findings, lines_text
-from tuning.samples.formats import ROW_FORMAT, Flaw, few_unused, unused_text
+from tuning.samples.flaws import Flaw
+from tuning.samples.formats import ROW_FORMAT, Columns, few_unused, to_dialogue, unused_text
 from tuning.samples.row_files import RowError, scan_rows
 
-COUNTS = ("prompts_cut", "answers_cut", "skipped", "content", "findings", "unused")  # in a cache file, see prepare
+LOSSES = ("prompts_cut", "answers_cut", "turns_lost", "shortened", "skipped")
+COUNTS = (*LOSSES, "content", "findings", "unused")  # in a cache file, see prepare
 
 
 MOST = 0.5  # share of cut rows above which there is an extra warning
@@ -51,6 +54,8 @@ class DataSettings:
         empty_outputs: an empty output is an answer too: the end token alone.
         skip_bad: leave out rows that cannot be used, instead of an error for the first.
         several_outputs: a row's output may also be a list of strings, of which the first one is learnt.
+        columns: names of question, answer and history in this file.
+        train_on: which answers are learnt, see `to_dialogue`.
     """
 
     path: str
@@ -60,6 +65,8 @@ class DataSettings:
     empty_outputs: bool = False
     skip_bad: bool = False
     several_outputs: bool = False
+    columns: Columns | None = None
+    train_on: str | None = None
 
     @property
     def key(self) -> tuple:
@@ -96,7 +103,8 @@ def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, pro
     if cache.is_whole(file, COUNTS):
         return file
 
-    counts, findings = {"prompts_cut": 0, "answers_cut": 0, "skipped": 0, "content": content}, Findings(tokenizer)
+    counts = dict.fromkeys(LOSSES, 0) | {"content": content}
+    findings = Findings(tokenizer)
 
     def leave_out(error: RowError):
         if not settings.skip_bad or error.flaw.ends:
@@ -144,11 +152,16 @@ def encode_file(settings: DataSettings, tokenizer, leave_out: Callable[[RowError
     path, limits = settings.path, (settings.max_len, settings.max_src_len)
 
     def usable():
-        for line, row in scan_rows(path, settings.several_outputs, settings.empty_outputs):
+        how = settings.several_outputs, settings.empty_outputs, False, settings.columns
+        for line, row in scan_rows(path, *how):
             if isinstance(row, RowError):
                 leave_out(row)
+                continue
+            dialogue = to_dialogue(row, settings.train_on)
+            if len(row) > 3 and (problem := tokenizer.dialogue_problem(dialogue)):
+                leave_out(RowError(f"{path} line {line}: {problem}", line, Flaw("family", problem)))
             else:
-                yield line, row
+                yield line, row, dialogue
 
     threads = -(-available_cpus() // AHEAD)  # a chunk's share
 
@@ -185,6 +198,8 @@ def _kept_chunks(settings, encoded, findings, counts, bar):
         ids, spans, records = samples.ids, samples.spans, samples.records
         counts["prompts_cut"] += int(np.count_nonzero(records["cut"] & PROMPT_CUT))
         counts["answers_cut"] += int(np.count_nonzero(records["cut"] & ANSWER_CUT))
+        counts["turns_lost"] += int((records["cut"] >> TURNS_SHIFT).sum())
+        counts["shortened"] += int(np.count_nonzero(records["cut"] >> TURNS_SHIFT))
         if settings.skip_cut:
             whole = records["cut"] == 0
             pieces = np.diff(records["spans_end"], prepend=0)
@@ -227,6 +242,7 @@ class InstructionData(Dataset):
         self.lines = records["line"]  # [samples], where each comes from
         self.files = [(settings.path, self.lines)]  # the same, for messages: rows of several files count on
         self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]
+        self.turns_lost, self.shortened = counts["turns_lost"], counts["shortened"]
         self.skipped, self.findings, self.unused = counts["skipped"], counts["findings"], counts["unused"]
         self.content = counts["content"]  # SHA-256 of the file
 
@@ -242,6 +258,8 @@ class InstructionData(Dataset):
         elif self.prompts_cut or self.answers_cut:
             text += f"; cut to fit: {self.prompts_cut} prompts (--max_src_len)"
             text += f", {self.answers_cut} answers, which so have no end token (--max_len)"
+        if self.turns_lost and not self.skipped:
+            text += f"; {self.shortened} conversations lost {self.turns_lost} turns from their beginning, to fit"
         broken = [self.findings[kind] for kind in BROKEN if kind in self.findings]
         if broken:
             lines = sorted(itertools.chain.from_iterable(lines for _, lines in broken))
