@@ -30,10 +30,10 @@ from glm_models.tokenization import Prompt
 from glm_models.tools import TOOLS_SYSTEM, ToolCallError, answer_text, read_answer
 from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, named_device
 from tuning.errors import DataError, UserError
-from tuning.evaluate.answers import ADDED, AnswerFile, Made, describe_model, describe_scores, file_hash
+from tuning.evaluate.answers import AnswerFile, Made, describe_model, describe_scores, file_hash
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import find_base
-from tuning.metrics import AS_WRITTEN, references_of, with_references
+from tuning.metrics import ADDED, AS_WRITTEN, references_of, with_references
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.findings import FIRST, lines_text
 from tuning.samples.formats import KEYS, to_dialogue, unused_keys
@@ -72,6 +72,7 @@ def predict_file(args) -> None:
     base = find_base(args.model_path, args.ori_model_dir)
     tokenizer = load_tokenizer(args.mode, base)
     lines = [line for line, _ in numbered]
+    check_roles(tokenizer, args.predict_path, numbered)
     rows = [with_references(row, tokenizer) if "output" in row else row for _, row in numbered]
     with AnswerFile(args.output_path, rows, describe_run(args, len(rows), base, tokenizer), args.overwrite) as file:
         warn_of_cuts(tokenizer, rows, lines, args.max_src_len)
@@ -86,6 +87,13 @@ def predict_file(args) -> None:
     references = [references_of(row) if "output" in row else [] for row in rows]
     predictions, ended = [row["prediction"] for row in done], [row["ended"] for row in done]
     print(*describe_scores(args.metrics, predictions, references, ended), sep="\n")
+
+
+def check_roles(tokenizer, path: str, numbered: list[tuple[int, dict]]) -> None:
+    """Raise DataError for a row whose messages this model family does not have."""
+    for line, row in numbered:
+        if problem := tokenizer.dialogue_problem(question_in(row)):
+            raise DataError(f"{path} line {line}: {problem}")
 
 
 def answer_rows(file: AnswerFile, args) -> None:

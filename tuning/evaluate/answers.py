@@ -20,12 +20,21 @@ from glm_models.identify import describe_base
 from glm_models.tools import find_call
 from tuning.errors import FolderError, UserError
 from tuning.folders import MANIFEST, write_errors, write_file
-from tuning.metrics import describe, describe_outputs, kind_of, label_scores, missing, relation_scores, score
+from tuning.metrics import (
+    ADDED,
+    describe,
+    describe_outputs,
+    kind_of,
+    label_scores,
+    missing,
+    relation_scores,
+    score,
+    with_answer,
+)
 
 RECORD = ".run.json"  # appended to the name of the answer file
 FORMAT = 1  # of the record
 SHOWN = 12  # characters of a hash or another long value in a message
-ADDED = frozenset({"prediction", "ended", "tool_call"})  # keys of an answered row beside its own
 PARTS = {"triples": relation_scores, "classes": label_scores}  # scores by relation, by label
 
 
@@ -175,7 +184,7 @@ class AnswerFile:
             FolderError: they cannot be written; earlier answers are kept.
         """
         part = self.rows[len(self.done) : len(self.done) + len(answers)]
-        more = [_answered(row, *answer) for row, answer in zip(part, answers, strict=True)]
+        more = [with_answer(row, *answer) for row, answer in zip(part, answers, strict=True)]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in more)
         rest = memoryview(text.encode(errors="backslashreplace"))  # an unpaired surrogate is written as a JSON escape
         size = len(rest)
@@ -218,13 +227,6 @@ def _open_locked(path: str):
     except OSError:
         pass  # a file system without locks
     return file
-
-
-def _answered(row: dict, text: str, ended: bool) -> dict:
-    """A row with its answer."""
-    row = {key: value for key, value in row.items() if key not in ADDED} | {"prediction": text, "ended": ended}
-    call = find_call(text)
-    return row if call is None else row | {"tool_call": call._asdict()}
 
 
 def _same_row(answered: dict, row: dict) -> bool:

@@ -11,6 +11,7 @@ BLEU, the points for questions) are between 0 and 100.
 
 import numpy as np
 
+from glm_models.tools import find_call
 from tuning.metrics.classes import label_scores, macro_f1
 from tuning.metrics.outputs import describe_outputs, output_statistics, repeats
 from tuning.metrics.questions import question_rows
@@ -19,14 +20,25 @@ from tuning.metrics.text import PACKAGES, distinct, exact_match, missing, rouge_
 from tuning.metrics.tool_calls import are_calls, tool_rows
 from tuning.metrics.triples import are_triples, micro_scores, relation_scores, triple_rows
 
-__all__ = ["AS_WRITTEN", "FROM_LOSS", "HEADLINE", "PACKAGES", "bootstrap", "describe", "describe_outputs", "kind_of"]
+__all__ = [
+    "ADDED",
+    "AS_WRITTEN",
+    "FROM_LOSS",
+    "HEADLINE",
+    "PACKAGES",
+    "bootstrap",
+    "describe",
+    "describe_outputs",
+    "kind_of",
+]
 __all__ += ["label_scores", "missing", "references_of", "relation_scores", "repeats", "row_scores", "score"]
-__all__ += ["with_references"]
+__all__ += ["with_answer", "with_references"]
 
 # kind of answers -> score to select a model by, a mean over rows (rouge_l needs packages, see `missing`)
 HEADLINE = {"triples": "f1", "questions": "question_points", "classes": "accuracy", "tool_calls": "tool_call_right"}
 HEADLINE |= {"text": "rouge_l"}
 FROM_LOSS = ("loss", "perplexity")  # validation scores that need no generation
+ADDED = frozenset({"prediction", "ended", "tool_call"})  # keys of an answered row, see with_answer
 AS_WRITTEN = "output_as_written"  # key of an answered row, see with_references
 
 
@@ -132,6 +144,17 @@ def references_of(row: dict) -> list[str]:
     """Accepted answers of a row: AS_WRITTEN (as the model can write them) if present, else `output`."""
     output = row[AS_WRITTEN] if AS_WRITTEN in row else row["output"]
     return output if isinstance(output, list) else [output]
+
+
+def with_answer(row: dict, text: str, ended: bool) -> dict:
+    """The row with its own keys, its answer as `prediction`, and the call that the answer is, if it is one.
+
+    Args:
+        ended: whether the answer ended by itself.
+    """
+    row = {key: value for key, value in row.items() if key not in ADDED} | {"prediction": text, "ended": ended}
+    call = find_call(text)
+    return row if call is None else row | {"tool_call": call._asdict()}
 
 
 def with_references(row: dict, tokenizer) -> dict:
