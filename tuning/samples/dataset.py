@@ -32,6 +32,7 @@ from tuning.samples.file_kinds import path_problem
 from tuning.samples.findings import BROKEN, FIRST, WARNINGS, Findings, lines_text
 from tuning.samples.formats import ROW_FORMAT, Flaw, few_unused, unused_text
 from tuning.samples.row_files import RowError, scan_rows
+from tuning.samples.text import FIRST_BLOCK
 
 COUNTS = ("prompts_cut", "answers_cut", "skipped", "content", "findings", "unused")  # in a cache file, see prepare
 
@@ -144,7 +145,7 @@ def encode_file(settings: DataSettings, tokenizer, leave_out: Callable[[RowError
     path, limits = settings.path, (settings.max_len, settings.max_src_len)
 
     def usable():
-        for line, row in scan_rows(path, settings.several_outputs, settings.empty_outputs):
+        for line, row in scan_rows(path, settings.several_outputs, settings.empty_outputs, texts=True):
             if isinstance(row, RowError):
                 leave_out(row)
             else:
@@ -224,6 +225,7 @@ class InstructionData(Dataset):
         self.samples = Samples(ids, spans, records)
         self.lengths = self.samples.lengths  # int64 [samples], tokens per sample
         self.answer_lengths = np.array(records["learnt"], np.int64)  # [samples], of these with a label
+        self.texts = np.array(records["text"])  # [samples], above 0 for blocks of plain text, see text.py
         self.lines = records["line"]  # [samples], where each comes from
         self.files = [(settings.path, self.lines)]  # the same, for messages: rows of several files count on
         self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]
@@ -237,6 +239,9 @@ class InstructionData(Dataset):
         """One line on what was read, and what was lost to the length limits."""
         median, longest = np.sort(self.lengths)[[len(self) // 2, -1]]
         text = f"{len(self)} samples, {self.lengths.sum()} tokens (median {median}, longest {longest})"
+        if blocks := np.count_nonzero(self.texts):
+            rows = int(np.count_nonzero(self.texts == FIRST_BLOCK))
+            text += f"; {blocks} of them are blocks of plain text, from {rows} row{'s' * (rows != 1)}"
         if self.skipped:
             text += f"; {self.skipped} longer ones skipped (--is_skip)"
         elif self.prompts_cut or self.answers_cut:
@@ -294,12 +299,18 @@ class HeldOut:
     rows: list[int]
     path: str
 
+    @property
+    def answered(self) -> list[int]:
+        """The rows that have a question and an answer: those that are not plain text."""
+        rows = np.array(self.rows)
+        return rows[self.data.texts[rows] == 0].tolist()
+
 
 def split_rows(data: InstructionData, ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on, and about a share of `ratio` to validate on: int64 each, ascending.
 
     A hash of the prompt's ids alone says on which side a row is: it stays there when rows come, go or change places,
-    and rows with the same prompt are together.
+    and rows with the same prompt are together. So are all blocks of a plain text, see `Samples.prompts`.
 
     Raises:
         DataError: one side is empty.

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tuning.samples.dialogue import Dialogue, Message
+from tuning.samples.text import KEY, is_text, text_dialogue, text_problem
 
-ROW_FORMAT = 2  # part of a cache file's key: increase it when other rows are accepted, or read in another way
+ROW_FORMAT = 3  # part of a cache file's key: increase it when other rows are accepted, or read in another way
 KEYS = frozenset({"instruction", "input", "output"})
 WANTED = "a row has instruction, input and output"
 EACH = "(arrays[], objects)"  # jq: each row, of JSON lines or of an array
@@ -34,6 +35,9 @@ class Flaw(NamedTuple):
     kind: str  # one of findings.BROKEN
     problem: str
     ends: bool = False  # the rest of the file cannot be read
+
+
+_HALF_PAIR = Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,11 @@ FORMATS = (
     Format("prompt, completion", ("prompt", "completion"), ("prompt", "", "completion")),
     Format("question, answer", ("question", "answer"), ("question", "", "answer")),
     Format("classification (text, label)", ("text", "label"), ("text", "", "label")),
-    Format("plain text (text)", ("text",), why="training on plain text is not there yet"),
+    Format(
+        "plain text (text)",
+        (KEY,),
+        why="it asks nothing; it is for --train_path, --eval_path and --replay_path of train.py",
+    ),
 )
 TURNS_WHY = "rows of several turns cannot be trained yet"
 
@@ -110,7 +118,11 @@ LOST = {  # by `plain_name`
 
 
 def find_flaw(
-    row, several_outputs: bool = False, empty_outputs: bool = False, missing_outputs: bool = False
+    row,
+    several_outputs: bool = False,
+    empty_outputs: bool = False,
+    missing_outputs: bool = False,
+    texts: bool = False,
 ) -> Flaw | None:
     """Why a value from a file is not a valid row, None if it is one; for the arguments see `row_files.scan_rows`.
 
@@ -120,6 +132,8 @@ def find_flaw(
         return Flaw("type", f"a row must be an object with instruction, input and output, not {_kind(row)}")
     if missing_outputs and row.get("output", "") is None:
         del row["output"]
+    if texts and is_text(row, KEYS):
+        return _flaw_of_text(row)
     if row.keys() != KEYS and (flaw := _flaw_of_keys(row, missing_outputs)):
         return flaw
     if row.get("input") is None:
@@ -138,7 +152,7 @@ def find_flaw(
     if not empty_outputs and "output" in row and not all(one.strip() for one in outputs):
         return Flaw("empty", "output is empty; --allow_empty_output trains such rows to answer nothing")
     if has_half_pair(query + "".join(outputs)):
-        return Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
+        return _HALF_PAIR
     return None
 
 
@@ -147,6 +161,8 @@ def to_dialogue(row: dict) -> Dialogue:
 
     Of several outputs the first is learnt. A row without output becomes a question.
     """
+    if is_text(row, KEYS):
+        return text_dialogue(row)
     question = Message("user", row["instruction"] + row["input"])
     output = row.get("output")
     if output is None:
@@ -226,12 +242,8 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
     lacking = [key for key in ("instruction", "output") if key not in row and not (missing_outputs and key == "output")]
     if lacking and (flaw := recognise(row)):
         return flaw
-    for key in keys.lost:
-        if _says_something(row[key], LOST[plain_name(key)]):
-            return _lost(key, LOST[plain_name(key)])
-    for key in keys.others:
-        if isinstance(row[key], dict | list) and (flaw := _flaw_inside(key, row[key])):
-            return flaw
+    if flaw := _flaw_of_unread(row, keys):
+        return flaw
     for key, meant in keys.meant:
         if _holds_text(row[key]):
             name = _jq_name(key)
@@ -249,6 +261,31 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
     if lacking:
         return Flaw("type", f"the key {lacking[0]!r} is missing; {WANTED}")
     return None
+
+
+def _flaw_of_unread(row: dict, keys: _Keys) -> Flaw | None:
+    """A key that is not read, but changes what the row means."""
+    for key in keys.lost:
+        if _says_something(row[key], LOST[plain_name(key)]):
+            return _lost(key, LOST[plain_name(key)])
+    for key in keys.others:
+        if isinstance(row[key], dict | list) and (flaw := _flaw_inside(key, row[key])):
+            return flaw
+    return None
+
+
+def _flaw_of_text(row: dict) -> Flaw | None:
+    """What is wrong with a row of plain text."""
+    names = {plain_name(key): key for key in row}
+    if any(names.keys() >= {*one.keys} for one in FORMATS if one.keys != (KEY,)):
+        return recognise(row)
+    if not isinstance(row[KEY], str):
+        return Flaw("type", f"text must be a string of plain text, not {_kind(row[KEY])}")
+    if problem := text_problem(row, names):
+        return Flaw(*problem)
+    if flaw := _flaw_of_unread(row, _sort_keys(tuple(row))):
+        return flaw
+    return _HALF_PAIR if has_half_pair(row[KEY]) else None
 
 
 def _says_something(value, lost: Lost) -> bool:
@@ -321,6 +358,8 @@ def recognise(row: dict) -> Flaw | None:
     known = next((one for one in FORMATS if names.keys() >= {*one.keys}), None)
     if known is None:
         return wrapper_flaw(row)
+    if known.keys == (KEY,) and KEY not in row:
+        return Flaw("type", f"the key {shown_key(names[KEY])} must be written {KEY!r}")
     if known.fields is None:
         return Flaw("format", f"a row of {known.name}: {known.why}; {WANTED}")
     pairs = zip(("instruction", "input", "output"), known.fields, strict=True)
@@ -379,7 +418,9 @@ def _is_row(value) -> bool:
 def count_unused(rows: Iterable[dict], counts: collections.Counter, read: frozenset[str] = KEYS) -> None:
     """For each key that is not read, count the rows that have it."""
     for row in rows:
-        if len(row) > len(KEYS):
+        if is_text(row, KEYS):
+            counts.update(row.keys() - {KEY})
+        elif len(row) > len(KEYS):
             counts.update(row.keys() - read)
 
 

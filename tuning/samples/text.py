@@ -1,0 +1,129 @@
+"""Plain text, rows {"text": ...}, for continued training: which rows these are, and the blocks that they become.
+
+A block is the family's prefix (`[gMASK] sop`; for ChatGLM-6B `[gMASK] <sop>`: its context is empty) and then a piece of
+the text, all of which is learnt. Every token of a text is in exactly one block; the last block ends with the end token.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from tuning.samples.dialogue import Dialogue, Message
+
+KEY = "text"
+# keys (as `formats.plain_name` gives them) of a text that is to be learnt as the answer to another one
+ANSWERS = {
+    "answer",
+    "answers",
+    "completion",
+    "label",
+    "output",
+    "outputs",
+    "response",
+    "responses",
+    "summary",
+    "target",
+}
+FIRST_BLOCK, LATER_BLOCK = 1, 2  # a record's `text`; 0: the sample is no block of a text
+
+
+def is_text(row: dict, others: frozenset[str]) -> bool:
+    """Whether a row is plain text: it has `text` and none of the keys of an instruction row (`others`)."""
+    return KEY in row and others.isdisjoint(row)
+
+
+def text_problem(row: dict, plain_names: dict[str, str]) -> tuple[str, str] | None:
+    """Kind and description of what is wrong with a row of plain text, None if nothing is; see `formats.Flaw`.
+
+    Args:
+        row: its text is a string.
+        plain_names: each key by its plain name.
+    """
+    for name in sorted(ANSWERS & plain_names.keys()):
+        value = row[plain_names[name]]
+        if isinstance(value, str | list) and value:
+            return "format", (
+                f"a row of plain text has no answer, but this one has the key {plain_names[name]!r} too; to learn it as the "
+                "answer, write the text under instruction and the answer under output; if it is none, remove the key"
+            )
+    return None if row[KEY].strip() else ("empty", "text is empty")
+
+
+def text_dialogue(row: dict) -> Dialogue:
+    """The normal form of a row of plain text: one message of the role "text"."""
+    return Dialogue((Message("text", row[KEY], learn=True),))
+
+
+class Block(NamedTuple):
+    """One block of a text, with the fields of a tokenizer's `Encoded`.
+
+    text: FIRST_BLOCK or LATER_BLOCK.
+    """
+
+    dialogue: int
+    parts: tuple[np.ndarray, ...]
+    length: int
+    spans: tuple[tuple[int, int], ...]
+    text: int
+    cut: bool = False
+
+
+def encode_with_texts(
+    tokenizer, dialogues: Sequence[Dialogue], max_len: int, max_src_len: int | None, threads: int
+) -> list:
+    """The tokenizer's `encode_dialogues`, and the blocks of the plain texts among the dialogues; in order.
+
+    Raises:
+        ValueError: max_len is too small for a block; or as `encode_dialogues`.
+    """
+    places = [i for i, dialogue in enumerate(dialogues) if dialogue.is_text]
+    if not places:
+        return tokenizer.encode_dialogues(dialogues, max_src_len, threads)
+    texts = [dialogues[i].messages[0].content for i in places]
+    encoded: list = [
+        block
+        for place, ids in zip(places, tokenizer.encode_texts(texts, threads), strict=True)
+        for block in cut_blocks(tokenizer, place, ids, max_len)
+    ]
+    others = [i for i, dialogue in enumerate(dialogues) if not dialogue.is_text]
+    samples = tokenizer.encode_dialogues([dialogues[i] for i in others], max_src_len, threads) if others else []
+    encoded += [one._replace(dialogue=others[one.dialogue]) for one in samples]
+    return sorted(encoded, key=lambda one: one.dialogue)  # stable: the samples of a dialogue keep their order
+
+
+def cut_blocks(tokenizer, place: int, ids: np.ndarray, max_len: int) -> list[Block]:
+    """The blocks of one text, of max_len tokens each except the last two.
+
+    The end token never stands alone in a block, where it would be learnt as the end of an empty text: the last block
+    then takes a token from the one before it.
+
+    Args:
+        place: index of the text among the dialogues.
+        ids: int32 [tokens], of the whole text without special tokens.
+
+    Raises:
+        ValueError: max_len is too small.
+    """
+    prefix = np.array(tokenizer.build_inputs_with_special_tokens([]), np.int32)
+    room = max_len - len(prefix)
+    if room < 2:
+        raise ValueError(
+            f"max_len {max_len} is too small for plain text: a block has at least {len(prefix) + 2} tokens"
+        )
+    ids = np.append(ids, np.int32(tokenizer.eos_token_id))
+    borders = [*range(0, len(ids), room), len(ids)]
+    if len(borders) > 2 and borders[-1] - borders[-2] == 1:
+        borders[-2] -= 1
+    blocks = []
+    for start, end in pairwise(borders):
+        length = len(prefix) + end - start
+        mark = LATER_BLOCK if start else FIRST_BLOCK
+        blocks.append(Block(place, (prefix, ids[start:end]), length, ((len(prefix), length),), mark))
+    return blocks
+
+
+def block_marks(encoded: Sequence) -> list[int]:
+    """`text` of each record, see `cache.RECORD`."""
+    return [one.text if isinstance(one, Block) else 0 for one in encoded]
