@@ -96,8 +96,8 @@ def load_sources(args, tokenizer) -> Sources:
 
     if held_out and args.eval_generate != "off" and not held_out.answered:
         raise DataError(
-            f"--eval_generate: only plain text of {held_out.path} is there to validate on, and plain text answers nothing; "
-            "leave the flag out, the loss is measured without it"
+            f"--eval_generate: the rows of {held_out.path} to validate on are all plain text, which has no answers; "
+            "without the flag their loss is measured"
         )
 
     def pack(data, rows):

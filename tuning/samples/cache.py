@@ -26,7 +26,7 @@ import numpy as np
 FORMAT = 5  # part of the key: increase it when the layout changes
 HEADER = 4096
 RECORD = np.dtype(
-    [("end", "<i8"), ("spans_end", "<i8"), ("line", "<i8"), ("learnt", "<i4"), ("cut", "<i2"), ("text", "<i2")]
+    [("end", "<i8"), ("spans_end", "<i8"), ("line", "<i8"), ("learnt", "<i4"), ("cut", "<i4"), ("text", "<i4")]
 )
 BLOCK = 1 << 20  # bytes read at once
 HOUR = 60 * 60  # seconds

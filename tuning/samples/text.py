@@ -45,8 +45,8 @@ def text_problem(row: dict, plain_names: dict[str, str]) -> tuple[str, str] | No
         value = row[plain_names[name]]
         if isinstance(value, str | list) and value:
             return "format", (
-                f"a row of plain text has no answer, but this one has the key {plain_names[name]!r} too; to learn it as the "
-                "answer, write the text under instruction and the answer under output; if it is none, remove the key"
+                f"a row of plain text has no answer, but this one has the key {plain_names[name]!r} too; to learn that "
+                "as the answer, write it under output and the text under instruction; if it is none, remove the key"
             )
     return None if row[KEY].strip() else ("empty", "text is empty")
 
@@ -60,6 +60,7 @@ class Block(NamedTuple):
     """One block of a text, with the fields of a tokenizer's `Encoded`.
 
     text: FIRST_BLOCK or LATER_BLOCK.
+    cut, dropped: nothing is lost of a text.
     """
 
     dialogue: int
@@ -68,6 +69,7 @@ class Block(NamedTuple):
     spans: tuple[tuple[int, int], ...]
     text: int
     cut: bool = False
+    dropped: int = 0
 
 
 def encode_with_texts(
