@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tuning.samples.dialogue import Dialogue, Message
-from tuning.samples.text import KEY, is_text, text_dialogue, text_problem
+from tuning.samples.text import KEY, almost_text, is_text, text_dialogue, text_problem
 
 ROW_FORMAT = 3  # part of a cache file's key: increase it when other rows are accepted, or read in another way
 KEYS = frozenset({"instruction", "input", "output"})
@@ -358,8 +358,8 @@ def recognise(row: dict) -> Flaw | None:
     known = next((one for one in FORMATS if names.keys() >= {*one.keys}), None)
     if known is None:
         return wrapper_flaw(row)
-    if known.keys == (KEY,) and KEY not in row:
-        return Flaw("type", f"the key {shown_key(names[KEY])} must be written {KEY!r}")
+    if known.keys == (KEY,) and (problem := almost_text(row, names[KEY], KEYS)):
+        return Flaw(*problem)
     if known.fields is None:
         return Flaw("format", f"a row of {known.name}: {known.why}; {WANTED}")
     pairs = zip(("instruction", "input", "output"), known.fields, strict=True)

@@ -34,6 +34,21 @@ def is_text(row: dict, others: frozenset[str]) -> bool:
     return KEY in row and others.isdisjoint(row)
 
 
+def almost_text(row: dict, key: str, others: frozenset[str]) -> tuple[str, str] | None:
+    """Kind and description of what keeps a row with `text` from being plain text, None if nothing does.
+
+    Args:
+        key: as it is written in the row.
+        others: see `is_text`.
+    """
+    if key != KEY:
+        return "type", f"the key {key[:40]!r} must be written {KEY!r}"
+    if mixed := sorted(others.intersection(row)):
+        ours = ", ".join(map(repr, mixed))
+        return "format", f"plain text ({KEY!r}) and {ours} in one row: a row has instruction and output, or text alone"
+    return None
+
+
 def text_problem(row: dict, plain_names: dict[str, str]) -> tuple[str, str] | None:
     """Kind and description of what is wrong with a row of plain text, None if nothing is; see `formats.Flaw`.
 
@@ -42,11 +57,11 @@ def text_problem(row: dict, plain_names: dict[str, str]) -> tuple[str, str] | No
         plain_names: each key by its plain name.
     """
     for name in sorted(ANSWERS & plain_names.keys()):
-        value = row[plain_names[name]]
-        if isinstance(value, str | list) and value:
+        key = plain_names[name]
+        if isinstance(row[key], str | list) and row[key]:
             return "format", (
-                f"a row of plain text has no answer, but this one has the key {plain_names[name]!r} too; to learn that "
-                "as the answer, write it under output and the text under instruction; if it is none, remove the key"
+                f"a row of plain text has no answer, but this one has the key {key[:40]!r} too; to learn that as the "
+                "answer, write it under output and the text under instruction; if it is none, remove the key"
             )
     return None if row[KEY].strip() else ("empty", "text is empty")
 
