@@ -162,7 +162,9 @@ class GLMTokenizer(ChatGLMTokenizerBase):
         return [ids + self.num_image_tokens for ids in self._encode_pieces(texts, threads)]
 
     def _encode_each(self, queries, histories, max_src_len=None, threads=1) -> list[Prompt]:
-        templates = [tuple(map(self._to_pieces_text, self._template(history))) for history in histories]
+        templates = [
+            tuple(map(self._to_pieces_text, self._template(history))) if history else ("", "") for history in histories
+        ]
         queries = [self._to_pieces_text(query) for query in queries]
         end = np.array([self.gmask_token_id, self.bos_token_id], np.int32)
         return [

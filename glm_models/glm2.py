@@ -150,7 +150,8 @@ class ChatGLM2Tokenizer(ChatGLMTokenizerBase):
         return sorted({*super().special_texts, *(token for token in self.special_tokens if token[0] in "[<")})
 
     def _encode_each(self, queries, histories, max_src_len=None, threads=1) -> list[Prompt]:
-        templates = [self._template(history) for history in histories]
+        first = self._template(None)
+        templates = [self._template(history) if history else first for history in histories]
         begin = np.array(self.get_prefix_tokens(), np.int32)
         return [
             Prompt(begin, ids, NO_IDS, cut) for ids, cut in self._fit_queries(templates, queries, max_src_len, threads)

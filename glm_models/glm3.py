@@ -132,6 +132,9 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         """
         encoded = []
         for number, messages, contents in self._encode_messages(dialogues, threads):
+            if len(messages) == 2 and (one := self._encode_turn(number, messages, contents, max_src_len)):
+                encoded.append(one)
+                continue
             first = next((i for i, message in enumerate(messages) if message.learn), None)
             if first is None:
                 continue
@@ -151,6 +154,24 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
                 spans[-1] = (spans[-1][0], length)
             encoded.append(Encoded(number, tuple(parts), length, tuple(spans), cut))
         return encoded
+
+    def _encode_turn(self, number: int, messages, contents, max_src_len) -> Encoded | None:
+        """One question and its learnt answer, if nothing is cut: what most data has, in a third of the time."""
+        question, answer = messages
+        begin, role, head, end = self._turn_frame
+        counted = len(begin) - len(self._frame[0]) + len(contents[0])
+        if (question.role, answer.role, answer.learn) != ("user", "assistant", True):
+            return None
+        if question.metadata or answer.metadata or (max_src_len is not None and counted > max_src_len):
+            return None
+        start = len(begin) + len(contents[0]) + 1
+        length = start + len(head) + len(contents[1]) + 1
+        return Encoded(number, (begin, contents[0], role, head, contents[1], end), length, ((start, length),), False)
+
+    @functools.cached_property
+    def _turn_frame(self) -> tuple[np.ndarray, ...]:
+        """Ids before a first question, of the assistant's role and line break, and of the end token."""
+        return np.concatenate((self._frame[0], *self._head("user", ""))), *self._head("assistant", ""), self._frame[1]
 
     def encode_questions(self, dialogues, max_src_len=None, threads=1) -> list[Prompt]:
         prompts = []

@@ -252,6 +252,13 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         numbers, queries, histories, answers = [], [], [], []
         for number, dialogue in enumerate(dialogues):
             pairs = self._pairs(dialogue)
+            if len(dialogue.messages) == 2:  # most data has no other dialogues: without the loop it is faster
+                if dialogue.messages[1].learn:
+                    numbers.append(number)
+                    queries.append(pairs[0][0])
+                    histories.append(None)
+                    answers.append(pairs[0][1])
+                continue
             for turn in [i for i, message in enumerate(dialogue.messages[1::2]) if message.learn]:
                 query, answer = pairs[turn]
                 numbers.append(number)
@@ -280,6 +287,10 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         Raises:
             ValueError: the messages are not alternating questions and answers.
         """
+        if len(dialogue.messages) == 2 and dialogue.tools is None:
+            question, answer = dialogue.messages
+            if (question.role, answer.role) == ("user", "assistant") and not question.metadata and not answer.metadata:
+                return [(question.content, answer.content)]
         if dialogue.tools or any(message.metadata for message in dialogue.messages):
             raise ValueError(f"{self.mode} has no tools; only glm3 has")
         roles = [message.role for message in dialogue.messages]

@@ -17,7 +17,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
 from runs import METHOD_FLAGS, Launched, make_base, make_rows
 

@@ -132,13 +132,13 @@ class Machine:
         return [*fixed.split(), *map(str, more)]
 
     def run(self, name: str, jobs: dict, ranks: int = 1) -> dict[str, dict]:
-        """Run jobs of tests/gpu_jobs.py. Returns their results by name; of one that killed its process an error."""
+        """Run jobs of support/gpu_jobs.py. Returns their results by name; of one that killed its process an error."""
         results, left = {}, dict(jobs)
         path, done = self.folder / f"{name}.json", self.folder / f"{name}.jsonl"
         while left:
             path.write_text(json.dumps(left))
             done.unlink(missing_ok=True)
-            command = [sys.executable, "tests/gpu_jobs.py", path, done]
+            command = [sys.executable, "tests/support/gpu_jobs.py", path, done]
             if ranks > 1:
                 command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks, *command[1:]]
             run = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=900)
@@ -310,7 +310,7 @@ def memory(machine: Machine) -> str:
                 problems.append(f"{name}: {is_ / 2**30:.2f} GiB {kind}, {want / 2**30:.2f} planned")
     assert not problems, "; ".join(problems)
     if not machine.cuda:
-        raise Skip("a CPU does not count the memory of a device; tests/test_planner.py measures there")
+        raise Skip("a CPU does not count the memory of a device; tests/plan/test_planner.py measures there")
     return "measured/planned: " + "; ".join(lines)
 
 

@@ -9,10 +9,12 @@ import argparse
 import itertools
 import random
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 from runs import LIMIT, STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
 
 import utils

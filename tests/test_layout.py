@@ -124,3 +124,13 @@ def test_ranks_wait_for_each_other_on_the_cpu():
                 if "control_group()" not in groups:
                     on_devices.append((path.name, node.func.attr))
     assert on_devices == [("ops.py", "all_reduce")]  # how many chunks of logits the ranks make
+
+
+def test_files_and_functions_stay_short():
+    """Readers keep a file of 450 lines and a function of 60 in mind; flags of the scripts are lists."""
+    for path in MODULES.values():
+        text = path.read_text()
+        assert len(text.splitlines()) <= 450, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and "arguments" not in path.parts:
+                assert node.end_lineno - node.lineno < 60, (path, node.name)

@@ -60,7 +60,7 @@ def run_jobs(folder: Path, ranks: int, jobs: dict[str, list[str]]) -> dict[str, 
             continue
         (folder / f"jobs-{ranks}.json").write_text(json.dumps(some))
         results = folder / f"results-{ranks}.json"
-        run = deepspeed(ranks, "tests/jobs.py", folder / f"jobs-{ranks}.json", results)
+        run = deepspeed(ranks, "tests/support/jobs.py", folder / f"jobs-{ranks}.json", results)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
         losses |= {name: [loss for _, loss in history] for name, history in json.loads(results.read_text()).items()}
     return losses

@@ -3,9 +3,9 @@
     python tests/benchmark/check_data.py [--rows 100000] [--mode glm3]
 
 Prints JSON: seconds of the check, findings of each kind, peak memory in MiB. The file has good rows with bad ones among
-them (tests/test_data_check.py makes it), one of each kind at least; a finding that is missing, or on another line, or
-too many is an error. A query that is cut and leaves no room for an answer is of one kind or the other, by the flags: a
-second pass, not timed, has the other one.
+them (made by tests/samples/test_data_check.py), one of each kind at least; a finding that is missing, or on another
+line, or too many is an error. A query that is cut and leaves no room for an answer is of one kind or the other, by the
+flags: a second pass, not timed, has the other one.
 """
 
 import argparse
@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "samples")]
 
-from conftest import TEXT, TINY  # noqa: E402
-from test_data_check import MAX_SRC_LEN, bad_file, check, findings_of  # noqa: E402
+from conftest import TEXT, TINY
+from test_data_check import MAX_SRC_LEN, bad_file, check, findings_of
 
-from glm_models import MODE  # noqa: E402
-from glm_models.tiny import make_tiny_checkpoint  # noqa: E402
-from tuning.samples.check import LENGTHS  # noqa: E402
-from tuning.samples.encoding import available_cpus  # noqa: E402
-from tuning.samples.findings import BROKEN, WARNINGS  # noqa: E402
+from glm_models import MODE
+from glm_models.tiny import make_tiny_checkpoint
+from tuning.samples.check import LENGTHS
+from tuning.samples.encoding import available_cpus
+from tuning.samples.findings import BROKEN, WARNINGS
 
 
 def compare(found: dict, expected: dict, kinds) -> None:

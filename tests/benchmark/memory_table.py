@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
-from glm_models import MODE  # noqa: E402
-from tuning.plan import planner  # noqa: E402
+import train
+from glm_models import MODE
+from tuning.plan import planner
 
 METHODS = {
     "freeze": ["--freeze_module_name", "layers.27.,layers.26.,layers.25.,layers.24."],

@@ -20,13 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
+import torch
+from peft import LoraConfig, get_peft_model
 
-from glm_models import MODE  # noqa: E402
-from glm_models.checkpoint import weight_layout, write_json, write_weights  # noqa: E402
-from glm_models.tiny import make_tiny_checkpoint, read_lines  # noqa: E402
-from tuning.lora.adapter import BASE_FILE, record_base  # noqa: E402
+from glm_models import MODE
+from glm_models.checkpoint import weight_layout, write_json, write_weights
+from glm_models.tiny import make_tiny_checkpoint, read_lines
+from tuning.lora.adapter import BASE_FILE, record_base
 
 MODULES = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from process import forget_peak, status
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 WARM_UP = 3  # steps that are not timed
 BATCH = 4

@@ -278,21 +278,7 @@ def compare(
         raise UserError(f"{base} and {tuned} have different tokenizers: their distributions cannot be compared")
     after = measure_tuned(model, tokenizer, samples, max_new_tokens, kept)
 
-    tokens = [len(sample.learnt) for sample in samples]
-    categories = {}
-    for category in dict.fromkeys(row["category"] for row in rows):
-        chosen = [i for i, row in enumerate(rows) if row["category"] == category]
-        categories[category] = summarise(*([some[i] for i in chosen] for some in (tokens, before, after)))
-    overall = {key: sum(some[key] for some in categories.values()) / len(categories) for key in SHOWN}
-    asked = [{key: row[key] for key in ("category", "instruction", "input", "output")} for row in rows]
-    shown = [
-        {
-            "base_answer": tokenizer.decode_answer(one.answer),
-            "tuned_answer": tokenizer.decode_answer(other.answer),
-            **{key: value for key, value in summarise([size], [one], [other]).items() if key != "rows"},
-        }
-        for size, one, other in zip(tokens, before, after, strict=True)
-    ]
+    figures = figures_of(rows, [len(sample.learnt) for sample in samples], before, after, tokenizer)
     return {
         "base": base,
         "tuned": tuned,
@@ -300,10 +286,31 @@ def compare(
         "suite_sha256": file_hash(suite)[0],
         "dtype": str(dtype).removeprefix("torch."),
         "max_new_tokens": max_new_tokens,
-        "overall": overall,
-        "categories": categories,
-        "rows": [{**row, **figures} for row, figures in zip(asked, shown, strict=True)],
+        **figures,
     }
+
+
+def figures_of(rows: list[dict], tokens: list[int], before: list, after: list, tokenizer) -> dict:
+    """`overall`, `categories` and `rows` of `compare`.
+
+    Args:
+        tokens: of each reference. before, after: what `measure_base` and `measure_tuned` found for each row.
+    """
+    categories = {}
+    for category in dict.fromkeys(row["category"] for row in rows):
+        chosen = [i for i, row in enumerate(rows) if row["category"] == category]
+        categories[category] = summarise(*([some[i] for i in chosen] for some in (tokens, before, after)))
+    overall = {key: sum(some[key] for some in categories.values()) / len(categories) for key in SHOWN}
+    shown = []
+    for row, size, one, other in zip(rows, tokens, before, after, strict=True):
+        asked = {key: row[key] for key in ("category", "instruction", "input", "output")}
+        answers = {
+            "base_answer": tokenizer.decode_answer(one.answer),
+            "tuned_answer": tokenizer.decode_answer(other.answer),
+        }
+        single = {key: value for key, value in summarise([size], [one], [other]).items() if key != "rows"}
+        shown.append({**asked, **answers, **single})
+    return {"overall": overall, "categories": categories, "rows": shown}
 
 
 # Reports

@@ -27,7 +27,7 @@ from tuning.plan.zero3 import Zero3Simulator
 from utils import is_rank_0, print_rank_0
 
 CONTEXT = int(1.5 * GIB)  # CUDA context, kernels and NCCL buffers, outside torch's allocator; an assumption
-# DeepSpeed versions whose allocations the simulators were compared with, see tests/test_planner.py
+# DeepSpeed versions whose allocations the simulators were compared with, see tests/plan/test_planner.py
 TESTED_DEEPSPEED = ("0.19.8",)
 
 

@@ -5,7 +5,7 @@ import re
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAIRS = {"README.md": "README_zh.md"} | {
     f"docs/{path.name}": f"docs/zh/{path.name}" for path in sorted(ROOT.glob("docs/*.md"))
 }

@@ -1,6 +1,6 @@
 """Run several trainings in one process a rank: start-up is what takes most of the time of a tiny run.
 
-    deepspeed --num_gpus 2 tests/jobs.py JOBS RESULTS
+    deepspeed --num_gpus 2 tests/support/jobs.py JOBS RESULTS
 
 JOBS is a json file, {name: arguments of train.py}; RESULTS gets {name: [[step, loss], ...]}.
 """
@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from deepspeed.accelerator import get_accelerator
 

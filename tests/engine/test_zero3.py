@@ -1,7 +1,7 @@
 """Loading under ZeRO-3, on three ranks, so that weights do not divide evenly: the same model, the same random numbers
 and the same errors as without it.
 
-    deepspeed --num_gpus 3 tests/test_zero3.py CASES.json RESULTS.json
+    deepspeed --num_gpus 3 tests/engine/test_zero3.py CASES.json RESULTS.json
 
 CASES is {name: [mode, folder, changes of config.json]}; RESULTS gets {name: what differs}.
 """
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from glm_models import MODE, CheckpointError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RANKS = 3
 PREFIX = {"pre_seq_len": 3, "prefix_projection": True}
 

@@ -1,6 +1,6 @@
 """What steps of small models really allocate, by torch's own CPU allocator, and the models themselves.
 
-    python tests/measured.py STAGE RESULTS [NAME ...]
+    python tests/support/measured.py STAGE RESULTS [NAME ...]
 
 runs DeepSpeed's own steps of `SETTINGS` (all, or those named) under a ZeRO stage, as train.py trims it, and writes
 {name: [bytes of the backward, of the step]}; of several ranks, those of the one that needs most.
@@ -12,17 +12,17 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from torch._C._profiler import _EventType  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
 
-import train  # noqa: E402
-from glm_models import MODE  # noqa: E402
-from tuning.engine.ds_config import compute_dtype, ds_values, load_ds_config  # noqa: E402
-from tuning.plan import planner  # noqa: E402
+import train
+from glm_models import MODE
+from tuning.engine.ds_config import compute_dtype, ds_values, load_ds_config
+from tuning.plan import planner
 
 # Small, and yet so that activations, not weights, are what a step allocates.
 GLM = {"vocab_size": 1024, "hidden_size": 128, "num_layers": 3, "num_attention_heads": 4, "inner_hidden_size": 512}

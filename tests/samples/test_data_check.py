@@ -26,7 +26,7 @@ from tuning.samples.findings import BROKEN, WARNINGS, Findings
 from tuning.samples.formats import Flaw, to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 modes = pytest.mark.parametrize("mode", MODE)
 MAX_LEN, MAX_SRC_LEN = 90, 60
 

@@ -25,7 +25,7 @@ from glm_models.tools import (
 from tuning.errors import UserError
 from tuning.tool_metrics import NAMES, same_json, tool_rows, tool_scores
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def block(code: str) -> str:

@@ -16,7 +16,11 @@ from tuning.engine import patches
 def facts(tmp_path_factory):
     """facts[ranks][case]: what came out with DeepSpeed's own way, and with this project's."""
     folder = tmp_path_factory.mktemp("freed")
-    started = [p for n in (1, 2) for p in start_ranks(n, str(ROOT / "tests" / "freed.py"), str(folder / f"{n}.json"))]
+    started = [
+        p
+        for n in (1, 2)
+        for p in start_ranks(n, str(ROOT / "tests" / "support" / "freed.py"), str(folder / f"{n}.json"))
+    ]
     end_ranks(started)
     return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in (1, 2)}
 

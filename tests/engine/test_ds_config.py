@@ -18,7 +18,7 @@ from tuning.engine.ds_keys import KEYS, REFUSED, Key, Section, walk
 from tuning.errors import UserError
 from tuning.run import resume
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--mode", "glm3", "--model_name_or_path", ".", "--train_path", __file__]
 VALUES = ds_config.ds_values(train.parse_args(FLAGS), 2, 10, 64)
 

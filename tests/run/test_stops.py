@@ -33,7 +33,7 @@ from tuning import folders
 from tuning.run import health
 from tuning.run.resume import find_state, list_states
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOTAL = {1: 36, 2: 18}  # optimiser steps of a run as `command` has it, by ranks
 
 
@@ -240,7 +240,7 @@ def test_a_rank_that_raises_ends_the_run_with_its_message(two):
 
 SABOTEUR = """
 import sys
-sys.path[:0] = [{tests!r}, {root!r}]
+sys.path[:0] = [{tests!r}, {root!r}, {root!r} + '/tests/support', {root!r} + '/tests']
 import runs, test_stops, train
 test_stops.before_step(3, test_stops.{what}, rank=1)()
 train.main(hooks=runs.step_hooks())
@@ -265,19 +265,6 @@ def test_under_the_launcher_a_broken_rank_ends_all(two, what):
         assert "LookupError: a bug of this rank" in run.stderr
     else:
         assert "another process" in run.stderr or "is gone" in run.stderr
-
-
-def test_what_a_killed_compiler_left_holds_nobody_up(two):
-    """SIGKILL while DeepSpeed's operations are loaded leaves torch's lock file."""
-    from torch.utils.cpp_extension import _get_build_directory
-
-    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False), "lock")
-    lock.write_text("")
-    try:
-        assert two.run("--num_train_epochs", "1")[0] == {0: 0, 1: 0}
-        assert not lock.exists()
-    finally:
-        lock.unlink(missing_ok=True)
 
 
 # Numbers that go wrong

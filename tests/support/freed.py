@@ -1,6 +1,6 @@
 """Train tiny models twice, with DeepSpeed's own way to take a gradient and with patches._reduce_gradient.
 
-    python tests/freed.py RESULTS
+    python tests/support/freed.py RESULTS
 
 writes {name of a case: [facts of the first, facts of the second]}, of rank 0. Equal facts are equal numbers bit by bit.
 """
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import deepspeed
 import torch

@@ -1,6 +1,6 @@
 """Trainings and predictions in one process, measured: what tests/gpu_check.py runs on the device.
 
-    python tests/gpu_jobs.py JOBS RESULTS          (or under the deepspeed launcher)
+    python tests/support/gpu_jobs.py JOBS RESULTS          (or under the deepspeed launcher)
 
 JOBS is a json file, {name: [script, arguments]}, script train or predict; RESULTS gets a line for each job that ended:
 {"name": ..., and what `run_training` returns, or "error"}. A process that dies leaves the lines before.
@@ -14,7 +14,7 @@ import time
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from deepspeed.accelerator import get_accelerator

@@ -225,7 +225,7 @@ def measured(tmp_path_factory):
     """measured[stage, ranks]: what DeepSpeed allocates. Stages have their own processes: stage 3 changes modules."""
     folder = tmp_path_factory.mktemp("measured")
     files = {(stage, ranks): folder / f"{stage}-{ranks}.json" for stage, ranks in ((2, 1), (3, 1), (2, 2))}
-    program, started = str(ROOT / "tests" / "measured.py"), []
+    program, started = str(ROOT / "tests" / "support" / "measured.py"), []
     for (stage, ranks), file in files.items():
         started += start_ranks(ranks, program, str(stage), str(file), *(["large"] if ranks > 1 else []))
     end_ranks(started)

@@ -19,7 +19,7 @@ from tuning.evaluate import forgetting
 from tuning.evaluate.forgetting import common_prefix, compare, encode_suite, main, read_suite, table
 from tuning.samples.encoding import encode_sample
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "data"))
 CPU = torch.device("cpu")
 ROWS = [

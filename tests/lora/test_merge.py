@@ -24,7 +24,7 @@ from tuning.errors import FolderError, UserError
 from tuning.folders import new_folder
 from tuning.lora.adapter import BASE_FILE, check_base, read_adapter, record_base
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/benchmark"))
 REFUSALS = (UserError, CheckpointError, FolderError)
 TARGETS = ["query_key_value", "dense_h_to_4h"]

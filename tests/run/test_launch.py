@@ -22,7 +22,7 @@ from tuning.exits import exit_on_user_errors
 from tuning.run import health, launch, log, resume
 from tuning.run.launch import rank_variables
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = {"MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 FOURTH = {"RANK": "3", "WORLD_SIZE": "4"} | ADDRESS

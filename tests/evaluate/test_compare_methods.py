@@ -14,7 +14,7 @@ from tuning.errors import UserError
 from tuning.evaluate import compare as compare_methods
 from tuning.evaluate.compare import Interrupted, Runner, compare
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SUMMARY = {"result": "epoch-1-step-2", "trained": 1000, "parameters": 20000, "seconds": 65.0}
 SUMMARY |= {"tokens_per_second": 123.4, "memory_gib": 0.75}
 CURVE = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5}]

@@ -19,7 +19,7 @@ from tuning.metrics import bootstrap, describe, kind_of, relation_scores, repeat
 from tuning.metrics import questions as question_metrics
 from tuning.metrics import text as text_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 TRIPLES = [
     ["水泵_部件故障_漏水\n冷却系统_组成_水泵\n发动机_性能故障_水温高\n万用表_检测工具_电压"],
