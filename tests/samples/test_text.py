@@ -235,7 +235,7 @@ def test_answers_to_text_alone_are_refused(tiny, tokenizers, write, monkeypatch)
 
 def in_bf16(folder: Path, stage: int) -> str:
     """The project's ds file with bf16, whatever the device."""
-    content = json.loads((Path(__file__).parent.parent / f"ds_zero{stage}_no_offload.json").read_text())
+    content = json.loads((Path(__file__).resolve().parents[2] / f"ds_zero{stage}_no_offload.json").read_text())
     content["bf16"]["enabled"] = True
     (folder / "ds.json").write_text(json.dumps(content))
     return str(folder / "ds.json")
