@@ -136,7 +136,8 @@ class Validation:
         self.every, self.total_steps = args.eval_steps or epoch_steps, args.num_train_epochs * epoch_steps
         self.kind, names = None, list(FROM_LOSS)
         if args.eval_generate != "off":
-            self.generated = spread(self.rows, args.eval_generate_rows)
+            answered = held_out.answered
+            self.generated, self.texts = spread(answered, args.eval_generate_rows), len(self.rows) - len(answered)
             longest = max(self.data.answer_tokens([i]) for i in self.generated)
             self.max_new_tokens = args.eval_max_new_tokens or math.ceil(1.25 * longest)
             self.asked: list[dict] = []  # rank 0: the rows of the file, as `generated`
@@ -209,6 +210,7 @@ class Validation:
             text += (
                 f"; answers to {len(self.generated)}, of at most {self.max_new_tokens} tokens, scored as {self.kind}"
             )
+            text += f"; none to {self.texts} blocks of plain text" if self.texts else ""
             text += f" (ROUGE and BLEU are left out; they need: {missing(self.kind)})" if missing(self.kind) else ""
         print_rank_0(text)
         step = self.engine.global_steps

@@ -33,6 +33,7 @@ from tuning.samples.flaws import (
     says_something,
     shown_key,
 )
+from tuning.samples.text import KEY, almost_text, is_text, text_dialogue, text_problem
 
 ROW_FORMAT = 3  # part of a cache file's key: increase it when other rows are accepted, or read in another way
 KEYS = frozenset({"instruction", "input", "output"})
@@ -58,6 +59,9 @@ class Columns(NamedTuple):
     def of(cls, args) -> "Columns | None":
         """What the flags of train.py name; None if they name nothing."""
         return cls(args.prompt_column, args.response_column, args.history_column) if args.prompt_column else None
+
+
+_HALF_PAIR = Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,11 @@ FORMATS = (
     Format("prompt, completion", ("prompt", "completion"), ("prompt", "", "completion")),
     Format("question, answer", ("question", "answer"), ("question", "", "answer")),
     Format("classification (text, label)", ("text", "label"), ("text", "", "label")),
-    Format("plain text (text)", ("text",), why="training on plain text is not there yet"),
+    Format(
+        "plain text (text)",
+        (KEY,),
+        why="it asks nothing; it is for --train_path, --eval_path and --replay_path of train.py",
+    ),
 )
 
 
@@ -138,6 +146,7 @@ def find_flaw(
     empty_outputs: bool = False,
     missing_outputs: bool = False,
     columns: Columns | None = None,
+    texts: bool = False,
 ) -> Flaw | None:
     """Why a value from a file is not a valid row, None if it is one; for the arguments see `row_files.scan_rows`.
 
@@ -155,6 +164,8 @@ def find_flaw(
             return flaw
     if missing_outputs and row.get("output", "") is None:
         del row["output"]
+    if texts and is_text(row, KEYS):
+        return _flaw_of_text(row)
     if row.keys() != KEYS and (flaw := _flaw_of_keys(row, missing_outputs)):
         return flaw
     if row.get("input") is None:
@@ -180,7 +191,7 @@ def _flaw_of_texts(row: dict, several_outputs: bool, empty_outputs: bool) -> Fla
     if len(row) > len(KEYS) and (flaw := _flaw_of_earlier(row)):
         return flaw
     if has_half_pair(query + "".join(outputs)):
-        return Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
+        return _HALF_PAIR
     return None
 
 
@@ -295,6 +306,8 @@ def to_dialogue(row: dict, train_on: str | None = None) -> Dialogue:
         train_on: which answers are learnt: "all" of those that the row does not except, "last" the last one of them;
             None: all those of a conversation, and with a history the output alone.
     """
+    if is_text(row, KEYS):
+        return text_dialogue(row)
     if conversation_key(row):
         dialogue = read_conversation(row)
         return _learn_last(dialogue) if train_on == "last" else dialogue
@@ -380,12 +393,8 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
         return None
     if lacking and (flaw := recognise(row)):
         return flaw
-    for key in keys.lost:
-        if says_something(row[key], LOST[plain_name(key)].neutral):
-            return _lost(key, LOST[plain_name(key)])
-    for key in keys.others:
-        if isinstance(row[key], dict | list) and (flaw := _flaw_inside(key, row[key])):
-            return flaw
+    if flaw := _flaw_of_unread(row, keys):
+        return flaw
     for key, meant in keys.meant if row.keys() & KEYS else ():
         if holds_text(row[key]):
             name = jq_name(key)
@@ -403,6 +412,31 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
     if lacking:
         return Flaw("type", f"the key {lacking[0]!r} is missing; {_nearest(row)}")
     return None
+
+
+def _flaw_of_unread(row: dict, keys: _Keys) -> Flaw | None:
+    """A key that is not read, but changes what the row means."""
+    for key in keys.lost:
+        if says_something(row[key], LOST[plain_name(key)].neutral):
+            return _lost(key, LOST[plain_name(key)])
+    for key in keys.others:
+        if isinstance(row[key], dict | list) and (flaw := _flaw_inside(key, row[key])):
+            return flaw
+    return None
+
+
+def _flaw_of_text(row: dict) -> Flaw | None:
+    """What is wrong with a row of plain text."""
+    names = {plain_name(key): key for key in row}
+    if any(names.keys() >= {*one.keys} for one in FORMATS if one.keys != (KEY,)):
+        return recognise(row)
+    if not isinstance(row[KEY], str):
+        return Flaw("type", f"text must be a string of plain text, not {kind_of_value(row[KEY])}")
+    if problem := text_problem(row, names):
+        return Flaw(*problem)
+    if flaw := _flaw_of_unread(row, _sort_keys(tuple(row))):
+        return flaw
+    return _HALF_PAIR if has_half_pair(row[KEY]) else None
 
 
 def _flaw_inside(outer: str, value) -> Flaw | None:
@@ -446,6 +480,8 @@ def recognise(row: dict) -> Flaw | None:
     known = next((one for one in FORMATS if names.keys() >= {*one.keys}), None)
     if known is None:
         return wrapper_flaw(row)
+    if known.keys == (KEY,) and (problem := almost_text(row, names[KEY], KEYS)):
+        return Flaw(*problem)
     if known.fields is None:
         return Flaw("format", f"a row of {known.name}: {known.why}; {WANTED}")
     pairs = zip(("instruction", "input", "output"), known.fields, strict=True)
@@ -497,7 +533,9 @@ def _is_row(value) -> bool:
 def count_unused(rows: Iterable[dict], counts: collections.Counter, read: frozenset[str] = KEYS) -> None:
     """For each key that is not read, count the rows that have it."""
     for row in rows:
-        if len(row) > len(KEYS) or not row.keys() <= KEYS:
+        if is_text(row, KEYS):
+            counts.update(row.keys() - {KEY})
+        elif len(row) > len(KEYS) or not row.keys() <= KEYS:
             unread = conversations.unread_keys(row) if conversation_key(row) else row.keys() - OPTIONAL
             counts.update(unread - read)
 
