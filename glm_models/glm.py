@@ -17,11 +17,13 @@ from .chat import OFFICIAL, ChatMixin
 from .checkpoint import CheckpointError, short_repr
 from .config import ChatGLMConfigBase
 from .families import FAMILIES
+from .histories import check_pairs
 from .modeling import Block, LanguageModelMixin, PrefixEncoder, TransformerMixin, select_tokens
 from .ops import OutputLayer, TiledMLP, linear_of_recomputed
 from .pretrained import ChatGLMPreTrainedModel
 from .rotary import apply_rotary, glm_angles, glm_rotate
-from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt, add_pieces, check_pairs
+from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
+from .vocabulary import add_pieces
 
 
 class GLMConfig(ChatGLMConfigBase):

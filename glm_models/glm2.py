@@ -13,11 +13,12 @@ from .chat import ChatMixin
 from .checkpoint import CheckpointError
 from .config import ChatGLMConfigBase
 from .families import FAMILIES
+from .histories import check_pairs
 from .modeling import Block, LanguageModelMixin, PrefixEncoder, TransformerMixin, select_tokens
 from .ops import OutputLayer, TiledMLP, linear_of_recomputed, rms_norm, swiglu
 from .pretrained import ChatGLMPreTrainedModel
 from .rotary import apply_rotary, glm2_angles, glm2_frequencies, glm2_rotate
-from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt, check_pairs
+from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 
 
 class ChatGLM2Config(ChatGLMConfigBase):

@@ -1,10 +1,26 @@
-"""Histories that are too long: which turns a prompt of ChatGLM-6B and ChatGLM2-6B loses from its beginning."""
+"""Histories of ChatGLM-6B and ChatGLM2-6B: their form, and which turns are lost of one that is too long."""
 
 from collections.abc import Callable
 
 import numpy as np
 
+from .checkpoint import short_repr
+
 BETWEEN = 8  # characters, about, that the template has beside the texts of a turn
+
+
+def check_pairs(history) -> None:
+    """Check that earlier turns are pairs of texts, the history of ChatGLM-6B and ChatGLM2-6B.
+
+    Raises:
+        ValueError: they are not.
+    """
+    expected = "the history of this family is a list of pairs (question, answer)"
+    if not isinstance(history, (list, tuple)):
+        raise ValueError(f"{expected}, not {short_repr(history)}")
+    for number, turn in enumerate(history):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"{expected} of texts; history[{number}] is {short_repr(turn)}")
 
 
 def encode_fitting(

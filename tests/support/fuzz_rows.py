@@ -27,8 +27,8 @@ OTHER_KEYS += [(b'"input"', b'"%s"' % name) for name in (b"inrut", b"Input", b"i
 # What other programs read. With a value that says something, a row that has one of these keys is refused.
 TURNS = [["前一个问题", "前一个回答"], {"role": "user", "content": "你好"}, {"from": "human", "value": "你好"}]
 MEANT_ELSEWHERE = {
-    "history": [[["问", "答"]], "问答"],
-    "system": ["你是一个助手。"],
+    "chathistory": [[["问", "答"]], "问答"],
+    "systemprompt": ["你是一个助手。"],
     "messages": [TURNS[1:2], "user: 你好"],
     "conversations": [TURNS[2:], TURNS[:1]],
     "tools": [[{"name": "get_weather"}]],
@@ -54,11 +54,11 @@ METADATA = [
 ]
 VALUES = [None, True, 0, 7, 3.5, "", "x", "一段文字", ["a"], {"a": {"b": [1]}}, [[[]]], "\0", "2" * 500]
 FOREIGN_ROWS = [
-    lambda text: {"prompt": text, "response": "答"},
-    lambda text: {"prompt": text, "response": "答", "history": [["问", "答"]]},
-    lambda text: {"content": text, "summary": "答"},
-    lambda text: {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "答"}]},
-    lambda text: {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "答"}]},
+    lambda text: {"prompt": text, "response": "答", "content": text, "summary": "答"},
+    lambda text: {"prompt": text, "response": "答", "history": ["问", "答"]},
+    lambda text: {"content": text, "summary": ["答"]},
+    lambda text: {"messages": [{"role": "user", "content": text}, {"from": "gpt", "value": "答"}]},
+    lambda text: {"conversations": [{"from": "gpt", "value": text}, {"from": "gpt", "value": "答"}]},
     lambda text: {"conversations": [{"role": "user", "content": text}], "tools": []},
     lambda text: {"text": text},
     lambda text: {"question": text, "answer": "答", "id": 3},
@@ -66,6 +66,38 @@ FOREIGN_ROWS = [
     lambda text: {"instruction": text, "chosen": "答", "rejected": "不"},
     lambda text: {"data": [{"instruction": text, "input": "", "output": "答"}]},
     lambda text: {"0": {"instruction": text, "input": "", "output": "答"}},
+]
+CALL = {"name": "f", "arguments": '{"a": [1, null]}'}
+CONVERSATIONS = [
+    {"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}], "tools": []},
+    {
+        "conversations": [
+            {"role": "system", "content": "短"},
+            {"role": "user", "content": "问"},
+            {"role": "tool", "name": "f", "parameters": {"a": 1}, "observation": {"b": [2]}, "loss": False},
+            {"role": "assistant", "content": "答", "metadata": ""},
+        ],
+        "tools": [{"name": "f"}],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "问"}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": CALL}]},
+            {"role": "tool", "tool_call_id": "c", "content": "2"},
+            {"role": "assistant", "content": "答", "weight": 1},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    },
+    {
+        "conversations": [
+            {"from": "human", "value": "问"},
+            {"from": "function_call", "value": json.dumps(CALL)},
+            {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "答"},
+        ],
+        "system": "短",
+        "tools": '[{"name": "f"}]',
+    },
 ]
 NO_STRINGS = [3, 2.5, True, ["一", "二"], [], {"a": "一"}, [["问", "答"]]]
 
@@ -91,6 +123,27 @@ def misspell(chance: random.Random, name: str) -> str:
         )
         if wrong != name:
             return wrong
+
+
+def change_part(chance: random.Random, value) -> None:
+    """Take away, double or change one part of an object or a list, anywhere in it."""
+    while True:
+        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if isinstance(value[key], dict | list) and value[key] and chance.random() < 0.8:
+            value = value[key]
+            continue
+        way = chance.choice(("gone", "twice", "odd", "name"))
+        if way == "odd":
+            value[key] = chance.choice((None, 0, 1, 0.5, True, False, "", "问", "\ud83d", [], {}, [[]], [{}], {"a": 1}))
+        elif way == "gone":
+            del value[key]
+        elif isinstance(value, list):
+            value.insert(chance.randrange(len(value) + 1), value[key])
+        else:
+            value[chance.choice(("role", "from", "content", "loss", "system", "history", "more", "tool_calls"))] = (
+                value[key]
+            )
+        return
 
 
 class RowKinds:
@@ -278,6 +331,33 @@ class RowKinds:
         data = InstructionData(DataSettings(str(path), 200, 100, skip_bad=True), tokenizer)
         assert list(data.samples) == [encode_sample(tokenizer, meant, 200, 100) for _, meant in right]
         self.check_unused(data, [row for row, _ in right])
+        if len(right) < len(rows):
+            raise DataError  # rightly refused as a whole
+
+    def row_conversations(self, chance: random.Random) -> None:
+        """Conversations with parts taken away, doubled or changed: refused on their line, or samples for ChatGLM3."""
+        rows = []
+        for _ in range(4):
+            row = json.loads(json.dumps(chance.choice(CONVERSATIONS)))
+            for _ in range(chance.choice((0, 1, 1, 2))):
+                change_part(chance, row)
+            rows.append(row)
+        path = self.folder / "conversations.json"
+        lines = [json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") for row in rows]
+        path.write_bytes(b"\n".join(lines))
+        found = dict(scan_rows(str(path)))
+        assert list(found) == [1, 2, 3, 4]
+        for line, row in found.items():
+            if isinstance(row, RowError):
+                message = str(row)
+                assert message.startswith(f"{path} line {line}: ") and message.isprintable() and len(message) < 2000
+            elif rows[line - 1] in CONVERSATIONS:
+                assert row == rows[line - 1] | {"output": "答"}
+        right = [line for line, row in found.items() if not isinstance(row, RowError)]
+        data = InstructionData(DataSettings(str(path), 900, 800, skip_bad=True), self.tokenizers["glm3"])
+        assert data.lines.tolist() == right and min(data.answer_lengths) > 1
+        said = data.summary()
+        assert said.isprintable() and len(said) < 2000, ascii(said)
         if len(right) < len(rows):
             raise DataError  # rightly refused as a whole
 

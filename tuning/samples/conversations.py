@@ -42,7 +42,10 @@ class Call(NamedTuple):
 
 def conversation_key(row: dict) -> str | None:
     """The key under which a row has a list of messages, None if there is none."""
-    return next((key for key in LISTS if row.get(key) and isinstance(row[key], list)), None)
+    for key in LISTS:
+        if key in row and isinstance(row[key], list) and says_something(row[key]):
+            return key
+    return None
 
 
 def style_of(row: dict) -> str:
@@ -147,6 +150,8 @@ class _Reader:
 
     def _assistant(self, turn, learn, text):
         calls = turn.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise BadRow("type", f"tool_calls of {self.where} must be a list of objects")
         if turn.get("function_call"):
             calls = [*calls, {"function": turn["function_call"]}]
         content = self._text(turn, text, missing=bool(calls))
@@ -155,7 +160,7 @@ class _Reader:
             raise BadRow("type", f"metadata of {self.where} must be a string, not {kind_of_value(metadata)}")
         if content.strip() or not calls:
             self._add("assistant", content, metadata.strip(), learn)
-        for call in calls if isinstance(calls, list) else [calls]:
+        for call in calls:
             self._call(call, learn, text)
 
     def _call(self, turn, learn, text):

@@ -6,9 +6,9 @@
 - FLAT: the same under the names of other programs, and columns that flags name (`Columns`);
 - conversations of several messages, see conversations.py.
 
-FORMATS lists formats that are recognised and not read; LOST lists keys that mean something to other programs and that
-are not read here. In the commands FILE and NEW stand for the user's own file names, KEY for a key too long to show; the
-commands work on JSON lines and on arrays.
+foreign.py lists formats that are recognised and not read; LOST lists keys that mean something to other programs and
+that are not read here. In the commands FILE and NEW stand for the user's own file names, KEY for a key too long to
+show; the commands work on JSON lines and on arrays.
 """
 
 import collections
@@ -33,18 +33,13 @@ from tuning.samples.flaws import (
     says_something,
     shown_key,
 )
+from tuning.samples.foreign import FLAT, KEYS, NEAR, OPTIONAL, names_text, nearest_format, recognise
 
 ROW_FORMAT = 3  # part of a cache file's key: increase it when other rows are accepted, or read in another way
-KEYS = frozenset({"instruction", "input", "output"})
-OPTIONAL = frozenset({"history", "system"})  # keys of our format that a row may have too
-WANTED = "a row has instruction, input and output"
 SHOWN_KEYS = 8  # that are not used
 DEEPEST = 100  # maximum nesting of objects and lists
-NEAR = 0.8  # similarity (difflib's ratio) from which a name counts as a misspelling of another
 # keys that may hold the input's text where there is no input
 NAMES_OF_INPUT = {"inputs", "context", "query", "question", "text", "prompt", "content", "passage", "document"}
-# question and answer in formats with one text each; `history` and `system` may stand beside them
-FLAT = (("prompt", "response"), ("content", "summary"), ("query", "response"))
 
 
 class Columns(NamedTuple):
@@ -58,39 +53,6 @@ class Columns(NamedTuple):
     def of(cls, args) -> "Columns | None":
         """What the flags of train.py name; None if they name nothing."""
         return cls(args.prompt_column, args.response_column, args.history_column) if args.prompt_column else None
-
-
-@dataclass(frozen=True)
-class Format:
-    """A row format of other programs.
-
-    Args:
-        name: what its users call it.
-        keys: that such a row has, as `plain_name` gives them.
-        fields: instruction, input and output in terms of its keys, for formats whose rows of one turn can be converted;
-            "" for an empty one.
-        why: why its rows cannot be trained as they are, if they cannot be converted.
-    """
-
-    name: str
-    keys: tuple[str, ...]
-    fields: tuple[str, str, str] | None = None
-    why: str = ""
-
-
-FORMATS = (
-    Format(
-        "Dolly (instruction, context, response)", ("instruction", "response"), ("instruction", "context", "response")
-    ),
-    Format("preference data (chosen, rejected)", ("chosen", "rejected"), why="preferences cannot be trained here"),
-    Format("the official ChatGLM p-tuning (prompt, response)", ("prompt", "response"), ("prompt", "", "response")),
-    Format("AdvertiseGen (content, summary)", ("content", "summary"), ("content", "", "summary")),
-    Format("query, response", ("query", "response"), ("query", "", "response")),
-    Format("prompt, completion", ("prompt", "completion"), ("prompt", "", "completion")),
-    Format("question, answer", ("question", "answer"), ("question", "", "answer")),
-    Format("classification (text, label)", ("text", "label"), ("text", "", "label")),
-    Format("plain text (text)", ("text",), why="training on plain text is not there yet"),
-)
 
 
 @dataclass(frozen=True)
@@ -208,7 +170,9 @@ def _flaw_of_conversation(row: dict, empty_outputs: bool, missing_outputs: bool)
     style = style_of(row)
     beside = [key for key in ("instruction", "input", "history") if says_something(row.get(key))]
     if beside or any(holds_text(row.get(one)) and holds_text(row.get(other)) for one, other in FLAT):
-        return Flaw("format", f"a row that mixes two formats: {style}, and {_names(beside) or 'question and answer'}")
+        return Flaw(
+            "format", f"a row that mixes two formats: {style}, and {names_text(beside) or 'question and answer'}"
+        )
     for key in _sort_keys(tuple(row)).lost:
         lost = LOST[plain_name(key)]
         if key not in conversations.READ and says_something(row[key], lost.neutral):
@@ -242,7 +206,7 @@ def _name_columns(row: dict, columns: Columns) -> Flaw | None:
             return Flaw("type", f"{shown_key(name)} ({flag}) must be a string, not {kind_of_value(row[name])}")
     others = {key: value for key, value in row.items() if key not in columns}
     if beside := [key for key in ("instruction", "input", "output") if says_something(others.get(key))]:
-        return Flaw("format", f"a row that mixes two formats: the columns of the flags, and {_names(beside)}")
+        return Flaw("format", f"a row that mixes two formats: the columns of the flags, and {names_text(beside)}")
     _set_fields(row, others, row[columns.prompt], row[columns.response], row.get(columns.history or "history"))
     return None
 
@@ -258,12 +222,12 @@ def _name_fields(row: dict, missing_outputs: bool) -> Flaw | None:
     if "instruction" in row and "output" in row:
         if not full or not holds_text(row["output"]):
             return None
-        return Flaw("format", f"a row that mixes two formats: instruction and output, and {_names(full[0])}")
+        return Flaw("format", f"a row that mixes two formats: instruction and output, and {names_text(full[0])}")
     if len(full) > 1:
-        return Flaw("format", f"a row that mixes two formats: {_names(full[0])}, and {_names(full[1])}")
+        return Flaw("format", f"a row that mixes two formats: {names_text(full[0])}, and {names_text(full[1])}")
     question, answer = (full or found)[0]
     if beside := [key for key in ("instruction", "input", "output") if says_something(row.get(key))]:
-        return Flaw("format", f"a row that mixes two formats: {question} and {answer}, and {_names(beside)}")
+        return Flaw("format", f"a row that mixes two formats: {question} and {answer}, and {names_text(beside)}")
     for key in (question, answer):
         value = row.get(key)
         if not isinstance(value, str) and not (missing_outputs and key == answer and value is None):
@@ -280,10 +244,6 @@ def _set_fields(row: dict, others: dict, question: str, answer: str | None, hist
     others = {key: value for key, value in others.items() if key not in ours}
     row.clear()
     row.update(ours | others)
-
-
-def _names(keys: Iterable[str]) -> str:
-    return " and ".join(keys)
 
 
 def to_dialogue(row: dict, train_on: str | None = None) -> Dialogue:
@@ -401,7 +361,7 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
             "type", f"the key 'instruction' is missing, only input is there; where there is none, write {empty}"
         )
     if lacking:
-        return Flaw("type", f"the key {lacking[0]!r} is missing; {_nearest(row)}")
+        return Flaw("type", f"the key {lacking[0]!r} is missing; {nearest_format(row)}")
     return None
 
 
@@ -428,67 +388,6 @@ def _lost(key: str, lost: Lost, inside: str = "") -> Flaw:
         f"the key {where} holds {lost.holds}, which would be lost; {lost.way_out}. Rows without the key: "
         f"jq -c '{EACH} | del(.[{jq_name(key)}])' FILE > NEW",
     )
-
-
-# Other formats
-
-
-def recognise(row: dict) -> Flaw | None:
-    """The format of a row without our keys, if it is a known one, and what to do with it."""
-    names = {plain_name(key): key for key in reversed(row)}
-    for name in (one for one in conversations.LISTS if one in names):
-        key, value = names[name], row[names[name]]
-        if key != name:
-            return Flaw("type", f"the key {shown_key(key)} must be written {name!r}")
-        if value is not None:
-            problem = "is empty" if value == [] else f"must be a list of messages, not {kind_of_value(value)}"
-            return Flaw("type", f"{name} {problem}")
-    known = next((one for one in FORMATS if names.keys() >= {*one.keys}), None)
-    if known is None:
-        return wrapper_flaw(row)
-    if known.fields is None:
-        return Flaw("format", f"a row of {known.name}: {known.why}; {WANTED}")
-    pairs = zip(("instruction", "input", "output"), known.fields, strict=True)
-    texts = ", ".join(f"{ours}: .[{jq_name(names[key])}]" if key in names else f'{ours}: ""' for ours, key in pairs)
-    gone = ", ".join(f".[{jq_name(names[key])}]" for key in known.fields if key in names and names[key] not in KEYS)
-    # other keys are kept, so that the new file is checked for them too
-    command = f"jq -c '{EACH} | del({gone}) + {{{texts}}}' FILE > NEW"
-    return Flaw("format", f"a row of {known.name}; {WANTED}; convert it: {command}")
-
-
-def _nearest(row: dict) -> str:
-    """The format with the most keys in common with a row, and what the row lacks of it."""
-    names = {plain_name(key) for key in row}
-    known = [("instruction", "output"), *FLAT, ("conversations",), ("messages",)]
-    best = max(known, key=lambda keys: len(names & {*keys}))
-    if not names & {*best}:
-        near = {name: difflib.get_close_matches(name, sorted(names), 1, NEAR) for keys in known for name in keys}
-        best = max(known, key=lambda keys: sum(bool(near[name]) for name in keys))
-        if not any(near[name] for name in best):
-            return f"{WANTED}, or 'conversations' or 'messages', or the columns that --prompt_column and others name"
-    lacks = _names(name for name in best if name not in names)
-    return f"the nearest format is {_names(best)}, of which it lacks {lacks}" if best[0] != "instruction" else WANTED
-
-
-def wrapper_flaw(row: dict) -> Flaw | None:
-    """One object around all rows, as {"data": [...]} or {"0": {...}, "1": {...}}."""
-    if row.keys() & KEYS:
-        return None
-    for key, value in row.items():
-        if isinstance(value, list) and value and all(map(_is_row, value)):
-            command = f"jq -c '.[{jq_name(key)}][]' FILE > NEW"
-            return Flaw("format", f"an object with all rows in a list under {shown_key(key)}; take them out: {command}")
-    if row and all(map(_is_row, row.values())):
-        return Flaw("format", "an object with all rows under names or numbers; take them out: jq -c '.[]' FILE > NEW")
-    return None
-
-
-def _is_row(value) -> bool:
-    """Whether a value looks like a row of our format or of another one."""
-    if not isinstance(value, dict):
-        return False
-    names = {plain_name(key) for key in value}
-    return bool(names & {"instruction", "messages", "conversations"}) or any(names >= {*one.keys} for one in FORMATS)
 
 
 # Keys that are not used

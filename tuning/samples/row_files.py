@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from tuning.errors import DataError
 from tuning.samples import file_kinds
 from tuning.samples.flaws import EACH, Flaw, has_half_pair
-from tuning.samples.formats import Columns, find_flaw, wrapper_flaw
+from tuning.samples.foreign import wrapper_flaw
+from tuning.samples.formats import Columns, find_flaw
 
 BLOCK = 1 << 20  # bytes read at once
 
