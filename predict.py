@@ -72,10 +72,9 @@ def predict_file(args) -> None:
     base = find_base(args.model_path, args.ori_model_dir)
     tokenizer = load_tokenizer(args.mode, base)
     lines = [line for line, _ in numbered]
-    check_roles(tokenizer, args.predict_path, numbered)
     rows = [with_references(row, tokenizer) if "output" in row else row for _, row in numbered]
     with AnswerFile(args.output_path, rows, describe_run(args, len(rows), base, tokenizer), args.overwrite) as file:
-        warn_of_cuts(tokenizer, rows, lines, args.max_src_len)
+        warn_of_cuts(tokenizer, args.predict_path, lines, rows, args.max_src_len)
         if file.done:
             print(f"{args.output_path} holds {len(file.done)} of {len(rows)} answers; continuing from there")
         if len(file.done) < len(rows):
@@ -87,13 +86,6 @@ def predict_file(args) -> None:
     references = [references_of(row) if "output" in row else [] for row in rows]
     predictions, ended = [row["prediction"] for row in done], [row["ended"] for row in done]
     print(*describe_scores(args.metrics, predictions, references, ended), sep="\n")
-
-
-def check_roles(tokenizer, path: str, numbered: list[tuple[int, dict]]) -> None:
-    """Raise DataError for a row whose messages this model family does not have."""
-    for line, row in numbered:
-        if problem := tokenizer.dialogue_problem(question_in(row)):
-            raise DataError(f"{path} line {line}: {problem}")
 
 
 def answer_rows(file: AnswerFile, args) -> None:
@@ -124,25 +116,43 @@ def describe_run(args, rows: int, base: str, tokenizer) -> Made:
     return Made(settings, rows, args.model_path)
 
 
-def warn_of_cuts(tokenizer, rows: list[dict], lines: list[int], max_src_len: int) -> None:
-    """Warn about queries that are cut at --max_src_len.
+def warn_of_cuts(tokenizer, path: str, lines: list[int], rows: list[dict], max_src_len: int) -> None:
+    """Warn about conversations that lose turns, and queries that are cut, at --max_src_len.
 
     Raises:
-        UserError: the prompt template alone is longer than that.
+        UserError: a row's messages are not for this model family, or cannot be cut to fit; names its line.
     """
     cut, shortened = [], []
     for start in range(0, len(rows), CHUNK):
-        prompts = encode(tokenizer, [question_in(row) for row in rows[start : start + CHUNK]], max_src_len)
-        shortened += [
-            line for line, prompt in zip(lines[start : start + CHUNK], prompts, strict=True) if prompt.dropped
-        ]
-        cut += [line for line, prompt in zip(lines[start : start + CHUNK], prompts, strict=True) if prompt.cut]
+        some = lines[start : start + CHUNK]
+        questions = [question_in(row) for row in rows[start : start + CHUNK]]
+        for line, question in zip(some, questions, strict=True):
+            if problem := tokenizer.dialogue_problem(question):
+                raise DataError(f"{path} line {line}: {problem}")
+        try:
+            prompts = encode(tokenizer, questions, max_src_len)
+        except UserError:
+            for line, question in zip(some, questions, strict=True):
+                with naming_line(f"{path} line {line}"):
+                    encode(tokenizer, [question], max_src_len)
+            raise
+        shortened += [line for line, prompt in zip(some, prompts, strict=True) if prompt.dropped]
+        cut += [line for line, prompt in zip(some, prompts, strict=True) if prompt.cut]
     if shortened:
         where = lines_text(len(shortened), shortened[:FIRST])
         print(f"warning: conversations lose turns from their beginning to --max_src_len {max_src_len} in {where}")
     if cut:
         where = lines_text(len(cut), cut[:FIRST])
         print(f"warning: the end of the query is cut at --max_src_len {max_src_len} in {where}")
+
+
+@contextlib.contextmanager
+def naming_line(where: str):
+    """Errors of a row, with its place before them."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def encode(tokenizer, questions: list[Dialogue], max_src_len: int) -> list[Prompt]:

@@ -14,8 +14,8 @@ from conftest import TEXT
 
 import predict
 from glm_models.tiny import make_tiny_checkpoint
-from tuning.errors import FolderError, UserError
-from tuning.evaluate import answers, inputs
+from tuning.errors import DataError, FolderError, UserError
+from tuning.evaluate import answers, inputs, page
 from tuning.lora.adapter import find_base
 
 
@@ -311,6 +311,108 @@ def test_a_single_query_that_is_cut_is_named(models, capsys):
     assert "warning: the end of the query is cut at --max_src_len 44" in capsys.readouterr().err
     predict.main([*command, "--input", "短"])
     assert "cut" not in capsys.readouterr().err
+
+
+# Conversations
+
+FORMATS = Path(__file__).parent / "samples" / "formats"
+TOOLS = [{"name": "weather", "description": "查天气"}]
+ASKS = [{"role": "system", "content": "说话简短。"}, {"role": "user", "content": "青河天气？"}]
+CALL = {
+    "role": "tool",
+    "name": "weather",
+    "parameters": {"city": "青河", "n": [1, None]},
+    "observation": {"天气": "晴"},
+}
+CALL_TEXT = "weather\n```python\ntool_call(city='青河', n=[1, None])\n```"
+
+
+def write_conversations(path: Path) -> list[dict]:
+    """A call to make, an answer to give from an observation, a later question, and one without a reference."""
+    calls = [{"function": {"name": "weather", "arguments": json.dumps(CALL["parameters"])}}]
+    rows = [
+        {"id": 1, "tools": TOOLS, "messages": [*ASKS, {"role": "assistant", "content": None, "tool_calls": calls}]},
+        {"id": 2, "tools": TOOLS, "conversations": [*ASKS, CALL, {"role": "assistant", "content": "晴。"}]},
+        {"id": 3, "instruction": "梅江呢？", "output": "雨。", "history": [["青河天气？", "晴。"]], "system": "短。"},
+        {"id": 4, "tools": TOOLS, "conversations": [*ASKS, CALL]},
+    ]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return rows
+
+
+def test_the_last_turn_of_each_conversation_is_asked_as_the_official_chat_asks_it(work, monkeypatch):
+    asked = []
+    monkeypatch.setattr(predict, "load_result", lambda mode, folder, *_: (predict.load_tokenizer(mode, folder), None))
+    monkeypatch.setattr(
+        predict,
+        "generate_answers",
+        lambda model, tokenizer, prompts, limits, **options: asked.extend(prompts) or [("好", True)] * len(prompts),
+    )
+    rows = write_conversations(work.rows)
+    work.predict("--max_length", "900")
+    encode = predict.load_tokenizer("glm3", str(work.models / "a")).encode_prompt
+    system = {"role": "system", "content": "说话简短。", "tools": TOOLS}
+    call = {"role": "assistant", "metadata": "weather", "content": CALL_TEXT.split("\n", 1)[1]}
+    history = [system, ASKS[1], call]
+    earlier = [{"role": "system", "content": "短。"}, ASKS[1], {"role": "assistant", "content": "晴。"}]
+    observed = encode('{"天气": "晴"}', history, role="observation")
+    assert asked == [encode("青河天气？", [system]), observed, encode("梅江呢？", earlier), observed]
+    answered = work.lines()
+    assert [{key: row[key] for key in before} for row, before in zip(answered, rows, strict=True)] == rows
+    assert [row.get("output") for row in answered] == [CALL_TEXT, "晴。", "雨。", None]
+    assert not any("tool_call" in row for row in answered)
+
+
+def test_calls_stand_beside_the_prediction_and_are_scored(work, echo, monkeypatch, capsys):
+    replies = [CALL_TEXT, "晴。", "time\n```python\ntool_call()\n```", CALL_TEXT[:-4]]
+    monkeypatch.setattr(predict, "answer", lambda model, _, some, args: [(replies.pop(0), True) for _ in some])
+    write_conversations(work.rows)
+    with pytest.raises(UserError, match=r"rows\.json line 2: --max_src_len: .* less than the \d+ ids of the prompt's"):
+        work.predict()
+    work.predict("--batch_size", "2", "--max_length", "900")
+    calls = [row.get("tool_call") for row in work.lines()]
+    parameters = CALL["parameters"]
+    assert calls == [{"name": "weather", "parameters": parameters}, None, {"name": "time", "parameters": {}}, None]
+    out = capsys.readouterr().out
+    assert "keys not used: id (4 rows)" in out and "scored: the 3 of 4 rows" in out
+    assert "tool_calls: right 0.6667 (name 0.6667, parameters 0.6667)" in out
+    # the answers are rows that can be answered again, by the same command and as a file of their own
+    work.predict("--max_length", "900")
+    assert len(echo) == 1
+    work.rows = work.output.rename(work.rows.parent / "again.jsonl")
+    replies += ["a"] * 4
+    work.predict("--max_length", "900")
+    assert [row["prediction"] for row in work.lines()] == ["a"] * 4 and "tool_call" not in work.lines()[0]
+
+
+def test_a_report_reads_answers_to_conversations(work, echo):
+    work.rows.write_text("\n".join((FORMATS / f"{name}.jsonl").read_text() for name in ("chatglm3", "sharegpt")))
+    work.predict("--max_length", "900")
+    rows, _, references, _ = inputs.read_answers(str(work.output))
+    assert references == [["查继电器，\n再查供电。"], ["看刹车片。"]] * 2
+    assert inputs.asked_in(rows[0]) == inputs.asked_in(rows[2]) != inputs.asked_in(rows[1])
+    assert page.input_text(rows[0]).split("\n")[0] == "发动机水温高，怎么办？"
+    rows[0]["conversations"][0]["role"] = "nobody"
+    work.output.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    with pytest.raises(UserError, match="line 1: a row of ChatGLM3 conversations"):
+        inputs.read_answers(str(work.output))
+
+
+def test_messages_that_a_family_lacks_are_refused_with_their_line(work, echo, tmp_path):
+    make_tiny_checkpoint("glm2", str(tmp_path / "c"), TEXT, layers=1, hidden_size=32, heads=2, vocab_size=1000)
+    work.models = tmp_path
+    write_conversations(work.rows)
+    with pytest.raises(DataError, match=r"rows\.json line 1: glm2 has no tools: train --mode glm3"):
+        work.predict("--mode", "glm2", model="c")
+    assert not echo
+
+
+def test_conversations_that_lose_turns_are_named(work, echo, capsys):
+    history = [[text, text] for text in TEXT[:4]]
+    write_rows(work.rows, 2, history=history)
+    work.predict("--max_src_len", "90", "--max_length", "120")
+    told = "conversations lose turns from their beginning to --max_src_len 90 in 2 rows (lines 1, 2)"
+    assert told in capsys.readouterr().out
 
 
 # Reports

@@ -13,7 +13,7 @@ from conftest import TEXT
 
 from glm_models import MODE
 from glm_models.tiny import train_sentencepiece
-from glm_models.tools import answer_text, write_call
+from glm_models.tools import ToolCall, answer_text, find_call, write_call
 
 modes = pytest.mark.parametrize("mode", MODE)
 newer_modes = pytest.mark.parametrize("mode", ["glm2", "glm3"])
@@ -175,6 +175,8 @@ def test_decode_answer_gives_a_call_as_its_name_and_block(tokenizers):
     tok, call = tokenizers["glm3"], write_call("weather", {"城市": "青河"})
     ids = tok.build_single_message("assistant", call["metadata"], call["content"])[1:]  # without the role
     assert tok.decode_answer(ids) == answer_text(call["metadata"], call["content"])
+    both = [*tok.build_single_message("assistant", "", "好的。")[1:], tok.get_command("<|assistant|>"), *ids]
+    assert find_call(tok.decode_answer(both)) == ToolCall("weather", {"城市": "青河"})
     plain = tok.build_single_message("assistant", "", f"weather\n {call['content']}")[1:]
     assert tok.decode_answer(plain) == f"weather\n {call['content']}"
 
