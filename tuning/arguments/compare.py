@@ -205,6 +205,8 @@ def training_flags(args, folder: str, method: str, evaluates: bool) -> list[str]
     if evaluates:
         more += " --eval_generate auto --eval_at_start " + (SMALL_EVAL if small else LARGE_EVAL)
     own = train_arguments.applicable(shlex.split(args.train_flags), train_type, evaluates)
+    if any(word.partition("=")[0] == "--max_steps" for word in own):
+        more = more.replace("--num_train_epochs 2 ", "")
     return [*flags, *shlex.split(more), *own]
 
 
