@@ -35,6 +35,7 @@ from tuning.engine.saving import check_room, count_results, is_save_step, result
 from tuning.errors import DataError
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import record_base
+from tuning.lora.earlier import start_from_adapter
 from tuning.methods import build_model, count_parameters, parameter_groups
 from tuning.plan import planner
 from tuning.plan.planner import memory_advice, plan_setup
@@ -127,13 +128,14 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     lock, state = claim_output(args)
 
     # data, model, engine
+    contents = start_from_adapter(args)
     data = read_data(args)
     ds_config = load_training_config(args, data.length.total_steps, data.config.hidden_size)
     for line in ds_notes(ds_config):
         print_rank_0(line)
     dtype = compute_dtype(ds_config)
     base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
-    run = describe_run(args, data.sources.contents, data.tokenizer, base, ds_config, zero_layout(ds_config))
+    run = describe_run(args, contents | data.sources.contents, data.tokenizer, base, ds_config, zero_layout(ds_config))
     check_resume(args, state, run, data.length.total_steps)
     engine = start_engine(args, ds_config, ds_section(state, run.ranks))
     model = engine.module

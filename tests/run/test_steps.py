@@ -102,7 +102,7 @@ class Engine:
 
 
 def batches(*lengths):
-    return [Batch(input_ids=torch.ones(1, length), segments=[(length, 0)]) for length in lengths]
+    return [Batch([0], 1, input_ids=torch.ones(1, length), segments=[(length, 0)]) for length in lengths]
 
 
 def test_a_step_runs_every_micro_batch_and_keeps_no_graph():

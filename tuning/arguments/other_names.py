@@ -2,8 +2,8 @@
 
 # name in other programs -> names here; a script suggests those that it has
 OTHER_NAMES = {
-    "adapter": ("model_path", "model_dir"),
-    "adapter_name_or_path": ("model_path", "model_dir"),
+    "adapter": ("adapter_path", "model_path", "model_dir"),
+    "adapter_name_or_path": ("adapter_path", "model_path", "model_dir"),
     "attn": ("attn_implementation",),
     "base_model": ("model_name_or_path", "ori_model_dir", "base"),
     "batch_size": ("per_device_train_batch_size",),
@@ -25,7 +25,7 @@ OTHER_NAMES = {
     "learning_rate": ("learning_rates",),
     "load_best_model_at_end": ("best_metric",),
     "logging_steps": ("show_loss_step",),
-    "lora_path": ("model_path", "model_dir"),
+    "lora_path": ("adapter_path", "model_path", "model_dir"),
     "lora_r": ("lora_dim",),
     "lora_rank": ("lora_dim",),
     "lora_target": ("lora_module_name",),

@@ -27,6 +27,9 @@ TRAIN_TYPES = ("freeze", "ptuning", "lora", "all")  # the keys of methods.TRAIN_
 # --lr_scheduler_type -> DeepSpeed's name
 SCHEDULES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}
 
+# flags that --adapter_path sets, and their values without it
+LORA = {"lora_dim": 8, "lora_alpha": 30, "lora_module_name": "query_key_value"}
+
 SHARE = Number(above=0, below=1)
 DROPOUT = Number(least=0, below=1)
 EVALUATE = "--eval_path or --eval_ratio"
@@ -62,6 +65,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
     if args.num_train_epochs is None and args.max_steps is None:
         args.num_train_epochs = 1
+    if not args.adapter_path:
+        for name, value in LORA.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
     return args
 
 
@@ -184,14 +191,22 @@ def add_methods(parser: Parser) -> None:
     group.add_argument("--prefix_dropout", type=DROPOUT, default=0.1, help="dropout on the prefix")
 
     group = parser.group("LoRA", needs="--train_type lora")
-    group.add_argument("--lora_dim", type=Integer(), default=8, help="rank of the update matrices")
     group.add_argument(
-        "--lora_alpha", type=Number(above=0), default=30, help="scaling: updates are multiplied by alpha / rank"
+        "--adapter_path", type=Folder(), may_change=True,
+        help="start from this adapter of an earlier training, with its rank, alpha and layers",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora_dim", type=Integer(), default_text=str(LORA["lora_dim"]), help="rank of the update matrices"
     )
+    group.add_argument(
+        "--lora_alpha", type=Number(above=0), default_text=str(LORA["lora_alpha"]),
+        help="scaling: updates are multiplied by alpha / rank",
+    )  # fmt: skip
     group.add_argument("--lora_dropout", type=DROPOUT, default=0.1, help="dropout on the input of the update matrices")
     group.add_argument(
-        "--lora_module_name", type=Names(), default="query_key_value", help="linear layers to adapt; comma-separated"
-    )
+        "--lora_module_name", type=Names(), default_text=LORA["lora_module_name"],
+        help="linear layers to adapt; comma-separated",
+    )  # fmt: skip
 
 
 def add_optimisation(parser: Parser) -> None:

@@ -133,7 +133,7 @@ def _length_text(args: argparse.Namespace) -> str:
     """The results that `plan_disk` counts."""
     if args.max_steps:
         return f"the result after {args.max_steps} steps, plus one after each epoch before"
-    return f"{args.num_train_epochs} epoch{'s' * (args.num_train_epochs > 1)}"
+    return f"{args.num_train_epochs} epoch{'s' * (args.num_train_epochs != 1)}"
 
 
 def host_text(host: HostPlan, args: argparse.Namespace) -> str:
