@@ -478,11 +478,18 @@ def test_the_scripts_pass_no_flag_that_does_nothing(tmp_path):
     (tmp_path / "model").mkdir()
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": str(tmp_path / "model")}
     environment |= {"DATA": __file__}
-    for script in sorted(ROOT.glob("scripts/*/*.sh")):
-        run = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
+
+    def passed_on(script: Path, *flags: str):
+        run = subprocess.run(["bash", script, *flags], env=environment, capture_output=True, text=True, check=True)
         words = run.stdout.splitlines()
-        args = train.parse_args(words[words.index("train.py") + 1 :])
-        assert (args.mode, args.train_type) == (script.parent.name, script.stem)
+        return train.parse_args(words[words.index("train.py") + 1 :])
+
+    for script in sorted(ROOT.glob("scripts/*/*.sh")):
+        args = passed_on(script)
+        assert (args.mode, args.train_type, args.num_train_epochs) == (script.parent.name, script.stem, 2)
+    assert passed_on(script, "--num_train_epochs", "0.5").num_train_epochs == 0.5
+    args = passed_on(script, "--max_steps", "9")
+    assert (args.max_steps, args.num_train_epochs) == (9, None)
 
 
 @pytest.fixture
