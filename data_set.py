@@ -14,10 +14,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader
 
+from tuning.errors import DataError
 from tuning.samples import cache
 from tuning.samples.batches import Batch
 from tuning.samples.dataset import DataSettings, HeldOut, InstructionData, prepare, split_rows
+from tuning.samples.dump import dump_samples
 from tuning.samples.epochs import BatchShape, EpochPlan, Packs, RankBatches, RunLength, pack_rows, plan_epoch
+from tuning.samples.formats import Columns
 from tuning.samples.mixture import Mixture
 from utils import data_parallel_rank, data_parallel_size, is_rank_0, on_rank_0, once_per_node, print_rank_0
 
@@ -31,8 +34,12 @@ def epoch_loader(data: InstructionData, plan: EpochPlan, rank: int, first_step: 
     return DataLoader(data, sampler=batches, batch_size=None, pin_memory=pin, generator=torch.Generator())
 
 
-def data_settings(args, path: str, several_outputs: bool = False) -> DataSettings:
-    """What the flags say of a data file."""
+def data_settings(args, path: str, several_outputs: bool = False, columns: bool = True) -> DataSettings:
+    """What the flags say of a data file.
+
+    Args:
+        columns: whether the flags that name columns are about this file.
+    """
     return DataSettings(
         path,
         args.max_len,
@@ -41,12 +48,14 @@ def data_settings(args, path: str, several_outputs: bool = False) -> DataSetting
         empty_outputs=args.allow_empty_output,
         skip_bad=args.on_bad_row == "skip",
         several_outputs=several_outputs,
+        columns=Columns.of(args) if columns else None,
+        train_on=args.train_on,
     )
 
 
-def load_data(args, tokenizer, path: str, several_outputs: bool = False) -> InstructionData:
+def load_data(args, tokenizer, path: str, several_outputs: bool = False, columns: bool = True) -> InstructionData:
     """A file's samples: prepared by one process per node, or found in the cache, then mapped into all of them."""
-    settings = data_settings(args, path, several_outputs)
+    settings = data_settings(args, path, several_outputs, columns)
     keep = args.data_cache != "none"
     cache_dir = (args.data_cache or cache.default_folder()) if keep else None
     prepared = once_per_node(lambda: prepare(settings, tokenizer, cache_dir, progress=is_rank_0()))
@@ -55,6 +64,18 @@ def load_data(args, tokenizer, path: str, several_outputs: bool = False) -> Inst
         on_rank_0(lambda: None)  # all have mapped it
         once_per_node(lambda: os.unlink(prepared))  # what is mapped stays readable
     return data
+
+
+def dump(args, tokenizer) -> None:
+    """--dump_samples: write the samples that would be trained, before packing. Needs no other processes."""
+    settings = data_settings(args, args.train_path)
+    keep = args.data_cache != "none"
+    cache_dir = (args.data_cache or cache.default_folder()) if keep else None
+    prepared = prepare(settings, tokenizer, cache_dir, progress=True) if keep else None
+    data = InstructionData(settings, tokenizer, prepared)
+    rows = range(len(data)) if args.eval_ratio is None else split_rows(data, args.eval_ratio)[0].tolist()
+    dump_samples(data, rows, args.dump_samples)
+    print("\n".join((f"data: {data.summary()}", *data.warnings(), f"{len(rows)} samples: {args.dump_samples}")))
 
 
 class Sources(NamedTuple):
@@ -93,13 +114,19 @@ def load_sources(args, tokenizer) -> Sources:
                 "warning: --eval_path has the very rows of --train_path: its scores say nothing of unseen rows"
             )
 
+    if held_out and args.eval_generate != "off" and not held_out.answered:
+        raise DataError(
+            f"--eval_generate: the rows of {held_out.path} to validate on are all plain text, which has no answers; "
+            "without the flag their loss is measured"
+        )
+
     def pack(data, rows):
         return pack_rows(data, args.max_len, args.seed, rows) if args.packing else Packs(rows)
 
     packs = pack(task, rows)
     if not args.replay_path:
         return Sources(task, lambda epoch: packs, held_out, contents)
-    general = load_data(args, tokenizer, args.replay_path)
+    general = load_data(args, tokenizer, args.replay_path, columns=False)
     contents["--replay_path"] = general.content
     general_packs = pack(general, np.arange(len(general)))
     longest = args.per_device_train_batch_size

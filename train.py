@@ -25,7 +25,7 @@ use_large_pages()
 import deepspeed
 import torch
 
-from data_set import Sources, batch_shape, data_settings, load_sources, training_steps
+from data_set import Sources, batch_shape, data_settings, dump, load_sources, training_steps
 from glm_models import MODE
 from glm_models.ops import TiledMLP
 from tuning.engine import patches
@@ -232,9 +232,11 @@ def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
     with exit_on_user_errors(DataError), explain_oom(lambda: memory_advice(args)):
         if args.plan:
             planner.plan(args, plan_setup)
-        elif args.check_data:
-            if is_rank_0():
+        elif args.check_data or args.dump_samples:
+            if is_rank_0() and args.check_data:
                 check(args)
+            elif is_rank_0():
+                dump(args, load_tokenizer(args.mode, args.model_name_or_path))
         else:
             with leaving_distributed():
                 train(args, hooks)

@@ -1,6 +1,6 @@
 """ChatGLM3-6B: the network of ChatGLM2-6B, a chat of roles, and tool calls."""
 
-import ast
+import contextlib
 import copy
 import functools
 import itertools
@@ -14,9 +14,7 @@ from .checkpoint import CheckpointError, short_repr
 from .families import FAMILIES
 from .glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer
 from .tokenization import Encoded, Prompt
-
-# The official example has this text before the tools in the system message.
-TOOLS_SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
+from .tools import CLOSING, TOOLS_SYSTEM, ToolCallError, read_parameters
 
 
 class ChatGLM3Config(ChatGLM2Config):
@@ -124,20 +122,27 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         line_break = np.array(self.line_break, np.int32)  # the line break that ends the (empty) metadata comes first
         return [np.concatenate((line_break, ids)) for ids in self.encode_texts(answers, threads)]
 
-    def encode_dialogues(self, dialogues, max_src_len=None, threads=1) -> list[Encoded]:
+    def dialogue_problem(self, dialogue) -> None:
+        return None
+
+    def encode_dialogues(self, dialogues, max_src_len=None, threads=1, max_len=None) -> list[Encoded]:
         """Samples of conversations: one per conversation, in which every learnt answer is a span.
 
         An answer is learnt with the token that ends it: the role of the next message, as in the official chat, or the
-        end token. max_src_len limits the tokens before the first learnt answer.
+        end token; of a tool call at the end it is the role of an observation. max_src_len limits the tokens before the
+        first learnt answer. A conversation that is longer than a limit loses as few turns as necessary from its
+        beginning: a question and everything up to the next one. The system message with the tools, and the turn of the
+        last learnt answer, are kept.
         """
         encoded = []
         for number, messages, contents in self._encode_messages(dialogues, threads):
             if len(messages) == 2 and (one := self._encode_turn(number, messages, contents, max_src_len)):
                 encoded.append(one)
                 continue
-            first = next((i for i, message in enumerate(messages) if message.learn), None)
-            if first is None:
+            if not any(message.learn for message in messages):
                 continue
+            messages, contents, dropped = self._drop_turns(messages, contents, max_src_len, max_len)
+            first = next(i for i, message in enumerate(messages) if message.learn)
             parts, length, cut = self._lay_out(messages[:first], contents, max_src_len)
             spans = []
             for place in range(first, len(messages)):
@@ -148,11 +153,12 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
                     spans.append((length + 1, length + 1))  # its end is known with the next message
                 parts += (role, head, contents[place])
                 length += len(role) + len(head) + len(contents[place])
-            parts.append(self._frame[1])
+            # the chat stops at an observation's role after a call
+            parts.append(self._bare_heads["observation"][0] if messages[-1].metadata else self._frame[1])
             length += 1
             if messages[-1].learn:
                 spans[-1] = (spans[-1][0], length)
-            encoded.append(Encoded(number, tuple(parts), length, tuple(spans), cut))
+            encoded.append(Encoded(number, tuple(parts), length, tuple(spans), cut, dropped))
         return encoded
 
     def _encode_turn(self, number: int, messages, contents, max_src_len) -> Encoded | None:
@@ -173,11 +179,39 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         """Ids before a first question, of the assistant's role and line break, and of the end token."""
         return np.concatenate((self._frame[0], *self._head("user", ""))), *self._head("assistant", ""), self._frame[1]
 
+    def _drop_turns(self, messages, contents, max_src_len, max_len, question=False):
+        """Messages and contents without the turns that are too much, and how many turns these are.
+
+        Args:
+            question: nothing is learnt, and max_src_len limits all messages.
+        """
+        learnt = [len(messages)] if question else [i for i, message in enumerate(messages) if message.learn]
+        system = int(messages[0].role == "system")
+        starts = [i for i, message in enumerate(messages[: learnt[-1]]) if message.role == "user"]
+        if len(starts) < 2 or (max_src_len is None and max_len is None):
+            return messages, contents, 0
+        # tokens before each message, without those of the frame
+        sizes = [
+            1 + len(self._head(m.role, m.metadata)[1]) + len(content)
+            for m, content in zip(messages, contents, strict=True)
+        ]
+        ends = [0, *itertools.accumulate(sizes)]
+        frame = len(self._frame[0]) + 1
+        starts[0] = system  # what may stand before the first question goes with it
+        for start in starts:
+            gone = ends[start] - ends[system]
+            first = next(i for i in learnt if i >= start)
+            fits = max_src_len is None or ends[first] - gone <= max_src_len
+            if fits and (max_len is None or frame + ends[-1] - gone <= max_len):
+                break
+        return (*messages[:system], *messages[start:]), contents[:system] + contents[start:], starts.index(start)
+
     def encode_questions(self, dialogues, max_src_len=None, threads=1) -> list[Prompt]:
         prompts = []
         for _, messages, contents in self._encode_messages(dialogues, threads):
+            messages, contents, dropped = self._drop_turns(messages, contents, max_src_len, None, question=True)
             parts, _, cut = self._lay_out(messages, contents, max_src_len)
-            prompts.append(Prompt(np.concatenate(parts[:-1]), parts[-1], self._head("assistant", "")[0], cut))
+            prompts.append(Prompt(np.concatenate(parts[:-1]), parts[-1], self._head("assistant", "")[0], cut, dropped))
         return prompts
 
     def _encode_messages(self, dialogues, threads):
@@ -236,9 +270,10 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         return np.array(self.get_prefix_tokens(), np.int32), np.array([self.eos_token_id], np.int32)
 
     def decode_answer(self, ids: list[int]) -> str:
-        return (
-            self.decode(ids).removeprefix("\n").removeprefix(" ")
-        )  # the line break, and the space with which a text begins
+        text = self.decode(ids)
+        if not text.startswith("\n"):  # metadata: the name of a tool; the space begins the text of the call
+            return text.removeprefix(" ").replace(f"\n {CLOSING}", f"\n{CLOSING}", 1)
+        return text.removeprefix("\n").removeprefix(" ")  # empty metadata, and the space with which a text begins
 
     def build_prompt(self, query, history=None):
         raise NotImplementedError("ChatGLM3 prompts are ids, not text: use build_chat_input or encode_prompt")
@@ -292,8 +327,8 @@ class ChatGLM3ForConditionalGeneration(ChatGLM2ForConditionalGeneration):
 
         Returns:
             The last message's answer and the history with all messages of the reply. With metadata the answer is a
-            dict: {"name", "parameters"} where the first message offers tools and the call can be read as keyword
-            arguments of literals, else {"name", "content"}.
+            dict: {"name", "parameters"} where the first message offers tools and `read_parameters` reads the call, else
+            {"name", "content"}.
         """
         history = copy.deepcopy(history)
         content = ""
@@ -308,26 +343,9 @@ class ChatGLM3ForConditionalGeneration(ChatGLM2ForConditionalGeneration):
                 content = content.replace("[[训练时间]]", "2023年")
                 continue
             history.append({"role": "assistant", "metadata": metadata, "content": content})
-            has_tools = history[0]["role"] == "system" and "tools" in history[0]
-            parameters = _tool_parameters(content) if has_tools else None
-            content = (
-                {"name": name, "content": content} if parameters is None else {"name": name, "parameters": parameters}
-            )
+            called = {"name": name, "content": content}
+            if history[0]["role"] == "system" and "tools" in history[0]:
+                with contextlib.suppress(ToolCallError):
+                    called = {"name": name, "parameters": read_parameters(content)}
+            content = called
         return content, history
-
-
-def _tool_parameters(content: str) -> dict | None:
-    """Keyword arguments of a single call `tool_call(...)` of literals in a fenced code block; None for other text."""
-    lines = content.strip().split("\n")
-    if len(lines) < 3 or not lines[0].startswith("```") or lines[-1].strip() != "```":
-        return None
-    try:
-        call = ast.parse("\n".join(lines[1:-1]).strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "tool_call":
-            return None
-        names = [word.arg for word in call.keywords]
-        if call.args or None in names or len(set(names)) < len(names):
-            return None
-        return {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None

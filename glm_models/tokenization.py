@@ -22,6 +22,7 @@ import sentencepiece
 from transformers import PreTrainedTokenizer
 
 from .checkpoint import CheckpointError, check_download, read_json, short_repr
+from .histories import encode_fitting
 from .identify import check_family
 
 # Part of `fingerprint`: increase it when a code change gives other ids for the same text.
@@ -40,6 +41,7 @@ class Prompt(NamedTuple):
     text: np.ndarray
     end: np.ndarray
     cut: bool  # the end of the query was dropped because of max_src_len
+    dropped: int = 0  # turns of a conversation that were dropped from its beginning because of max_src_len
 
     @property
     def ids(self) -> np.ndarray:
@@ -54,6 +56,7 @@ class Encoded(NamedTuple):
     length: total tokens of all parts.
     spans: the learnt pieces, as (first position, position after the last); at least one piece.
     cut: the end of the question before the first learnt piece was dropped because of max_src_len.
+    dropped: how many turns were dropped from the beginning of the conversation.
     """
 
     dialogue: int
@@ -61,6 +64,7 @@ class Encoded(NamedTuple):
     length: int
     spans: tuple[tuple[int, int], ...]
     cut: bool
+    dropped: int = 0
 
 
 def check_pairs(history) -> None:
@@ -239,12 +243,18 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         """As `encode_prompts`, but each query has its own history."""
         raise NotImplementedError
 
-    def encode_dialogues(self, dialogues: Sequence, max_src_len: int | None = None, threads: int = 1) -> list[Encoded]:
+    def encode_dialogues(
+        self, dialogues: Sequence, max_src_len: int | None = None, threads: int = 1, max_len: int | None = None
+    ) -> list[Encoded]:
         """Samples of conversations, in order: one for each learnt answer, with the earlier turns as its history.
+
+        Of a sample that is longer than a limit, as few turns as necessary are dropped from the beginning of its
+        history, before its question or its answer is cut.
 
         Args:
             dialogues: each has `messages` (with role, content, metadata and learn) and `tools`.
             max_src_len, threads: as for `encode_prompts`.
+            max_len: maximum ids of a sample; it only drops turns, and cuts nothing.
 
         Raises:
             ValueError: the family has no such messages; or as `encode_prompts`.
@@ -265,37 +275,49 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
                 queries.append(query)
                 histories.append(pairs[:turn])
                 answers.append(answer)
-        prompts = self._encode_each(queries, histories, max_src_len, threads)
         end = np.array([self.eos_token_id], np.int32)
         encoded = []
         answer_ids = self.encode_answers(answers, threads)
-        for number, (before, text, after, cut), answer in zip(numbers, prompts, answer_ids, strict=True):
+        rooms = None if max_len is None else [max_len - len(answer) - 1 for answer in answer_ids]
+        prompts = encode_fitting(self._encode_each, queries, histories, max_src_len, rooms, threads)
+        for number, (before, text, after, cut, dropped), answer in zip(numbers, prompts, answer_ids, strict=True):
             start = len(before) + len(text) + len(after)
             length = start + len(answer) + 1
-            encoded.append(Encoded(number, (before, text, after, answer, end), length, ((start, length),), cut))
+            encoded.append(
+                Encoded(number, (before, text, after, answer, end), length, ((start, length),), cut, dropped)
+            )
         return encoded
 
     def encode_questions(self, dialogues: Sequence, max_src_len: int | None = None, threads: int = 1) -> list[Prompt]:
         """Prompts for the answer to the last message of each dialogue. Arguments and errors: see `encode_dialogues`."""
         pairs = [self._pairs(dialogue) for dialogue in dialogues]
         queries = [dialogue.messages[-1].content for dialogue in dialogues]
-        return self._encode_each(queries, pairs, max_src_len, threads)
+        return encode_fitting(self._encode_each, queries, pairs, max_src_len, None, threads)
+
+    def dialogue_problem(self, dialogue) -> str | None:
+        """Why this family cannot take a conversation, and the way out; None if it can."""
+        roles = [message.role for message in dialogue.messages]
+        way_out = "train --mode glm3, which has them"
+        if dialogue.tools or any(message.metadata or message.role == "observation" for message in dialogue.messages):
+            return f"{self.mode} has no tools: {way_out}"
+        if "system" in roles:
+            return f"{self.mode} has no system message: write it into the first question, or {way_out}"
+        if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+            return f"a conversation of {self.mode} is user and assistant in turn, not {', '.join(roles[:8])}"
+        return None
 
     def _pairs(self, dialogue) -> list[tuple[str, str]]:
         """Question and answer of each complete turn.
 
         Raises:
-            ValueError: the messages are not alternating questions and answers.
+            ValueError: see `dialogue_problem`.
         """
         if len(dialogue.messages) == 2 and dialogue.tools is None:
             question, answer = dialogue.messages
             if (question.role, answer.role) == ("user", "assistant") and not question.metadata and not answer.metadata:
                 return [(question.content, answer.content)]
-        if dialogue.tools or any(message.metadata for message in dialogue.messages):
-            raise ValueError(f"{self.mode} has no tools; only glm3 has")
-        roles = [message.role for message in dialogue.messages]
-        if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
-            raise ValueError(f"a conversation of {self.mode} is user and assistant in turn, not {', '.join(roles)}")
+        if problem := self.dialogue_problem(dialogue):
+            raise ValueError(problem)
         texts = [message.content for message in dialogue.messages]
         return list(zip(texts[::2], texts[1::2], strict=False))
 

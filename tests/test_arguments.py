@@ -292,19 +292,9 @@ def test_flags_that_would_do_nothing_are_refused_whatever_their_value(parser, ne
     for flag in flags.values():
         if flag.required:
             continue
-        value = {
-            Integer: "1",
-            Number: "0.5",
-            Names: "x",
-            train_arguments.Epochs: "2",
-            GiB: "24",
-            File: __file__,
-            Folder: ".",
-            Text: "x",
-            NewPath: "x",
-        }
-        text = flag.choices[0] if flag.choices else value.get(type(flag.read))
-        text = str(flag.default) if flag.default is not None else text
+        value = {Integer: "1", Number: "0.5", Names: "x", train_arguments.Epochs: "2", GiB: "24"}
+        value |= {File: __file__, Folder: ".", Text: "x", NewPath: "x"}
+        text = str(flag.default) if flag.default is not None else (*flag.choices, value.get(type(flag.read)))[0]
         words = [*needed, flag.name, text]
         if flag.needs == "--train_type lora":  # the default
             words += ["--train_type", "all"]
@@ -328,6 +318,8 @@ def test_flags_of_train_that_depend_on_others():
         ("--resume_changed", "--resume_changed does nothing without --resume_from_checkpoint"),
         ("--eval_ratio 0.1 --eval_generate_rows 5", "--eval_generate_rows does nothing without --eval_generate"),
         ("--plan --check_data", "--plan and --check_data exclude each other"),
+        ("--check_data --dump_samples x", "--check_data and --dump_samples exclude each other"),
+        ("--prompt_column x", "--prompt_column does nothing without --response_column"),
         ("--packing --group_by_length", "--packing and --group_by_length exclude each other"),
         ("--max_len 100 --max_src_len 100", "--max_src_len 100 must be less than --max_len 100"),
         ("--num_train_epochs 0", "--num_train_epochs 0: must be above 0; predict.py scores"),
@@ -423,6 +415,7 @@ def test_a_run_may_be_resumed_with_other_values_of_what_changes_no_result():
     by_answers = train_arguments.fixed_flags(train.parse_args([*NEEDED, *files.split(), "f1"]))
     assert set(by_loss) == {
         *("--mode", "--train_type", "--max_len", "--max_src_len", "--is_skip", "--allow_empty_output", "--on_bad_row"),
+        *("--prompt_column", "--response_column", "--history_column", "--train_on"),
         *("--packing", "--group_by_length", "--replay_ratio", "--freeze_module_name", "--pre_seq_len"),
         *("--prefix_projection", "--prefix_dropout", "--lora_dim", "--lora_alpha", "--lora_dropout"),
         *("--lora_module_name", "--num_train_epochs", "--max_steps", "--per_device_train_batch_size"),

@@ -23,7 +23,8 @@ from tuning.samples.check import FILE, check_data, histogram, sample_lines
 from tuning.samples.dataset import DataSettings, InstructionData, prepare
 from tuning.samples.encoding import encode_sample
 from tuning.samples.findings import BROKEN, WARNINGS, Findings
-from tuning.samples.formats import Flaw, to_dialogue
+from tuning.samples.flaws import Flaw
+from tuning.samples.formats import to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,12 +70,12 @@ def bad_rows() -> dict[str, list[bytes]]:
             dump(row(0)).decode().encode("gb18030"),
         ],
         "format": [
-            dump({"prompt": "NUMBER", "response": "a", "history": []}),
-            dump({"messages": [{"role": "user", "content": "NUMBER"}]}),
+            dump({"prompt": "NUMBER", "response": "a", "content": "b", "summary": "c"}),
+            dump({"messages": [{"role": "user", "content": "NUMBER"}, {"from": "gpt", "value": "a"}]}),
             dump({"data": [row(0)]}),
         ],
         "keys": [
-            dump(row("NUMBER", history=[["a", "b"]])),
+            dump(row("NUMBER", chat_history=[["a", "b"]])),
             dump(row("NUMBER", System="a")),
             dump(row("NUMBER", more={"tools": ["a"]})),
             dump(row("NUMBER", weight=2)),
@@ -128,6 +129,8 @@ def findings_of(folder) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for line in (Path(folder) / FILE).read_text(encoding="utf-8").splitlines():
         finding = json.loads(line)
+        if finding["kind"] == "format_of_rows":
+            continue
         found.setdefault(finding["kind"], []).append(finding["line"])
     return {kind: sorted(lines) for kind, lines in found.items()}
 

@@ -41,8 +41,10 @@ def test_each_learnt_answer_is_a_sample_with_its_history(tokenizers, mode):
 @pytest.mark.parametrize("mode", ["glm", "glm2"])
 def test_families_without_tools_or_system_messages_say_so(tokenizers, mode):
     messages = (Message("system", "简短回答。"), *conversation(TURNS[:1], {0}).messages)
-    with pytest.raises(ValueError, match="user and assistant in turn, not system, user, assistant"):
+    with pytest.raises(ValueError, match="has no system message: write it into the first question"):
         tokenizers[mode].encode_dialogues([Dialogue(messages)])
+    with pytest.raises(ValueError, match="user and assistant in turn, not user, user"):
+        tokenizers[mode].encode_dialogues([Dialogue((messages[1], messages[1]))])
     with pytest.raises(ValueError, match="has no tools"):
         tokenizers[mode].encode_dialogues([conversation(TURNS[:1], {0})._replace(tools=({"name": "time"},))])
 
@@ -90,21 +92,73 @@ def test_chatglm3_writes_tools_as_its_chat_does(tokenizers):
     assert json.dumps(list(tools), indent=4, ensure_ascii=False) in text
 
 
+def fewest_turns_dropped(tokenizer, turns, learnt, max_len, max_src_len):
+    """What a conversation that is too long should become, tried one by one. Returns samples and how many are gone."""
+    for dropped in range(learnt[-1] + 1):
+        left = conversation(turns[dropped:], {i - dropped for i in learnt if i >= dropped})
+        whole = encode_samples(tokenizer, [left], 5000, None)[0]
+        counted = len(whole.prompt) - {"glm": 2, "glm2": 2, "glm3": 3}[tokenizer.mode]
+        if len(whole.input_ids) <= max_len and counted <= max_src_len:
+            return whole, dropped
+    return encode_samples(tokenizer, [conversation(turns[learnt[-1] :], {0})], max_len, max_src_len)[0], learnt[-1]
+
+
+@pytest.mark.parametrize("mode", MODE)
+@pytest.mark.parametrize("learnt", [(5,), (0, 2, 4, 5)])
+def test_a_conversation_that_is_too_long_loses_turns_from_its_beginning(tokenizers, mode, learnt):
+    tokenizer, turns = tokenizers[mode], TURNS + [(q + "水泵" * 9, a) for q, a in TURNS]
+    dialogue = conversation(turns, learnt)
+    # the families without one sample for all answers have one for each, with the turns up to it
+    parts = [learnt] if mode == "glm3" else [(one,) for one in learnt]
+    longest = len(encode_samples(tokenizer, [dialogue], 5000, None)[len(parts) - 1].input_ids)
+    for max_len in range(80, longest + 2, 11):
+        for max_src_len in (max_len - 30, 60):
+            found = encode_samples(tokenizer, [dialogue], max_len, max_src_len)
+            assert len(found) == len(parts)
+            for sample, part in zip(found, parts, strict=True):
+                some = turns if mode == "glm3" else turns[: part[0] + 1]
+                wanted, dropped = fewest_turns_dropped(tokenizer, some, part, max_len, max_src_len)
+                assert sample.dropped == dropped
+                assert sample._replace(dropped=0) == wanted
+        question = Dialogue(dialogue.asked)
+        prompt = tokenizer.encode_questions([question], max_len)[0]
+        left = Dialogue(question.messages[2 * prompt.dropped :])
+        assert prompt.ids.tolist() == tokenizer.encode_questions([left], max_len)[0].ids.tolist()
+        assert prompt.cut == (prompt.dropped == 5 and tokenizer.encode_questions([left])[0].ids.size > prompt.ids.size)
+        assert (
+            prompt.dropped == 0
+            or len(tokenizer.encode_questions([Dialogue(question.messages[2 * prompt.dropped - 2 :])])[0].ids) > max_len
+        )
+
+
+def test_system_message_and_tools_stay_in_a_conversation_that_is_too_long(tokenizers):
+    tokenizer, system = tokenizers["glm3"], Message("system", "说话简短。")
+    dialogue = Dialogue((system, *conversation(TURNS, {0, 1, 2}).messages), ({"name": "time"},))
+    sample = encode_samples(tokenizer, [dialogue], 100, 90)[0]
+    assert sample.dropped == 1 and len(sample.input_ids) <= 100
+    left = dialogue._replace(messages=(system, *dialogue.messages[3:]))
+    assert sample.input_ids == encode_samples(tokenizer, [left], 500, 400)[0].input_ids
+    # where even they do not fit, the row alone is left out
+    no_room = {}
+    others = encode_samples(tokenizer, [dialogue, conversation(TURNS, {0})], 500, 30, no_room=no_room)
+    assert [*no_room] == [0] and "max_src_len 30 is less than the" in no_room[0] and others.places.tolist() == [1]
+
+
+def test_a_tool_call_at_the_end_is_learnt_with_what_stops_the_chat(tokenizers):
+    call = Message("assistant", "```python\ntool_call()\n```", "time", learn=True)
+    sample = encode_samples(tokenizers["glm3"], [Dialogue((Message("user", "几点？"), call))], 500, 400)[0]
+    assert sample.labels[-1] == sample.input_ids[-1] == tokenizers["glm3"].get_command("<|observation|>")
+
+
 @pytest.mark.parametrize("mode", MODE)
 def test_cuts_shorten_the_question_and_the_spans(tokenizers, mode):
-    tokenizer, dialogue = tokenizers[mode], conversation(TURNS, {0, 1})
-    whole = encode_samples(tokenizer, [dialogue], 500, 400)
-    for max_len in range(len(whole[0].prompt) + 1, len(whole[len(whole) - 1].input_ids) + 1):
-        no_room = {}
-        cut = encode_samples(tokenizer, [dialogue], max_len, 400, no_room=no_room)
-        if no_room:  # of ChatGLM and ChatGLM2: the second prompt is longer
-            assert mode != "glm3" and len(cut) == 0
-            continue
-        for one, other in zip(cut, whole, strict=True):
-            assert one.input_ids == other.input_ids[:max_len]
-            assert one.labels == other.labels[:max_len]
-            assert one.answer_cut == (len(other.input_ids) > max_len)
-            assert cut.records["learnt"].sum() == sum(len(sample.learnt) for sample in cut)
+    tokenizer, dialogue = tokenizers[mode], conversation(TURNS, {0})
+    whole = encode_samples(tokenizer, [dialogue._replace(messages=dialogue.messages[:2])], 500, 400)
+    for max_len in range(len(whole[0].prompt) + 1, len(whole[0].input_ids) + 1):
+        (cut,) = encode_samples(tokenizer, [dialogue._replace(messages=dialogue.messages[:2])], max_len, 400)
+        assert cut.input_ids == whole[0].input_ids[:max_len]
+        assert cut.labels == whole[0].labels[:max_len]
+        assert cut.answer_cut == (len(whole[0].input_ids) > max_len)
     counted = len(whole[0].prompt) - {"glm": 2, "glm2": 2, "glm3": 3}[mode]
     shorter = encode_samples(tokenizer, [conversation(TURNS, {0})], 500, counted - 2)[0]
     assert shorter.prompt_cut and len(shorter.prompt) == len(whole[0].prompt) - 2

@@ -113,10 +113,10 @@ def test_other_keys_are_named_in_the_line_on_the_data(write, tokenizers):
 
 
 LOST = {
-    "history": ([["问", "答"]], "earlier turns"),
+    "chat_history": ([["问", "答"]], "earlier turns"),
     "System": ("你是一个助手。", "a system message"),
     "system_prompt": ("你是一个助手。", "a system message"),
-    "messages": ([{"role": "user", "content": "你好"}], "turns of a conversation"),
+    "dialogue": ([{"role": "user", "content": "你好"}], "turns of a conversation"),
     "tools": ([{"name": "get_weather"}], "tools"),
     "loss_weight": (0.5, "a weight for the loss"),
     "images": (["a.png"], "images or sound"),
@@ -134,7 +134,7 @@ def test_keys_that_mean_something_are_refused_by_name(write, key):
 
 @needs_jq
 def test_rows_without_such_a_key(write):
-    path = write(GOOD | {"history": [["问", "答"]], "it's": 1}, GOOD)
+    path = write(GOOD | {"chat_history": [["问", "答"]], "it's": 1}, GOOD)
     assert list(read_rows(str(convert(path, refusal(path))))) == [(1, GOOD | {"it's": 1}), (2, GOOD)]
 
 
@@ -150,18 +150,11 @@ def test_names_of_keys_cannot_write_on_the_terminal(write):
 
 
 FORMATS = {
-    "prompt-response": {"prompt": "水泵漏水", "response": "换水泵"},
-    "AdvertiseGen": {"content": "水泵漏水", "summary": "换水泵"},
+    "Prompt-Response": {"Prompt": "水泵漏水", "Response": "换水泵"},
     "completion": {"prompt": "水泵漏水", "completion": "换水泵"},
     "Dolly": {"instruction": "水泵漏水", "context": "", "response": "换水泵"},
     "question-answer": {"Question": "水泵漏水", "Answer": "换水泵", "id": 3},
-    "ShareGPT": {"conversations": [{"from": "human", "value": "水泵漏水"}, {"from": "gpt", "value": "换水泵"}]},
-    "ChatGLM3": {
-        "conversations": [{"role": "user", "content": "水泵漏水"}, {"role": "assistant", "content": "换水泵"}]
-    },
-    "OpenAI": {"messages": [{"role": "user", "content": "水泵漏水"}, {"role": "assistant", "content": "换水泵"}]},
 }
-NAMED = {"ShareGPT": "ShareGPT", "ChatGLM3": "ChatGLM3 conversations", "OpenAI": "OpenAI messages"}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -170,18 +163,11 @@ def test_rows_of_other_formats_are_named_and_can_be_converted(write, name, as_ar
     rows = [FORMATS[name], FORMATS[name]]
     path = write(json.dumps(rows).encode()) if as_array else write(*rows)
     message = refusal(path)
-    assert f"line 1: a row of {NAMED.get(name, '')}" in message and "FILE > NEW" in message
+    assert "line 1: a row of " in message and "FILE > NEW" in message
     if shutil.which("jq"):
         found = [row for _, row in read_rows(str(convert(path, message)))]
         texts = [(row["instruction"] + row["input"], row["output"]) for row in found]
         assert texts == [("水泵漏水", "换水泵")] * 2
-
-
-def test_several_turns_cannot_be_trained_and_that_is_said(write):
-    turns = [{"role": role, "content": "水"} for role in ("system", "user", "assistant", "user", "assistant")]
-    assert "rows of several turns cannot be trained yet" in refused_row(write, {"conversations": turns})
-    message = refused_row(write, {"prompt": "水", "response": "泵", "history": [["问", "答"]]})
-    assert "rows of several turns cannot be trained yet, and it has a history" in message
 
 
 @needs_jq
@@ -304,7 +290,7 @@ def test_other_files_are_named(write, content, says):
 
 
 def test_a_broken_file_of_lines_says_what_each_row_is(write):
-    path = write(GOOD, without("input") | {"inrut": "水"}, GOOD | {"history": [["问", "答"]]}, FORMATS["OpenAI"], GOOD)
+    path = write(GOOD, without("input") | {"inrut": "水"}, GOOD | {"weight": 2}, FORMATS["Dolly"], GOOD)
     found = dict(scan_rows(str(path)))
     kinds = {line: row.flaw.kind for line, row in found.items() if isinstance(row, RowError)}
     assert kinds == {2: "type", 3: "keys", 4: "format"}

@@ -142,6 +142,21 @@ def add_data(parser: Parser) -> None:
     group.add_argument(
         "--train_path", type=File(), required=True, may_change=True, help="training data: instruction, input, output"
     )
+    column = {"type": Text(), "may_change": False}
+    group.add_argument(
+        "--prompt_column", **column, needs="--response_column", help="name of the key or column with the question"
+    )
+    group.add_argument(
+        "--response_column", **column, needs="--prompt_column", help="name of the key or column with the answer"
+    )
+    group.add_argument(
+        "--history_column", **column, default_text="history", needs="--prompt_column",
+        help="name of the key or column with earlier turns, [[question, answer], ...]",
+    )  # fmt: skip
+    group.add_argument(
+        "--train_on", choices=("all", "last"), default_text="all of a conversation; with a history, the output",
+        help="answers to learn: all, those of a history too, or the last of each row",
+    )  # fmt: skip
     group.add_argument("--max_len", type=Integer(), default=1024, help="maximum tokens per sample, prompt included")
     group.add_argument("--max_src_len", type=Integer(), default=512, help="maximum tokens per prompt")
     group.add_argument("--is_skip", **SWITCH, help="leave out samples that are too long instead of truncating them")
@@ -167,6 +182,10 @@ def add_data(parser: Parser) -> None:
     )
     group = parser.group("checking the data")
     group.add_argument("--check_data", **SWITCH, may_change=True, help="report what is wrong in the data; do not train")
+    group.add_argument(
+        "--dump_samples", type=NewPath(), metavar="FILE", may_change=True,
+        help="write ids and labels of all training samples to FILE, as JSON lines; do not train",
+    )  # fmt: skip
     group.add_argument(
         "--test_path", type=File(), needs="--check_data", may_change=True,
         help="also report the rows of this file whose prompts are in the training data",
@@ -357,8 +376,9 @@ def contradictions(args: argparse.Namespace) -> list[str]:
         wrong.append(f"--max_src_len {args.max_src_len} must be less than --max_len {args.max_len}")
     if args.max_steps is not None and args.num_train_epochs is not None:
         wrong.append("--max_steps and --num_train_epochs exclude each other: both say when training ends")
-    if args.plan and args.check_data:
-        wrong.append("--plan and --check_data exclude each other")
+    alone = [f"--{name}" for name in ("plan", "check_data", "dump_samples") if getattr(args, name)]
+    if len(alone) > 1:
+        wrong.append(f"{' and '.join(alone)} exclude each other")
     if args.eval_path and args.eval_ratio is not None:
         wrong.append("--eval_path and --eval_ratio exclude each other")
     if args.overwrite_output_dir and args.resume_from_checkpoint == "auto":

@@ -13,15 +13,26 @@ from collections.abc import Callable
 import torch
 
 from glm_models.generation import generate_answers
+from glm_models.tools import answer_text
 from tuning.errors import UserError
 from tuning.folders import write_errors, write_file
-from tuning.metrics import AS_WRITTEN, FROM_LOSS, HEADLINE, kind_of, missing, references_of, score, with_references
+from tuning.metrics import (
+    FROM_LOSS,
+    HEADLINE,
+    kind_of,
+    missing,
+    references_of,
+    score,
+    with_answer,
+    with_references,
+)
 from tuning.run.log import JsonLines
 from tuning.run.results import BEST
 from tuning.samples.batches import MicroBatch
 from tuning.samples.dataset import HeldOut, InstructionData
-from tuning.samples.encoding import encode_sample
+from tuning.samples.encoding import encode_samples
 from tuning.samples.epochs import RunLength
+from tuning.samples.formats import Columns, to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
 from utils import control_group, data_parallel_rank, data_parallel_size, device, is_rank_0, on_rank_0, print_rank_0
 
@@ -126,7 +137,8 @@ class Validation:
         self.every, self.total_steps = args.eval_steps or length.epoch_steps, length.total_steps
         self.kind, names = None, list(FROM_LOSS)
         if args.eval_generate != "off":
-            self.generated = spread(self.rows, args.eval_generate_rows)
+            answered = held_out.answered
+            self.generated, self.texts = spread(answered, args.eval_generate_rows), len(self.rows) - len(answered)
             longest = max(self.data.answer_tokens([i]) for i in self.generated)
             self.max_new_tokens = args.eval_max_new_tokens or math.ceil(1.25 * longest)
             self.asked: list[dict] = []  # rank 0: the rows of the file, as `generated`
@@ -144,9 +156,10 @@ class Validation:
         """Read the references of the generated rows. Returns their kind, and the names of the scores."""
         lines = {int(self.data.lines[i]) for i in self.generated}
         found = {}
-        for line, row in scan_rows(path, several_outputs=True, empty_outputs=True):
+        columns = Columns.of(self.args)
+        for line, row in scan_rows(path, several_outputs=True, empty_outputs=True, columns=columns):
             if line in lines and not isinstance(row, RowError):
-                found[line, self._ids(row)] = row  # a line may hold several rows of an array
+                found |= {(line, ids): one for ids, one in self._samples(row)}  # a line may hold several samples
         asked = [found[int(self.data.lines[i]), tuple(self.data.samples[i].input_ids)] for i in self.generated]
         self.asked = [with_references(row, self.tokenizer) for row in asked]
         self.references = [references_of(row) for row in self.asked]
@@ -154,12 +167,23 @@ class Validation:
         one = self.references[0]
         return kind, [name for name in score(kind, one[:1], [one], [True]) if name not in NO_DIRECTION]
 
-    def _ids(self, row: dict) -> tuple[int, ...]:
-        """Token ids of a row; empty if there is no room for an answer."""
+    def _samples(self, row: dict) -> list[tuple[tuple[int, ...], dict]]:
+        """Token ids of each sample of a row, and the row with the first answer that is learnt in it as output."""
+        dialogue, limits = to_dialogue(row, self.args.train_on), (self.args.max_len, self.args.max_src_len)
         try:
-            return tuple(encode_sample(self.tokenizer, row, self.args.max_len, self.args.max_src_len).input_ids)
+            samples = encode_samples(self.tokenizer, [dialogue], *limits)
+            encoded = self.tokenizer.encode_dialogues([dialogue], limits[1], max_len=limits[0])
         except ValueError:  # no room for an answer
-            return ()
+            return []
+        learnt = [message for message in dialogue.messages if message.learn]
+        if len(learnt) == 1 and dialogue.messages[-1].learn:
+            return [(tuple(samples[0].input_ids), row)]
+        found = []
+        for number, (sample, one) in enumerate(zip(samples, encoded, strict=True)):
+            # one sample has all answers that its turns have, or each answer has a sample
+            first = learnt[number] if len(encoded) == len(learnt) else learnt[-len(one.spans)]
+            found.append((tuple(sample.input_ids), row | {"output": answer_text(first.metadata, first.content)}))
+        return found
 
     def _more_names(self) -> str:
         if self.kind is None:
@@ -187,6 +211,7 @@ class Validation:
             text += (
                 f"; answers to {len(self.generated)}, of at most {self.max_new_tokens} tokens, scored as {self.kind}"
             )
+            text += f"; none to {self.texts} blocks of plain text" if self.texts else ""
             text += f" (ROUGE and BLEU are left out; they need: {missing(self.kind)})" if missing(self.kind) else ""
         print_rank_0(text)
         step = self.engine.global_steps
@@ -262,8 +287,7 @@ class Validation:
         """Score the answers, and write them beside the references."""
         lines = []
         for row, (text, ended) in zip(self.asked, answers, strict=True):
-            keys = {key: row[key] for key in ("instruction", "input", "output", AS_WRITTEN) if key in row}
-            lines.append(json.dumps({"step": step, **keys, "prediction": text, "ended": ended}, ensure_ascii=False))
+            lines.append(json.dumps({"step": step, **with_answer(row, text, ended)}, ensure_ascii=False))
         path = os.path.join(self.args.output_dir, "validation-predictions.jsonl")
         with write_errors(path):
             write_file(path, "\n".join(lines) + "\n")

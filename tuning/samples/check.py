@@ -15,13 +15,15 @@ import numpy as np
 from tuning.errors import DataError
 from tuning.samples.cache import sweep, whole_file
 from tuning.samples.dataset import Chunk, DataSettings, encode_file
-from tuning.samples.encoding import ANSWER_CUT, IGNORE_INDEX, PROMPT_CUT, Sample, encode_samples
-from tuning.samples.findings import BROKEN, CHANGED, WARNINGS, Findings, lines_text
-from tuning.samples.formats import few_unused, to_dialogue, unused_text
+from tuning.samples.encoding import ANSWER_CUT, IGNORE_INDEX, PROMPT_CUT, TURNS_SHIFT, Sample, encode_samples
+from tuning.samples.findings import BROKEN, CHANGED, FIRST, WARNINGS, Findings, lines_text
+from tuning.samples.formats import few_unused, format_of, to_dialogue, unused_text
 from tuning.samples.row_files import RowError, scan_rows
+from tuning.samples.text import FIRST_BLOCK
 
 FILE = "data_check.jsonl"
 LENGTHS = {  # kinds of findings that only --check_data counts, and their titles
+    "turns_dropped": "conversations that lose turns from their beginning, to fit",
     "prompt_cut": "queries that lose their end to --max_src_len",
     "answer_cut": "answers that lose their end and the end token to --max_len",
 }
@@ -35,11 +37,14 @@ NO_LIMIT = 1 << 30  # tokens
 
 
 class Lengths:
-    """Tokens of prompts, answers and samples before any cut, and how many of them the cuts take."""
+    """Tokens of prompts, answers and samples before any cut, and how many of them the cuts take; of plain text, which
+    is not cut, its blocks."""
 
     def __init__(self):
         self.prompts: list[np.ndarray] = []
         self.answers: list[np.ndarray] = []
+        self.blocks: list[np.ndarray] = []  # tokens of each block of plain text
+        self.texts = 0  # rows of plain text
         self.prompt_lost = self.answer_lost = 0
         self.rows = 0
         self.whole = 0  # samples that are not cut
@@ -61,6 +66,8 @@ class Lengths:
             prompts[cut] += prompt_lost
             answers[cut] += answer_lost
             for i, from_prompt, from_answer in zip(cut, prompt_lost.tolist(), answer_lost.tolist(), strict=True):
+                if dropped := int(records["cut"][i]) >> TURNS_SHIFT:
+                    findings.note("turns_dropped", int(records["line"][i]), turns=dropped)
                 if records["cut"][i] & PROMPT_CUT:
                     findings.note("prompt_cut", int(records["line"][i]), tokens=int(prompts[i]), lost=from_prompt)
                 if records["cut"][i] & ANSWER_CUT:
@@ -69,8 +76,36 @@ class Lengths:
             self.answer_lost += int(answer_lost.sum())
         self.rows += len(chunk.rows)
         self.whole += len(samples) - len(cut)
-        self.prompts.append(prompts)
-        self.answers.append(answers)
+        is_block = records["text"] > 0
+        self.prompts.append(prompts[~is_block])
+        self.answers.append(answers[~is_block])
+        self.blocks.append(samples.lengths[is_block])
+        self.texts += int(np.count_nonzero(records["text"] == FIRST_BLOCK))
+
+
+class Formats:
+    """The format of each row: counts, and in the report a line for each run of rows of the same format."""
+
+    def __init__(self, record: Callable[[str, int, dict], None]):
+        self.record = record
+        self.count: dict[str, tuple[int, list[int]]] = {}  # name -> how many, the first lines
+        self.name, self.start, self.last = "", 0, 0  # of the run
+
+    def feed(self, chunk: Chunk) -> None:
+        """Take some rows that can be used, in the order of the file."""
+        for line, row in zip(chunk.lines, chunk.rows, strict=True):
+            name = format_of(row)
+            count, lines = self.count.get(name, (0, []))
+            self.count[name] = count + 1, lines if len(lines) == FIRST else [*lines, line]
+            if name != self.name:
+                self.end()
+                self.name, self.start = name, line
+            self.last = line
+
+    def end(self) -> None:
+        """Report the run that ends here."""
+        if self.name:
+            self.record("format_of_rows", self.start, {"to_line": self.last, "format": self.name})
 
 
 def histogram(lengths: np.ndarray, limit: int | None = None, limit_name: str = "") -> list[str]:
@@ -135,15 +170,19 @@ def check_data(
                 file.write(json.dumps({"line": line, "kind": kind, **details}, ensure_ascii=False) + "\n")
 
             findings, lengths = Findings(tokenizer, record, changed=True), Lengths()
-            first, ends = _read(settings, tokenizer, findings, lengths)
+            formats = Formats(record)
+            first, ends = _read(settings, tokenizer, findings, lengths, formats)
+            formats.end()
             findings.finish()
             if test_path:
-                _find_test_rows(test_path, findings)
+                _find_test_rows(test_path, findings, settings.columns)
     except OSError as error:
         raise DataError(f"cannot write {report}: {error.strerror}; --output_dir names another folder") from None
 
     broken = sum(findings.tally[kind][0] for kind in BROKEN if kind in findings.tally)
     say(f"{settings.path}: {lengths.rows + broken} rows, {lengths.rows} of them usable")
+    if formats.count:
+        say("formats: " + "; ".join(f"{name}: {lines_text(*some)}" for name, some in formats.count.items()))
     for line in (*_finding_lines(findings), *_token_lines(settings, findings, lengths)):
         say(line)
     if first:
@@ -182,7 +221,14 @@ def _finding_lines(findings: Findings) -> Iterator[str]:
 
 def _token_lines(settings: DataSettings, findings: Findings, lengths: Lengths) -> Iterator[str]:
     """Totals and histograms of tokens, if there is a sample."""
-    prompts, answers = (np.concatenate([np.zeros(0, np.int64), *some]) for some in (lengths.prompts, lengths.answers))
+    kinds = (lengths.prompts, lengths.answers, lengths.blocks)
+    prompts, answers, blocks = (np.concatenate([np.zeros(0, np.int64), *some]) for some in kinds)
+    if len(blocks):
+        yield (
+            f"plain text: {lengths.texts} row{'s' * (lengths.texts != 1)} in {len(blocks)} blocks of at most --max_len "
+            f"{settings.max_len}, {blocks.sum()} tokens; none is cut"
+        )
+        yield "\n".join(("tokens of blocks:", *histogram(blocks)))
     if not len(prompts):
         return
     total = int(prompts.sum() + answers.sum())
@@ -197,8 +243,12 @@ def _token_lines(settings: DataSettings, findings: Findings, lengths: Lengths) -
     yield "\n".join(("tokens of both:", *histogram(prompts + answers, settings.max_len, "--max_len")))
 
 
-def _read(settings, tokenizer, findings, lengths):
-    """Fill findings and lengths. Returns line and sample of the first usable row, and the error that ended the file."""
+def _read(settings, tokenizer, findings, lengths, formats):
+    """Fill findings, lengths and formats.
+
+    Returns:
+        Line and sample of the first usable row, and the error that ended the file.
+    """
     first = ends = None
 
     def leave_out(error: RowError):
@@ -210,17 +260,18 @@ def _read(settings, tokenizer, findings, lengths):
     for chunk in encode_file(settings, tokenizer, leave_out):
         findings.feed(chunk.lines, chunk.rows, chunk.dialogues)
         lengths.feed(tokenizer, chunk, findings)
+        formats.feed(chunk)
         if len(chunk.samples) and not first:
             first = int(chunk.samples.records["line"][0]), chunk.samples[0]
     return first, ends
 
 
-def _find_test_rows(path, findings):
+def _find_test_rows(path, findings, columns):
     """Note the rows of a test file whose prompts are among those that `findings` was given."""
     lines, prompts = findings.prompts()
     order = np.argsort(prompts, kind="stable")
     prompts, lines = prompts[order], lines[order]
-    for line, row in scan_rows(path, several_outputs=True, empty_outputs=True):
+    for line, row in scan_rows(path, several_outputs=True, empty_outputs=True, columns=columns):
         if isinstance(row, RowError):
             findings.note("test_broken", line, problem=row.flaw.problem)
             continue

@@ -21,6 +21,7 @@ from tuning.samples.encoding import (
     AHEAD,
     ANSWER_CUT,
     PROMPT_CUT,
+    TURNS_SHIFT,
     Samples,
     _ahead,
     _chunks,
@@ -30,10 +31,13 @@ from tuning.samples.encoding import (
 )
 from tuning.samples.file_kinds import path_problem
 from tuning.samples.findings import BROKEN, FIRST, WARNINGS, Findings, lines_text
-from tuning.samples.formats import ROW_FORMAT, Flaw, few_unused, unused_text
+from tuning.samples.flaws import Flaw
+from tuning.samples.formats import ROW_FORMAT, Columns, few_unused, to_dialogue, unused_text
 from tuning.samples.row_files import RowError, scan_rows
+from tuning.samples.text import FIRST_BLOCK
 
-COUNTS = ("prompts_cut", "answers_cut", "skipped", "content", "findings", "unused")  # in a cache file, see prepare
+LOSSES = ("prompts_cut", "answers_cut", "turns_lost", "shortened", "skipped")
+COUNTS = (*LOSSES, "content", "findings", "unused")  # in a cache file, see prepare
 
 
 MOST = 0.5  # share of cut rows above which there is an extra warning
@@ -51,6 +55,8 @@ class DataSettings:
         empty_outputs: an empty output is an answer too: the end token alone.
         skip_bad: leave out rows that cannot be used, instead of an error for the first.
         several_outputs: a row's output may also be a list of strings, of which the first one is learnt.
+        columns: names of question, answer and history in this file.
+        train_on: which answers are learnt, see `to_dialogue`.
     """
 
     path: str
@@ -60,6 +66,8 @@ class DataSettings:
     empty_outputs: bool = False
     skip_bad: bool = False
     several_outputs: bool = False
+    columns: Columns | None = None
+    train_on: str | None = None
 
     @property
     def key(self) -> tuple:
@@ -96,7 +104,8 @@ def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, pro
     if cache.is_whole(file, COUNTS):
         return file
 
-    counts, findings = {"prompts_cut": 0, "answers_cut": 0, "skipped": 0, "content": content}, Findings(tokenizer)
+    counts = dict.fromkeys(LOSSES, 0) | {"content": content}
+    findings = Findings(tokenizer)
 
     def leave_out(error: RowError):
         if not settings.skip_bad or error.flaw.ends:
@@ -144,11 +153,16 @@ def encode_file(settings: DataSettings, tokenizer, leave_out: Callable[[RowError
     path, limits = settings.path, (settings.max_len, settings.max_src_len)
 
     def usable():
-        for line, row in scan_rows(path, settings.several_outputs, settings.empty_outputs):
+        how = settings.several_outputs, settings.empty_outputs, False, settings.columns
+        for line, row in scan_rows(path, *how, texts=True):
             if isinstance(row, RowError):
                 leave_out(row)
+                continue
+            dialogue = to_dialogue(row, settings.train_on)
+            if len(row) > 3 and not dialogue.is_text and (problem := tokenizer.dialogue_problem(dialogue)):
+                leave_out(RowError(f"{path} line {line}: {problem}", line, Flaw("family", problem)))
             else:
-                yield line, row
+                yield line, row, dialogue
 
     threads = -(-available_cpus() // AHEAD)  # a chunk's share
 
@@ -185,6 +199,8 @@ def _kept_chunks(settings, encoded, findings, counts, bar):
         ids, spans, records = samples.ids, samples.spans, samples.records
         counts["prompts_cut"] += int(np.count_nonzero(records["cut"] & PROMPT_CUT))
         counts["answers_cut"] += int(np.count_nonzero(records["cut"] & ANSWER_CUT))
+        counts["turns_lost"] += int((records["cut"] >> TURNS_SHIFT).sum())
+        counts["shortened"] += int(np.count_nonzero(records["cut"] >> TURNS_SHIFT))
         if settings.skip_cut:
             whole = records["cut"] == 0
             pieces = np.diff(records["spans_end"], prepend=0)
@@ -224,9 +240,11 @@ class InstructionData(Dataset):
         self.samples = Samples(ids, spans, records)
         self.lengths = self.samples.lengths  # int64 [samples], tokens per sample
         self.answer_lengths = np.array(records["learnt"], np.int64)  # [samples], of these with a label
+        self.texts = np.array(records["text"])  # [samples], above 0 for blocks of plain text, see text.py
         self.lines = records["line"]  # [samples], where each comes from
         self.files = [(settings.path, self.lines)]  # the same, for messages: rows of several files count on
         self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]
+        self.turns_lost, self.shortened = counts["turns_lost"], counts["shortened"]
         self.skipped, self.findings, self.unused = counts["skipped"], counts["findings"], counts["unused"]
         self.content = counts["content"]  # SHA-256 of the file
 
@@ -237,11 +255,16 @@ class InstructionData(Dataset):
         """One line on what was read, and what was lost to the length limits."""
         median, longest = np.sort(self.lengths)[[len(self) // 2, -1]]
         text = f"{len(self)} samples, {self.lengths.sum()} tokens (median {median}, longest {longest})"
+        if blocks := np.count_nonzero(self.texts):
+            rows = int(np.count_nonzero(self.texts == FIRST_BLOCK))
+            text += f"; {blocks} of them are blocks of plain text, from {rows} row{'s' * (rows != 1)}"
         if self.skipped:
             text += f"; {self.skipped} longer ones skipped (--is_skip)"
         elif self.prompts_cut or self.answers_cut:
             text += f"; cut to fit: {self.prompts_cut} prompts (--max_src_len)"
             text += f", {self.answers_cut} answers, which so have no end token (--max_len)"
+        if self.turns_lost and not self.skipped:
+            text += f"; {self.shortened} conversations lost {self.turns_lost} turns from their beginning, to fit"
         broken = [self.findings[kind] for kind in BROKEN if kind in self.findings]
         if broken:
             lines = sorted(itertools.chain.from_iterable(lines for _, lines in broken))
@@ -294,12 +317,18 @@ class HeldOut:
     rows: list[int]
     path: str
 
+    @property
+    def answered(self) -> list[int]:
+        """The rows that have a question and an answer: those that are not plain text."""
+        rows = np.array(self.rows)
+        return rows[self.data.texts[rows] == 0].tolist()
+
 
 def split_rows(data: InstructionData, ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on, and about a share of `ratio` to validate on: int64 each, ascending.
 
     A hash of the prompt's ids alone says on which side a row is: it stays there when rows come, go or change places,
-    and rows with the same prompt are together.
+    and rows with the same prompt are together. So are all blocks of a plain text, see `Samples.prompts`.
 
     Raises:
         DataError: one side is empty.

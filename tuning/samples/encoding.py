@@ -12,6 +12,7 @@ from tuning.errors import DataError
 from tuning.samples import cache
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.formats import to_dialogue
+from tuning.samples.text import LATER_BLOCK, block_marks, encode_with_texts
 
 IGNORE_INDEX = -100
 
@@ -19,6 +20,7 @@ IGNORE_INDEX = -100
 CHUNK_ROWS, CHUNK_CHARACTERS = 500, 4_000_000  # maximum that is encoded at once
 AHEAD = 2  # chunks in progress: while SentencePiece encodes one, Python prepares the other
 PROMPT_CUT, ANSWER_CUT = 1, 2  # bits of a record's `cut`
+TURNS_SHIFT = 2  # of its higher bits, which count the turns that a conversation lost
 
 
 class Sample(NamedTuple):
@@ -28,6 +30,7 @@ class Sample(NamedTuple):
     spans: tuple[tuple[int, int], ...]  # learnt pieces: first position, position after the last
     prompt_cut: bool  # the question lost its end to max_src_len
     answer_cut: bool  # the sample lost its end to max_len, and with it the end token
+    dropped: int = 0  # turns that a conversation lost from its beginning
 
     @property
     def labels(self) -> list[int]:
@@ -66,7 +69,7 @@ class Samples(Sequence):
         end, cut = int(record["end"]), int(record["cut"])
         ids = self.ids[end - int(self.lengths[i]) : end].tolist()
         spans = tuple(map(tuple, self.spans[self._first_span(i) : int(record["spans_end"])].tolist()))
-        return Sample(ids, spans, bool(cut & PROMPT_CUT), bool(cut & ANSWER_CUT))
+        return Sample(ids, spans, bool(cut & PROMPT_CUT), bool(cut & ANSWER_CUT), cut >> TURNS_SHIFT)
 
     def prompt(self, i: int) -> np.ndarray:
         """Ids before the first learnt piece, int32."""
@@ -74,11 +77,18 @@ class Samples(Sequence):
         return self.ids[start : start + int(self.spans[self._first_span(i), 0])]
 
     def prompts(self) -> Iterator[memoryview]:
-        """The bytes of each `prompt`, in order; a million in about a second."""
+        """The bytes of each `prompt`, in order; a million in about a second.
+
+        Plain text has no prompt: here the first block of a text takes its place, for all blocks of this text.
+        """
         self._record(0)
         starts = 4 * (self.records["end"] - self.lengths)
         first_spans = np.concatenate(([0], self.records["spans_end"][:-1]))
         ends = starts + 4 * self.spans[first_spans, 0].astype(np.int64)
+        texts = self.records["text"]
+        ends[texts > 0] = 4 * self.records["end"][texts > 0]
+        first_blocks = np.maximum.accumulate(np.where(texts == LATER_BLOCK, 0, np.arange(len(self))))
+        starts, ends = starts[first_blocks], ends[first_blocks]
         content = memoryview(self.ids).cast("B")
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             yield content[start:end]
@@ -101,9 +111,10 @@ def encode_samples(
     threads: int = 1,
     no_room: dict[int, str] | None = None,
 ) -> Samples:
-    """The samples of each dialogue: what a family makes of it (`encode_dialogues`), cut to max_len.
+    """The samples of each dialogue: what a family makes of it (`encode_dialogues`), cut to max_len; blocks of texts.
 
-    A sample that is cut has no end token at its end: learning one there would teach the model to stop in mid-sentence.
+    A conversation that is too long loses whole turns from its beginning first, see `encode_dialogues`. A sample that is
+    cut has no end token at its end: learning one there would teach the model to stop in mid-sentence.
 
     Args:
         max_len: maximum tokens per sample.
@@ -116,7 +127,17 @@ def encode_samples(
         ValueError: a prompt leaves no room for an answer, max_src_len none for its question, or a text is not valid
             Unicode. It does not say in which dialogue; `encode_sample` does, asked one by one.
     """
-    encoded = tokenizer.encode_dialogues(dialogues, max_src_len, threads)
+
+    def encode(chosen: Sequence[int]) -> list:
+        """The samples of these dialogues."""
+        lost: dict[int, str] | None = None if no_room is None else {}
+        some = [dialogues[i] for i in chosen]
+        found = _encode_dialogues(tokenizer, some, max_len, max_src_len, threads, lost)
+        if lost:
+            no_room.update({chosen[i]: problem for i, problem in lost.items()})
+        return found if len(some) == len(dialogues) else [one._replace(dialogue=chosen[one.dialogue]) for one in found]
+
+    encoded = encode_with_texts(tokenizer, dialogues, max_len, threads, encode)
     if full := [one for one in encoded if one.spans[0][0] >= max_len]:
         for one in full:
             problem = f"the prompt's {one.spans[0][0]} tokens leave no room for an answer in max_len {max_len}"
@@ -137,8 +158,32 @@ def encode_samples(
     records["spans_end"] = np.cumsum(np.bincount(owners, minlength=len(encoded)))
     records["learnt"] = np.bincount(owners, spans[:, 1] - spans[:, 0], len(encoded))
     records["cut"] = np.array([one.cut for one in encoded], bool) * PROMPT_CUT + (lengths > max_len) * ANSWER_CUT
+    records["cut"] |= np.array([one.dropped for one in encoded], np.int32) << TURNS_SHIFT
+    records["text"] = block_marks(encoded)
     ids = np.frombuffer(b"".join(parts), np.int32)  # five times as fast as np.concatenate
     return Samples(ids, spans, records, np.array([one.dialogue for one in encoded], np.int64))
+
+
+def _encode_dialogues(tokenizer, dialogues, max_len, max_src_len, threads, no_room):
+    """`encode_dialogues`, with the dialogues in `no_room` whose system message alone is longer than max_src_len."""
+    try:
+        return tokenizer.encode_dialogues(dialogues, max_src_len, threads, max_len)
+    except ValueError:
+        if no_room is None or not any(
+            dialogue.messages[0].role == "system" or dialogue.tools for dialogue in dialogues
+        ):
+            raise
+    encoded = []
+    for number, dialogue in enumerate(dialogues):
+        try:
+            encoded += [
+                one._replace(dialogue=number) for one in tokenizer.encode_dialogues([dialogue], max_src_len, 1, max_len)
+            ]
+        except ValueError as error:
+            if dialogue.messages[0].role != "system" and not dialogue.tools:
+                raise
+            no_room[number] = str(error)
+    return encoded
 
 
 def _first_tokens(parts: Sequence[np.ndarray], count: int) -> Iterator[np.ndarray]:
@@ -149,8 +194,8 @@ def _first_tokens(parts: Sequence[np.ndarray], count: int) -> Iterator[np.ndarra
 
 
 def encode_sample(tokenizer, row: dict, max_len: int, max_src_len: int | None) -> Sample:
-    """The sample of a row that has one learnt answer; see `encode_samples`."""
-    return encode_samples(tokenizer, [to_dialogue(row)], max_len, max_src_len)[0]
+    """The sample in which the last answer of a row is learnt; see `encode_samples`."""
+    return encode_samples(tokenizer, [to_dialogue(row, "last")], max_len, max_src_len)[0]
 
 
 def _ahead(encode, chunks):
@@ -183,15 +228,14 @@ def _raise_first_error(path, chunk, tokenizer, max_len, max_src_len):
             raise DataError(f"{path} line {line}: {error}") from None
 
 
-def _chunks(rows: Iterator[tuple[int, dict]]) -> Iterator[list[tuple[int, dict, Dialogue]]]:
-    """Rows and their dialogues in bounded lists.
+def _chunks(rows: Iterator[tuple[int, dict, Dialogue]]) -> Iterator[list[tuple[int, dict, Dialogue]]]:
+    """Line numbers, rows and their dialogues in bounded lists.
 
     The rows before a broken one come first, since one of them may have an error of its own.
     """
     chunk, characters = [], 0
     try:
-        for line, row in rows:
-            dialogue = to_dialogue(row)
+        for line, row, dialogue in rows:
             chunk.append((line, row, dialogue))
             characters += sum(len(message.content) for message in dialogue.messages)
             if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:

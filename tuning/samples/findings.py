@@ -23,6 +23,7 @@ BROKEN = {
     "keys": "keys that mean something and are not read",
     "type": "a key missing or of a wrong type",
     "empty": "empty fields",
+    "family": "messages that this model family does not have",
     "no_room": "no room for an answer after the prompt",
 }
 WARNINGS = {

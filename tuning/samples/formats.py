@@ -1,39 +1,67 @@
-"""Formats of rows: which ones are recognised, what is wrong with a row, and its normal form, a `Dialogue`.
+"""Formats of rows: which ones are read, what is wrong with a row, and its normal form, a `Dialogue`.
 
-`find_flaw` checks a parsed row, `to_dialogue` reads its fields; nothing else does. FORMATS lists the formats that are
-recognised besides our own; LOST lists keys that mean something to other programs and that are not read here. In the
-commands FILE and NEW stand for the user's own file names, KEY for a key too long to show; the commands work on JSON
-lines and on arrays.
+`find_flaw` checks a parsed row and gives it our keys, `to_dialogue` reads its fields; nothing else does. Read are:
+
+- instruction, input, output, with `history` ([[question, answer], ...]) and `system` where there are any;
+- FLAT: the same under the names of other programs, and columns that flags name (`Columns`);
+- conversations of several messages, see conversations.py.
+
+FORMATS lists formats that are recognised and not read; LOST lists keys that mean something to other programs and that
+are not read here. In the commands FILE and NEW stand for the user's own file names, KEY for a key too long to show; the
+commands work on JSON lines and on arrays.
 """
 
 import collections
 import difflib
 import functools
-import json
-import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tuning.samples import conversations
+from tuning.samples.conversations import conversation_key, read_conversation, style_of
 from tuning.samples.dialogue import Dialogue, Message
+from tuning.samples.flaws import (
+    EACH,
+    BadRow,
+    Flaw,
+    has_half_pair,
+    holds_text,
+    jq_name,
+    kind_of_value,
+    plain_name,
+    says_something,
+    shown_key,
+)
+from tuning.samples.text import KEY, almost_text, is_text, text_dialogue, text_problem
 
-ROW_FORMAT = 2  # part of a cache file's key: increase it when other rows are accepted, or read in another way
+ROW_FORMAT = 3  # part of a cache file's key: increase it when other rows are accepted, or read in another way
 KEYS = frozenset({"instruction", "input", "output"})
+OPTIONAL = frozenset({"history", "system"})  # keys of our format that a row may have too
 WANTED = "a row has instruction, input and output"
-EACH = "(arrays[], objects)"  # jq: each row, of JSON lines or of an array
-SHOWN_KEYS, SHOWN_CHARACTERS = 8, 24  # of keys that are not used
+SHOWN_KEYS = 8  # that are not used
 DEEPEST = 100  # maximum nesting of objects and lists
 NEAR = 0.8  # similarity (difflib's ratio) from which a name counts as a misspelling of another
 # keys that may hold the input's text where there is no input
 NAMES_OF_INPUT = {"inputs", "context", "query", "question", "text", "prompt", "content", "passage", "document"}
+# question and answer in formats with one text each; `history` and `system` may stand beside them
+FLAT = (("prompt", "response"), ("content", "summary"), ("query", "response"))
 
 
-class Flaw(NamedTuple):
-    """Why a row cannot be used."""
+class Columns(NamedTuple):
+    """Names of the keys of a file's rows, by --prompt_column, --response_column and --history_column."""
 
-    kind: str  # one of findings.BROKEN
-    problem: str
-    ends: bool = False  # the rest of the file cannot be read
+    prompt: str
+    response: str
+    history: str | None = None
+
+    @classmethod
+    def of(cls, args) -> "Columns | None":
+        """What the flags of train.py name; None if they name nothing."""
+        return cls(args.prompt_column, args.response_column, args.history_column) if args.prompt_column else None
+
+
+_HALF_PAIR = Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
 
 
 @dataclass(frozen=True)
@@ -65,9 +93,12 @@ FORMATS = (
     Format("prompt, completion", ("prompt", "completion"), ("prompt", "", "completion")),
     Format("question, answer", ("question", "answer"), ("question", "", "answer")),
     Format("classification (text, label)", ("text", "label"), ("text", "", "label")),
-    Format("plain text (text)", ("text",), why="training on plain text is not there yet"),
+    Format(
+        "plain text (text)",
+        (KEY,),
+        why="it asks nothing; it is for --train_path, --eval_path and --replay_path of train.py",
+    ),
 )
-TURNS_WHY = "rows of several turns cannot be trained yet"
 
 
 @dataclass(frozen=True)
@@ -87,10 +118,10 @@ class Lost:
     nested: bool = True
 
 
-_TURNS = Lost("turns of a conversation", f"{TURNS_WHY}: keep what the model must know of them in instruction or input")
-_HISTORY = Lost("earlier turns", f"{TURNS_WHY}: keep what the model must know of them in instruction or input")
-_SYSTEM = Lost("a system message", "it cannot be trained as such yet: write it into instruction")
-_TOOLS = Lost("tools", "tool calls cannot be trained yet")
+_HISTORY = Lost("earlier turns", "under the key 'history' they are read, as [[question, answer], ...]")
+_TURNS = Lost("turns of a conversation", "a row has either them or instruction, input and output")
+_SYSTEM = Lost("a system message", "under the key 'system' it is read")
+_TOOLS = Lost("tools", "they go with a conversation: rows with 'conversations' or 'messages'")
 _WEIGHT = Lost("a weight for the loss", "all rows count alike", neutral=(True, 1))
 _LABEL = Lost("a label", "what is to be learnt stands in output", neutral=(), nested=False)
 _TOKENS = Lost("encoded text", "rows are texts, which are encoded here", neutral=(), nested=False)
@@ -110,68 +141,207 @@ LOST = {  # by `plain_name`
 
 
 def find_flaw(
-    row, several_outputs: bool = False, empty_outputs: bool = False, missing_outputs: bool = False
+    row,
+    several_outputs: bool = False,
+    empty_outputs: bool = False,
+    missing_outputs: bool = False,
+    columns: Columns | None = None,
+    texts: bool = False,
 ) -> Flaw | None:
     """Why a value from a file is not a valid row, None if it is one; for the arguments see `row_files.scan_rows`.
 
-    It changes the row: a missing or null input becomes ""; with missing_outputs a null output is removed.
+    It changes the row: a question and an answer under other names get ours; a missing or null input becomes ""; with
+    missing_outputs a null output is removed; a conversation that ends with an answer gets that as output.
     """
     if not isinstance(row, dict):
-        return Flaw("type", f"a row must be an object with instruction, input and output, not {_kind(row)}")
+        return Flaw("type", f"a row must be an object with instruction, input and output, not {kind_of_value(row)}")
+    if columns is not None and (flaw := _name_columns(row, columns)):
+        return flaw
+    if row.keys() != KEYS:
+        if conversation_key(row):
+            return _flaw_of_conversation(row, empty_outputs, missing_outputs)
+        if flaw := _name_fields(row, missing_outputs):
+            return flaw
     if missing_outputs and row.get("output", "") is None:
         del row["output"]
+    if texts and is_text(row, KEYS):
+        return _flaw_of_text(row)
     if row.keys() != KEYS and (flaw := _flaw_of_keys(row, missing_outputs)):
         return flaw
     if row.get("input") is None:
         row["input"] = ""
+    return _flaw_of_texts(row, several_outputs, empty_outputs)
+
+
+def _flaw_of_texts(row: dict, several_outputs: bool, empty_outputs: bool) -> Flaw | None:
+    """What is wrong with the values of a row that has our keys."""
     for key in ("instruction", "input"):
         if not isinstance(row[key], str):
-            return Flaw("type", f"{key} must be a string, not {_kind(row[key])}")
+            return Flaw("type", f"{key} must be a string, not {kind_of_value(row[key])}")
     output = row.get("output", "")
     outputs = output if several_outputs and isinstance(output, list) else [output]
     if not outputs or not all(isinstance(one, str) for one in outputs):
         wanted = "a string or a list of strings" if several_outputs else "a string"
-        return Flaw("type", f"output must be {wanted}, not {_kind(output)}{_as_string(output)}")
+        return Flaw("type", f"output must be {wanted}, not {kind_of_value(output)}{_as_string(output)}")
     query = row["instruction"] + row["input"]
     if not query.strip():
         return Flaw("empty", "instruction and input are both empty")
     if not empty_outputs and "output" in row and not all(one.strip() for one in outputs):
         return Flaw("empty", "output is empty; --allow_empty_output trains such rows to answer nothing")
+    if len(row) > len(KEYS) and (flaw := _flaw_of_earlier(row)):
+        return flaw
     if has_half_pair(query + "".join(outputs)):
+        return _HALF_PAIR
+    return None
+
+
+def _flaw_of_earlier(row: dict) -> Flaw | None:
+    """What is wrong with the history and the system message of a row."""
+    texts = []
+    if says_something(system := row.get("system")):
+        if not isinstance(system, str):
+            return Flaw("type", f"system must be a string, not {kind_of_value(system)}")
+        texts.append(system)
+    if says_something(history := row.get("history")):
+        wanted = "history must be a list of pairs [question, answer]"
+        if not isinstance(history, list):
+            return Flaw("type", f"{wanted}, not {kind_of_value(history)}")
+        for number, pair in enumerate(history):
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                return Flaw("type", f"{wanted} of strings; history[{number}] is {kind_of_value(pair)} of another form")
+            texts += pair
+    if has_half_pair("".join(texts)):
         return Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
     return None
 
 
-def to_dialogue(row: dict) -> Dialogue:
+def _flaw_of_conversation(row: dict, empty_outputs: bool, missing_outputs: bool) -> Flaw | None:
+    style = style_of(row)
+    beside = [key for key in ("instruction", "input", "history") if says_something(row.get(key))]
+    if beside or any(holds_text(row.get(one)) and holds_text(row.get(other)) for one, other in FLAT):
+        return Flaw("format", f"a row that mixes two formats: {style}, and {_names(beside) or 'question and answer'}")
+    for key in _sort_keys(tuple(row)).lost:
+        lost = LOST[plain_name(key)]
+        if key not in conversations.READ and says_something(row[key], lost.neutral):
+            return _lost(key, lost)
+    try:
+        dialogue = read_conversation(row)
+    except BadRow as error:
+        return error.flaw._replace(problem=f"a row of {style}: {error}")
+    answers = [message for message in dialogue.messages if message.role == "assistant"]
+    if not missing_outputs and not any(message.learn for message in answers):
+        why = "every one has loss false" if answers else "it has no answer"
+        return Flaw("empty", f"a row of {style} of which nothing is learnt: {why}")
+    if not empty_outputs and not all(message.content.strip() for message in answers if message.learn):
+        return Flaw("empty", "an answer is empty; --allow_empty_output trains such rows to answer nothing")
+    if dialogue.messages[-1].role == "assistant":
+        if says_something(row.get("output")) and row["output"] != dialogue.answer:
+            return Flaw("format", f"a row that mixes two formats: {style}, and an output that is not its last answer")
+        row["output"] = dialogue.answer
+    elif says_something(row.get("output")):
+        return Flaw("format", f"a row that mixes two formats: {style}, and output")
+    return None
+
+
+def _name_columns(row: dict, columns: Columns) -> Flaw | None:
+    """Give our names to the columns that flags name."""
+    for flag, name in (("--prompt_column", columns.prompt), ("--response_column", columns.response)):
+        if name not in row:
+            there = ", ".join(map(shown_key, [*row][:SHOWN_KEYS]))
+            return Flaw("type", f"there is no {shown_key(name)} ({flag}); the row has {there or 'nothing'}")
+        if not isinstance(row[name], str):
+            return Flaw("type", f"{shown_key(name)} ({flag}) must be a string, not {kind_of_value(row[name])}")
+    others = {key: value for key, value in row.items() if key not in columns}
+    if beside := [key for key in ("instruction", "input", "output") if says_something(others.get(key))]:
+        return Flaw("format", f"a row that mixes two formats: the columns of the flags, and {_names(beside)}")
+    _set_fields(row, others, row[columns.prompt], row[columns.response], row.get(columns.history or "history"))
+    return None
+
+
+def _name_fields(row: dict, missing_outputs: bool) -> Flaw | None:
+    """Give our names to question and answer of a format in FLAT."""
+    found = [pair for pair in FLAT if pair[0] in row and pair[1] in row]
+    if not found and missing_outputs and not row.keys() & KEYS:
+        found = [pair for pair in FLAT if pair[0] in row]
+    if not found:
+        return None
+    full = [pair for pair in found if all(holds_text(row.get(name)) for name in pair)]
+    if "instruction" in row and "output" in row:
+        if not full or not holds_text(row["output"]):
+            return None
+        return Flaw("format", f"a row that mixes two formats: instruction and output, and {_names(full[0])}")
+    if len(full) > 1:
+        return Flaw("format", f"a row that mixes two formats: {_names(full[0])}, and {_names(full[1])}")
+    question, answer = (full or found)[0]
+    if beside := [key for key in ("instruction", "input", "output") if says_something(row.get(key))]:
+        return Flaw("format", f"a row that mixes two formats: {question} and {answer}, and {_names(beside)}")
+    for key in (question, answer):
+        value = row.get(key)
+        if not isinstance(value, str) and not (missing_outputs and key == answer and value is None):
+            return Flaw("type", f"{key} must be a string, not {kind_of_value(value)}{_as_string(value)}")
+    others = {key: value for key, value in row.items() if key not in (question, answer)}
+    _set_fields(row, others, row[question], row.get(answer), row.get("history"))
+    return None
+
+
+def _set_fields(row: dict, others: dict, question: str, answer: str | None, history) -> None:
+    ours = {"instruction": question, "input": ""}
+    ours |= {} if answer is None else {"output": answer}
+    ours |= {} if history is None else {"history": history}
+    others = {key: value for key, value in others.items() if key not in ours}
+    row.clear()
+    row.update(ours | others)
+
+
+def _names(keys: Iterable[str]) -> str:
+    return " and ".join(keys)
+
+
+def to_dialogue(row: dict, train_on: str | None = None) -> Dialogue:
     """The normal form of a row in which `find_flaw` finds none: the one place that reads its fields.
 
     Of several outputs the first is learnt. A row without output becomes a question.
+
+    Args:
+        train_on: which answers are learnt: "all" of those that the row does not except, "last" the last one of them;
+            None: all those of a conversation, and with a history the output alone.
     """
-    question = Message("user", row["instruction"] + row["input"])
+    if is_text(row, KEYS):
+        return text_dialogue(row)
+    if conversation_key(row):
+        dialogue = read_conversation(row)
+        return _learn_last(dialogue) if train_on == "last" else dialogue
+    messages = []
+    if "system" in row and says_something(row["system"]):
+        messages.append(Message("system", row["system"]))
+    if "history" in row and says_something(row["history"]):
+        for question, answer in row["history"]:
+            messages += (Message("user", question), Message("assistant", answer, learn=train_on == "all"))
+    messages.append(Message("user", row["instruction"] + row["input"]))
     output = row.get("output")
-    if output is None:
-        return Dialogue((question,))
-    return Dialogue((question, Message("assistant", output if isinstance(output, str) else output[0], learn=True)))
+    if output is not None:
+        messages.append(Message("assistant", output if isinstance(output, str) else output[0], learn=True))
+    return Dialogue(tuple(messages))
+
+
+def _learn_last(dialogue: Dialogue) -> Dialogue:
+    """The dialogue, of which the last learnt answer alone is learnt."""
+    last = max((i for i, message in enumerate(dialogue.messages) if message.learn), default=None)
+    messages = (message._replace(learn=i == last) for i, message in enumerate(dialogue.messages))
+    return dialogue._replace(messages=tuple(messages))
+
+
+def format_of(row: dict) -> str:
+    """The name of a valid row's format, after `find_flaw`."""
+    if conversation_key(row):
+        return style_of(row)
+    more = [key for key in sorted(OPTIONAL) if says_something(row.get(key))]
+    return ", ".join(("question and answer", *more))
 
 
 def question_of(row: dict) -> str:
     """The text that a row asks the model to answer."""
     return to_dialogue(row).prompt
-
-
-def has_half_pair(text: str) -> bool:
-    """Whether a text has an unpaired surrogate, which is not valid Unicode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _kind(value) -> str:
-    return {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "true or false"}.get(
-        type(value), "a number"
-    )
 
 
 def _as_string(value) -> str:
@@ -186,11 +356,6 @@ def _as_string(value) -> str:
 # Keys
 
 
-def plain_name(key: str) -> str:
-    """A key without the differences between spellings: case, blanks, - and _."""
-    return unicodedata.normalize("NFKC", key).casefold().translate({ord(c): None for c in "_- \t\ufeff"})
-
-
 class _Keys(NamedTuple):
     """The keys of a row, sorted by what to report about them."""
 
@@ -202,7 +367,7 @@ class _Keys(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _sort_keys(keys: tuple[str, ...]) -> _Keys:
-    names = {key: plain_name(key) for key in keys if key not in KEYS}
+    names = {key: plain_name(key) for key in keys if key not in KEYS and key not in OPTIONAL}
     misspelt = tuple((key, name) for key, name in names.items() if name in KEYS)
     lost = tuple(key for key, name in names.items() if name in LOST)
     others = tuple(key for key, name in names.items() if name not in LOST and name not in KEYS)
@@ -224,17 +389,15 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
         wrong = ", ".join(f"{shown_key(key)} must be written {name!r}" for key, name in keys.misspelt)
         return Flaw("type", f"the key {wrong}")
     lacking = [key for key in ("instruction", "output") if key not in row and not (missing_outputs and key == "output")]
+    if not lacking and row.keys() <= KEYS | OPTIONAL:
+        return None
     if lacking and (flaw := recognise(row)):
         return flaw
-    for key in keys.lost:
-        if _says_something(row[key], LOST[plain_name(key)]):
-            return _lost(key, LOST[plain_name(key)])
-    for key in keys.others:
-        if isinstance(row[key], dict | list) and (flaw := _flaw_inside(key, row[key])):
-            return flaw
-    for key, meant in keys.meant:
-        if _holds_text(row[key]):
-            name = _jq_name(key)
+    if flaw := _flaw_of_unread(row, keys):
+        return flaw
+    for key, meant in keys.meant if row.keys() & KEYS else ():
+        if holds_text(row[key]):
+            name = jq_name(key)
             rename = f"jq -c '{EACH} | .{meant} = .[{name}] | del(.[{name}])' FILE > NEW"
             without = f'; if not, write "" as input: jq -c \'{EACH} | .input = ""\' FILE > NEW' * (meant == "input")
             return Flaw(
@@ -247,29 +410,33 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
             "type", f"the key 'instruction' is missing, only input is there; where there is none, write {empty}"
         )
     if lacking:
-        return Flaw("type", f"the key {lacking[0]!r} is missing; {WANTED}")
+        return Flaw("type", f"the key {lacking[0]!r} is missing; {_nearest(row)}")
     return None
 
 
-def _says_something(value, lost: Lost) -> bool:
-    """Whether the value of such a key means anything: it is not empty and not neutral."""
-    leaves = _leaves(value)
-    return any(one.strip() if isinstance(one, str) else one is not None and one not in lost.neutral for one in leaves)
+def _flaw_of_unread(row: dict, keys: _Keys) -> Flaw | None:
+    """A key that is not read, but changes what the row means."""
+    for key in keys.lost:
+        if says_something(row[key], LOST[plain_name(key)].neutral):
+            return _lost(key, LOST[plain_name(key)])
+    for key in keys.others:
+        if isinstance(row[key], dict | list) and (flaw := _flaw_inside(key, row[key])):
+            return flaw
+    return None
 
 
-def _holds_text(value) -> bool:
-    return any(isinstance(one, str) and one.strip() for one in _leaves(value))
-
-
-def _leaves(value) -> Iterator:
-    """All values in a value that are no object or list."""
-    waiting = [value]  # not recursive: values may be nested as deep as the interpreter's stack
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict | list):
-            waiting += value.values() if isinstance(value, dict) else value
-        else:
-            yield value
+def _flaw_of_text(row: dict) -> Flaw | None:
+    """What is wrong with a row of plain text."""
+    names = {plain_name(key): key for key in row}
+    if any(names.keys() >= {*one.keys} for one in FORMATS if one.keys != (KEY,)):
+        return recognise(row)
+    if not isinstance(row[KEY], str):
+        return Flaw("type", f"text must be a string of plain text, not {kind_of_value(row[KEY])}")
+    if problem := text_problem(row, names):
+        return Flaw(*problem)
+    if flaw := _flaw_of_unread(row, _sort_keys(tuple(row))):
+        return flaw
+    return _HALF_PAIR if has_half_pair(row[KEY]) else None
 
 
 def _flaw_inside(outer: str, value) -> Flaw | None:
@@ -281,7 +448,7 @@ def _flaw_inside(outer: str, value) -> Flaw | None:
             return Flaw("json", f"the value of {shown_key(outer)} is nested too deeply")
         for key in value if isinstance(value, dict) else ():
             lost = LOST.get(plain_name(key))
-            if lost and lost.nested and _says_something(value[key], lost):
+            if lost and lost.nested and says_something(value[key], lost.neutral):
                 return _lost(outer, lost, inside=key)
         inner = value.values() if isinstance(value, dict) else value
         waiting += [(one, depth + 1) for one in inner if isinstance(one, dict | list)]
@@ -293,20 +460,8 @@ def _lost(key: str, lost: Lost, inside: str = "") -> Flaw:
     return Flaw(
         "keys",
         f"the key {where} holds {lost.holds}, which would be lost; {lost.way_out}. Rows without the key: "
-        f"jq -c '{EACH} | del(.[{_jq_name(key)}])' FILE > NEW",
+        f"jq -c '{EACH} | del(.[{jq_name(key)}])' FILE > NEW",
     )
-
-
-def shown_key(key: str) -> str:
-    """A key for a message: shortened, and without control characters for the terminal."""
-    return repr(key if len(key) <= SHOWN_CHARACTERS else key[:SHOWN_CHARACTERS] + "...")
-
-
-def _jq_name(key: str) -> str:
-    """A key for a command, without characters special to a terminal or a shell; KEY for a very long one."""
-    if len(key) > SHOWN_CHARACTERS**2:
-        return '"KEY"'
-    return json.dumps(key, ensure_ascii=not key.isprintable()).replace("'", "\\u0027").replace("\x7f", "\\u007f")
 
 
 # Other formats
@@ -315,41 +470,40 @@ def _jq_name(key: str) -> str:
 def recognise(row: dict) -> Flaw | None:
     """The format of a row without our keys, if it is a known one, and what to do with it."""
     names = {plain_name(key): key for key in reversed(row)}
-    for name in ("conversations", "messages"):
-        if isinstance(row.get(names.get(name)), list):
-            return _conversation(names[name], row[names[name]])
+    for name in (one for one in conversations.LISTS if one in names):
+        key, value = names[name], row[names[name]]
+        if key != name:
+            return Flaw("type", f"the key {shown_key(key)} must be written {name!r}")
+        if value is not None:
+            problem = "is empty" if value == [] else f"must be a list of messages, not {kind_of_value(value)}"
+            return Flaw("type", f"{name} {problem}")
     known = next((one for one in FORMATS if names.keys() >= {*one.keys}), None)
     if known is None:
         return wrapper_flaw(row)
+    if known.keys == (KEY,) and (problem := almost_text(row, names[KEY], KEYS)):
+        return Flaw(*problem)
     if known.fields is None:
         return Flaw("format", f"a row of {known.name}: {known.why}; {WANTED}")
     pairs = zip(("instruction", "input", "output"), known.fields, strict=True)
-    texts = ", ".join(f"{ours}: .[{_jq_name(names[key])}]" if key in names else f'{ours}: ""' for ours, key in pairs)
-    gone = ", ".join(f".[{_jq_name(names[key])}]" for key in known.fields if key in names and names[key] not in KEYS)
+    texts = ", ".join(f"{ours}: .[{jq_name(names[key])}]" if key in names else f'{ours}: ""' for ours, key in pairs)
+    gone = ", ".join(f".[{jq_name(names[key])}]" for key in known.fields if key in names and names[key] not in KEYS)
     # other keys are kept, so that the new file is checked for them too
     command = f"jq -c '{EACH} | del({gone}) + {{{texts}}}' FILE > NEW"
-    has_turns = "history" in names and _says_something(row[names["history"]], _HISTORY)
-    turns = f"; {TURNS_WHY}, and it has a history" if has_turns else ""
-    return Flaw("format", f"a row of {known.name}{turns}; {WANTED}; convert it: {command}")
+    return Flaw("format", f"a row of {known.name}; {WANTED}; convert it: {command}")
 
 
-def _conversation(key: str, turns: list) -> Flaw:
-    """A list of turns: from and value in ShareGPT, role and content in OpenAI's and ChatGLM3's."""
-    first = turns[0] if turns and isinstance(turns[0], dict) else {}
-    if "from" in first or "value" in first:
-        name, who, text, pair = "ShareGPT", "from", "value", ("human", "gpt")
-    elif plain_name(key) == "messages":
-        name, who, text, pair = "OpenAI messages", "role", "content", ("user", "assistant")
-    else:
-        name, who, text, pair = "ChatGLM3 conversations", "role", "content", ("user", "assistant")
-    at = f".[{_jq_name(key)}]"
-    pairs = f"select([{at}[].{who}] == {json.dumps(pair)} and {at}[1].loss != false)"
-    texts = f'{{instruction: {at}[0].{text}, input: "", output: {at}[1].{text}}}'
-    return Flaw(
-        "format",
-        f"a row of {name} ({shown_key(key)} with {who} and {text}): {TURNS_WHY}. Keep those of one question and one "
-        f"answer, and leave the others out: jq -c '{EACH} | {pairs} | del({at}) + {texts}' FILE > NEW",
-    )
+def _nearest(row: dict) -> str:
+    """The format with the most keys in common with a row, and what the row lacks of it."""
+    names = {plain_name(key) for key in row}
+    known = [("instruction", "output"), *FLAT, ("conversations",), ("messages",)]
+    best = max(known, key=lambda keys: len(names & {*keys}))
+    if not names & {*best}:
+        near = {name: difflib.get_close_matches(name, sorted(names), 1, NEAR) for keys in known for name in keys}
+        best = max(known, key=lambda keys: sum(bool(near[name]) for name in keys))
+        if not any(near[name] for name in best):
+            return f"{WANTED}, or 'conversations' or 'messages', or the columns that --prompt_column and others name"
+    lacks = _names(name for name in best if name not in names)
+    return f"the nearest format is {_names(best)}, of which it lacks {lacks}" if best[0] != "instruction" else WANTED
 
 
 def wrapper_flaw(row: dict) -> Flaw | None:
@@ -358,7 +512,7 @@ def wrapper_flaw(row: dict) -> Flaw | None:
         return None
     for key, value in row.items():
         if isinstance(value, list) and value and all(map(_is_row, value)):
-            command = f"jq -c '.[{_jq_name(key)}][]' FILE > NEW"
+            command = f"jq -c '.[{jq_name(key)}][]' FILE > NEW"
             return Flaw("format", f"an object with all rows in a list under {shown_key(key)}; take them out: {command}")
     if row and all(map(_is_row, row.values())):
         return Flaw("format", "an object with all rows under names or numbers; take them out: jq -c '.[]' FILE > NEW")
@@ -379,8 +533,11 @@ def _is_row(value) -> bool:
 def count_unused(rows: Iterable[dict], counts: collections.Counter, read: frozenset[str] = KEYS) -> None:
     """For each key that is not read, count the rows that have it."""
     for row in rows:
-        if len(row) > len(KEYS):
-            counts.update(row.keys() - read)
+        if is_text(row, KEYS):
+            counts.update(row.keys() - {KEY})
+        elif len(row) > len(KEYS) or not row.keys() <= KEYS:
+            unread = conversations.unread_keys(row) if conversation_key(row) else row.keys() - OPTIONAL
+            counts.update(unread - read)
 
 
 def unused_keys(rows: Iterable[dict], read: frozenset[str] = KEYS) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from tuning.errors import DataError
 from tuning.samples import file_kinds
-from tuning.samples.formats import EACH, Flaw, find_flaw, has_half_pair, wrapper_flaw
+from tuning.samples.flaws import EACH, Flaw, has_half_pair
+from tuning.samples.formats import Columns, find_flaw, wrapper_flaw
 
 BLOCK = 1 << 20  # bytes read at once
 
@@ -38,7 +39,12 @@ def read_rows(
 
 
 def scan_rows(
-    path: str, several_outputs: bool = False, empty_outputs: bool = False, missing_outputs: bool = False
+    path: str,
+    several_outputs: bool = False,
+    empty_outputs: bool = False,
+    missing_outputs: bool = False,
+    columns: Columns | None = None,
+    texts: bool = False,
 ) -> Iterator[tuple[int, dict | RowError]]:
     """Read an instruction file to its end: JSON lines, or one JSON array of objects.
 
@@ -46,10 +52,12 @@ def scan_rows(
         several_outputs: a row's output may also be a list of strings (references to compare a prediction with).
         empty_outputs: an output may be empty (nothing to extract).
         missing_outputs: a row may have no output, or null; then the yielded row has no output.
+        columns: names of question, answer and history in this file.
+        texts: a row may be plain text, see text.py; then the yielded row has the key text, and none of the three.
 
     Yields:
-        Line number (of the row's start, from 1) and the row, a dict with strings under instruction, input and output,
-        and other keys unchanged; or a RowError instead of the row.
+        Line number (of the row's start, from 1) and the row: a dict with strings under instruction, input and output,
+        or a conversation with its last answer under output, and other keys unchanged; or a RowError instead of the row.
 
     Raises:
         DataError: the file cannot be read, is empty, or is not JSON.
@@ -70,7 +78,7 @@ def scan_rows(
                 if flaw and empty and first == b"{" and (whole := _over_lines(head[start:])):
                     raise RowError(f"{path} line {line}: {whole.problem}", line, whole)
                 empty = False
-                flaw = flaw or find_flaw(row, several_outputs, empty_outputs, missing_outputs)
+                flaw = flaw or find_flaw(row, several_outputs, empty_outputs, missing_outputs, columns, texts)
                 yield line, RowError(f"{path} line {line}: {flaw.problem}", line, flaw) if flaw else row
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None

@@ -1,0 +1,242 @@
+"""Formats of rows: the same conversations in each of them give the same samples; labels cover what is to be learnt;
+each kind of broken row has its one line.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+import train
+from glm_models import MODE
+from glm_models.tools import write_parameters
+from tuning.errors import DataError
+from tuning.run.validation import Validation
+from tuning.samples.check import FILE, check_data
+from tuning.samples.dataset import DataSettings, InstructionData
+from tuning.samples.encoding import IGNORE_INDEX
+from tuning.samples.formats import Columns
+from tuning.samples.row_files import read_rows, scan_rows
+
+FILES = Path(__file__).resolve().parent / "formats"
+COLUMNS = {"columns.jsonl": Columns("问", "答", "前文")}
+FLAT = ["instruction", "prompt_response", "content_summary", "query_response", "columns"]
+CONVERSATIONS = ["chatglm3", "openai", "sharegpt"]
+modes = pytest.mark.parametrize("mode", MODE)
+
+
+def read(tokenizer, name, **more) -> InstructionData:
+    return InstructionData(DataSettings(str(FILES / name), 900, 800, columns=COLUMNS.get(name), **more), tokenizer)
+
+
+def samples_of(tokenizer, name, **more) -> list:
+    data = read(tokenizer, name, **more)
+    assert "not used" not in data.summary()
+    return [(int(line), sample) for line, sample in zip(data.lines, data.samples, strict=True)]
+
+
+@modes
+@pytest.mark.parametrize("train_on", [None, "all", "last"])
+def test_all_formats_give_the_same_samples(tokenizers, mode, train_on):
+    tokenizer, how = tokenizers[mode], {"train_on": train_on}
+    wanted = samples_of(tokenizer, "instruction.jsonl", **how)
+    for name in FLAT:
+        assert samples_of(tokenizer, f"{name}.jsonl", **how) == wanted
+    if train_on is None:  # a history is read, all of a conversation is learnt
+        assert [line for line, _ in wanted] == [1, 2]
+        assert wanted == samples_of(tokenizer, "instruction.jsonl", train_on="last")
+        wanted = samples_of(tokenizer, "instruction.jsonl", train_on="all")
+    for name in CONVERSATIONS:
+        assert samples_of(tokenizer, f"{name}.jsonl", **how) == wanted
+    count = 3 if train_on != "last" and mode != "glm3" else 2
+    assert len(wanted) == count and sum(len(sample.spans) for _, sample in wanted) == 3 - (train_on == "last")
+
+
+def tool_sample(tokenizer) -> tuple[list[int], list[int]]:
+    """Ids and labels of the conversation in tools_*.jsonl, message by message as the official chat writes it."""
+    row = json.loads((FILES / "tools_chatglm3.jsonl").read_text(encoding="utf-8"))
+    system, user, said, tool, answer = row["conversations"]
+    text = f"{system['content']}\n{json.dumps(row['tools'], indent=4, ensure_ascii=False)}"
+    messages = [("system", "", text, False), ("user", "", user["content"], False)]
+    messages += [("assistant", "", said["content"], False)]
+    messages += [("assistant", tool["name"], write_parameters(tool["parameters"]), True)]
+    messages += [("observation", "", json.dumps(tool["observation"], ensure_ascii=False), False)]
+    messages += [("assistant", "", answer["content"], True)]
+    ids, learnt = tokenizer.get_prefix_tokens(), [False, False]
+    for role, metadata, content, learn in messages:
+        one = tokenizer.build_single_message(role, metadata, content)
+        ends = learnt[-1]  # the role that stops the chat
+        ids, learnt = ids + one, [*learnt, ends, *[learn] * (len(one) - 1)]
+    ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, learnt[-1]]
+    return ids, [token if learn else IGNORE_INDEX for token, learn in zip(ids, learnt, strict=True)]
+
+
+def test_tool_conversations_of_all_formats_are_what_the_official_chat_writes(tokenizers):
+    ids, labels = tool_sample(tokenizers["glm3"])
+    for name in CONVERSATIONS:
+        ((_, sample),) = samples_of(tokenizers["glm3"], f"tools_{name}.jsonl")
+        assert (sample.input_ids, sample.labels) == (ids, labels)
+
+
+def test_dump_samples_writes_what_training_sees(tokenizers, tiny, tmp_path, capsys):
+    out = tmp_path / "new" / "samples.jsonl"
+    paths = {name: FILES / f"{name}.jsonl" for name in ("tools_openai", "columns")}
+    flags = ["--mode", "glm3", "--model_name_or_path", tiny["glm3"], "--data_cache", "none", "--max_src_len", "900"]
+    flags += ["--dump_samples", str(out)]
+    train.main([*flags, "--train_path", str(paths["tools_openai"])])
+    assert f"1 samples: {out}" in capsys.readouterr().out
+    ids, labels = tool_sample(tokenizers["glm3"])
+    wanted = {"file": str(paths["tools_openai"]), "line": 1, "input_ids": ids, "labels": labels}
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [wanted]
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--train_path", str(paths["tools_openai"])])
+    assert "is there already; name a new one" in capsys.readouterr().err
+    out.unlink()
+    columns = ["--prompt_column", "问", "--response_column", "答", "--history_column", "前文", "--train_on", "all"]
+    train.main([*flags, *columns, "--train_path", str(paths["columns"])])
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    wanted = samples_of(tokenizers["glm3"], "openai.jsonl")
+    assert [(one["line"], one["input_ids"], one["labels"]) for one in found] == [
+        (line, sample.input_ids, sample.labels) for line, sample in wanted
+    ]
+
+
+def test_check_data_says_which_format_each_row_has(tokenizers, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    names = ("instruction", "openai", "sharegpt")
+    path.write_text("".join((FILES / f"{name}.jsonl").read_text(encoding="utf-8") for name in names), encoding="utf-8")
+    said = []
+    check_data(DataSettings(str(path), 900, 800), tokenizers["glm3"], None, str(tmp_path), said.append)
+    assert (
+        "formats: question and answer, history: 1 row (line 1); question and answer: 1 row (line 2); "
+        "OpenAI messages: 2 rows (lines 3, 4); ShareGPT (conversations with from and value): 2 rows (lines 5, 6)"
+    ) in said
+    findings = [json.loads(line) for line in (tmp_path / FILE).read_text(encoding="utf-8").splitlines()]
+    runs = [(one["line"], one["to_line"], one["format"][:8]) for one in findings if one["kind"] == "format_of_rows"]
+    assert runs == [(1, 1, "question"), (2, 2, "question"), (3, 4, "OpenAI m"), (5, 6, "ShareGPT")]
+
+
+# Rows that cannot be read
+
+USER, ANSWER = {"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}]}
+BAD = [
+    ({"messages": [USER, {"from": "gpt", "value": "答"}]}, "messages[1] has no 'role'"),
+    ({"messages": [USER, ANSWER], "conversations": [USER, ANSWER]}, "a row has one conversation"),
+    ({"messages": [USER, ANSWER], "instruction": "问"}, "mixes two formats: OpenAI messages, and instruction"),
+    ({"messages": [USER, ANSWER], "output": "其他"}, "an output that is not its last answer"),
+    ({"messages": [USER, ANSWER], "images": ["a.png"]}, "the key 'images' holds images or sound"),
+    ({"messages": [USER]}, "nothing is learnt: it has no answer"),
+    ({"messages": [USER, ANSWER | {"loss": False}]}, "nothing is learnt: every one has loss false"),
+    ({"messages": [USER | {"loss": True}, ANSWER]}, "asks to learn a message of the role user"),
+    ({"messages": [USER, ANSWER | {"loss": 0.5}]}, "loss of messages[1] must be true or false, not 0.5"),
+    ({"messages": [USER, ANSWER | {"weight": 2}]}, "weight of messages[1] must be 0 or 1, not 2"),
+    ({"messages": [ANSWER, USER, ANSWER]}, "begins with a message of assistant"),
+    ({"messages": [USER, ANSWER, {"role": "system", "content": "x"}]}, "a system message that does not stand first"),
+    ({"messages": [{"role": "system", "content": "x"}, USER, ANSWER], "system": "y"}, "and another one in messages"),
+    ({"messages": [USER, ANSWER | {"content": None}]}, "content of messages[1] must be a string, not null"),
+    ({"messages": [USER, ANSWER | {"content": " "}]}, "an answer is empty; --allow_empty_output"),
+    ({"messages": [USER | {"content": ""}, ANSWER]}, "an empty message of the user"),
+    ({"messages": [USER | {"content": [{"type": "image_url"}]}, ANSWER]}, "has a part of type 'image_url'"),
+    ({"messages": [USER, {"role": "bot2", "content": "答"}]}, "the role of messages[1] must be one of system, "),
+    ({"messages": [USER, "答"]}, "messages[1] must be an object with a role and a text, not a string"),
+    ({"messages": [USER, CALL, ANSWER]}, "before messages[2] stands nothing that the tool 'f' returned"),
+    ({"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]}, "what a tool returned, without a call before it"),
+    (
+        {"messages": [USER, CALL, {"role": "tool", "tool_call_id": "b", "content": "x"}, ANSWER]},
+        "answers the call 'b', which is not there",
+    ),
+    (
+        {"messages": [USER, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, ANSWER]},
+        "arguments of messages[1] is not valid JSON",
+    ),
+    (
+        {"conversations": [USER, {"role": "tool", "name": "", "parameters": {}, "observation": 1}, ANSWER]},
+        "a tool's name must be a text that is not empty",
+    ),
+    (
+        {"conversations": [USER, {"role": "tool", "name": "f", "parameters": {}}, ANSWER]},
+        "the tool message conversations[1] has no observation",
+    ),
+    ({"conversations": [USER, ANSWER], "tools": [3]}, "tools must be a list of objects"),
+    ({"conversations": [USER, ANSWER | {"content": "\ud83d"}]}, "an unpaired surrogate"),
+    ({"conversations": "user: 问"}, "conversations must be a list of messages, not a string"),
+    ({"conversations": []}, "conversations is empty"),
+    ({"Messages": [USER, ANSWER]}, "the key 'Messages' must be written 'messages'"),
+    (
+        {"prompt": "问", "response": "答", "content": "问", "summary": "答"},
+        "mixes two formats: prompt and response, and",
+    ),
+    ({"prompt": "问", "response": "答", "input": "x"}, "mixes two formats: prompt and response, and input"),
+    (
+        {"instruction": "问", "output": "答", "prompt": "x", "response": "y"},
+        "mixes two formats: instruction and output",
+    ),
+    ({"prompt": "问", "response": ["答"]}, "response must be a string, not a list"),
+    ({"prompt": "问", "respnse": "答"}, "the nearest format is prompt and response, of which it lacks response"),
+    ({"anything": "问", "else": "答"}, "or the columns that --prompt_column and others name"),
+    (
+        {"prompt": "问", "response": "答", "history": "你好"},
+        "history must be a list of pairs [question, answer], not a s",
+    ),
+    ({"instruction": "问", "output": "答", "history": [["a"]]}, "history[0] is a list of another form"),
+    ({"instruction": "问", "output": "答", "system": ["a"]}, "system must be a string, not a list"),
+]
+
+
+@pytest.mark.parametrize(("row", "says"), BAD, ids=[says[:40] for _, says in BAD])
+def test_a_row_that_cannot_be_read_has_one_line(tmp_path, row, says):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "问", "response": "答"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError) as error:
+        list(read_rows(str(path)))
+    message = str(error.value)
+    assert message.startswith(f"{path} line 2: ") and says in message and message.isprintable() and len(message) < 600
+
+
+def test_columns_that_are_not_there_are_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for row, says in (
+        ({"问": "a"}, "there is no '答' (--response_column); the row has '问'"),
+        ({"问": 3, "答": "b"}, "'问' (--prompt_column) must be a string, not a number"),
+        ({"问": "a", "答": "b", "input": "c"}, "mixes two formats: the columns of the flags, and input"),
+    ):
+        path.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+        ((_, error),) = scan_rows(str(path), columns=Columns("问", "答"))
+        assert says in str(error)
+
+
+def test_a_family_without_a_role_refuses_the_row_alone(tokenizers, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [(FILES / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("tools_openai", "openai")]
+    path.write_text("".join(rows), encoding="utf-8")
+    for mode in ("glm", "glm2"):
+        with pytest.raises(DataError, match=f"line 1: {mode} has no tools: train --mode glm3"):
+            InstructionData(DataSettings(str(path), 900, 800), tokenizers[mode])
+        data = InstructionData(DataSettings(str(path), 900, 800, skip_bad=True), tokenizers[mode])
+        assert {*data.lines.tolist()} == {2, 3}
+
+
+def test_turns_that_are_lost_are_reported(tokenizers):
+    for mode in MODE:
+        limits = int(read(tokenizers[mode], "openai.jsonl").lengths.max()) - 1, 60
+        long = InstructionData(DataSettings(str(FILES / "openai.jsonl"), *limits), tokenizers[mode])
+        assert long.turns_lost == 1
+        assert "; 1 conversations lost 1 turns from their beginning, to fit" in long.summary()
+        skipped = InstructionData(DataSettings(str(FILES / "openai.jsonl"), *limits, skip_cut=True), tokenizers[mode])
+        assert len(skipped) == len(long) - 1 and skipped.turns_lost == 1
+
+
+@modes
+def test_validation_knows_the_answer_to_each_sample_of_a_conversation(tokenizers, mode):
+    validation = object.__new__(Validation)
+    validation.tokenizer = tokenizers[mode]
+    validation.args = argparse.Namespace(max_len=900, max_src_len=800, train_on=None)
+    found = [pair for _, row in read_rows(str(FILES / "sharegpt.jsonl")) for pair in validation._samples(row)]
+    data = read(tokenizers[mode], "sharegpt.jsonl")
+    assert [ids for ids, _ in found] == [tuple(sample.input_ids) for sample in data.samples]
+    for sample, (_, row) in zip(data.samples, found, strict=True):
+        start, end = sample.spans[0]
+        written = tokenizers[mode].as_written([row["output"]])[0]
+        assert tokenizers[mode].decode_answer(sample.input_ids[start : end - 1]) == written

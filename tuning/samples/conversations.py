@@ -1,0 +1,291 @@
+"""Conversations in a row: ChatGLM3's official form, `messages` of the OpenAI API, and ShareGPT, read into a `Dialogue`.
+
+    {"conversations": [{"role": "user", "content": ...}, {"role": "tool", "name": ..., "parameters": ...,
+                       "observation": ...}, {"role": "assistant", "content": ..., "loss": false}], "tools": [...]}
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "tool_calls": [...]}, {"role": "tool", ...}]}
+    {"conversations": [{"from": "human", "value": ...}, {"from": "function_call", "value": ...}, ...], "tools": "[...]"}
+
+A tool call becomes an assistant's message with the tool's name as metadata, as ChatGLM3's chat writes it, and what the
+tool returned becomes an observation right behind it.
+"""
+
+import json
+from typing import NamedTuple
+
+from glm_models.tools import ToolCallError, check_name, write_call, write_observation
+from tuning.samples.dialogue import Dialogue, Message
+from tuning.samples.flaws import BadRow, has_half_pair, kind_of_value, says_something, shown_key
+
+LISTS = ("conversations", "messages", "conversation")  # keys of a list of messages
+READ = frozenset({*LISTS, "tools", "functions", "system", "output"})  # keys of a row that are read
+ROLES = {  # as they stand in files -> what such a message is
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("tool", "function"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
+    "observation": "observation",
+}
+MESSAGE_KEYS = frozenset(
+    {"role", "from", "content", "value", "metadata", "loss", "weight", "name", "parameters", "observation", "tools"}
+    | {"tool_calls", "function_call", "tool_call_id"}
+)
+TEXT_ALONE = ("images", "image", "audio", "video", "videos", "input_audio")
+
+
+class Call(NamedTuple):
+    """A tool call that waits for what the tool returns."""
+
+    id: str | None
+    message: Message
+
+
+def conversation_key(row: dict) -> str | None:
+    """The key under which a row has a list of messages, None if there is none."""
+    return next((key for key in LISTS if row.get(key) and isinstance(row[key], list)), None)
+
+
+def style_of(row: dict) -> str:
+    """What the users of a row's form call it."""
+    key = conversation_key(row)
+    first = row[key][0]
+    if isinstance(first, dict) and ("from" in first or "value" in first):
+        return f"ShareGPT ({key} with from and value)"
+    return "OpenAI messages" if key == "messages" else "ChatGLM3 conversations"
+
+
+def read_conversation(row: dict) -> Dialogue:
+    """The dialogue of a row that has a `conversation_key`. Every answer is learnt that is not marked otherwise.
+
+    Raises:
+        BadRow: a message or the tools cannot be read, or an order of messages means nothing.
+    """
+    key = conversation_key(row)
+    if other := [name for name in LISTS if name != key and says_something(row.get(name))]:
+        raise BadRow("format", f"a row with {key} and {other[0]}: a row has one conversation")
+    reader = _Reader(key, style_of(row))
+    for number, turn in enumerate(row[key]):
+        reader.read(number, turn)
+    messages, tools = reader.finish(), reader.tools
+    if says_something(row.get("system")):
+        if not isinstance(row["system"], str):
+            raise BadRow("type", f"system must be a string, not {kind_of_value(row['system'])}")
+        if messages[0].role == "system":
+            raise BadRow("format", f"a system message under 'system' and another one in {key}")
+        messages.insert(0, Message("system", row["system"]))
+    for name in ("tools", "functions"):
+        if row.get(name) is not None and row[name] != "":
+            if tools is not None:
+                raise BadRow("format", "tools in two places of a row")
+            tools = _tools(row[name], name)
+    if not tools and not reader.style.startswith("ChatGLM3"):
+        tools = None  # in ChatGLM3's form an empty list is written, as the official chat does
+    _check_order(messages, key)
+    dialogue = Dialogue(tuple(messages), tools)
+    texts = [text for message in messages for text in (message.content, message.metadata)]
+    if has_half_pair("".join(texts) + (json.dumps(tools, ensure_ascii=False) if tools else "")):
+        raise BadRow("json", "a text has an unpaired surrogate, which is not valid Unicode")
+    return dialogue
+
+
+def unread_keys(row: dict) -> set[str]:
+    """Keys of a conversation's row and of its messages that nothing reads, those of messages as `messages[].id`."""
+    key = conversation_key(row)
+    inner = {
+        f"{key}[].{name}"
+        for turn in row[key]
+        if not turn.keys() <= MESSAGE_KEYS
+        for name in turn.keys() - MESSAGE_KEYS
+        if says_something(turn[name])
+    }
+    return (row.keys() - READ) | inner
+
+
+class _Reader:
+    """Reads messages one after another. Calls of tools wait until there is what the tool returned."""
+
+    def __init__(self, key: str, style: str):
+        self.key, self.style = key, style
+        self.messages: list[Message] = []
+        self.calls: list[Call] = []  # that wait
+        self.tools: tuple | None = None
+
+    def read(self, number: int, turn) -> None:
+        """One more message."""
+        self.where = f"{self.key}[{number}]"
+        if not isinstance(turn, dict):
+            raise BadRow("type", f"{self.where} must be an object with a role and a text, not {kind_of_value(turn)}")
+        who, text = ("from", "value") if self.style.startswith("ShareGPT") else ("role", "content")
+        if who not in turn:
+            other = {"from": "role", "role": "from"}[who]
+            mixed = f"; it has {other!r}, of another format" if other in turn else ""
+            raise BadRow("format", f"{self.where} has no {who!r}, as a row of {self.style} has it{mixed}")
+        for name in TEXT_ALONE:
+            if says_something(turn.get(name)):
+                raise BadRow("keys", f"{self.where} has {shown_key(name)}, but the models read text alone")
+        role = ROLES.get(turn[who]) if isinstance(turn[who], str) else None
+        if role is None:
+            wanted = f"must be one of {', '.join(ROLES)}"
+            raise BadRow("type", f"the {who} of {self.where} {wanted}, not {_shown(turn[who])}")
+        getattr(self, f"_{role}")(turn, self._learn(turn, role), text)
+
+    def finish(self) -> list[Message]:
+        """All messages. A call may stand at the end: the model learns to write it."""
+        if len(self.calls) > 1:
+            raise BadRow("format", f"{self.key} ends with several tool calls; at the end one can be learnt")
+        return [*self.messages, *(call.message for call in self.calls)]
+
+    # What stands in a message, by its role
+
+    def _system(self, turn, learn, text):
+        if turn.get("tools") is not None:
+            self.tools = _tools(turn["tools"], f"tools in {self.where}")
+        self._add("system", self._text(turn, text))
+
+    def _user(self, turn, learn, text):
+        self._add("user", self._text(turn, text))
+
+    def _assistant(self, turn, learn, text):
+        calls = turn.get("tool_calls") or []
+        if turn.get("function_call"):
+            calls = [*calls, {"function": turn["function_call"]}]
+        content = self._text(turn, text, missing=bool(calls))
+        metadata = turn.get("metadata") or ""
+        if not isinstance(metadata, str):
+            raise BadRow("type", f"metadata of {self.where} must be a string, not {kind_of_value(metadata)}")
+        if content.strip() or not calls:
+            self._add("assistant", content, metadata.strip(), learn)
+        for call in calls if isinstance(calls, list) else [calls]:
+            self._call(call, learn, text)
+
+    def _call(self, turn, learn, text):
+        """A call: ShareGPT's function_call message, or one of OpenAI's tool_calls."""
+        value = _json(turn[text], f"{text} of {self.where}") if text in turn else turn
+        for one in value if isinstance(value, list) and value else [value]:
+            call = one.get("function", one) if isinstance(one, dict) else one
+            if not isinstance(call, dict) or not {"name"} <= call.keys():
+                raise BadRow("type", f"a tool call of {self.where} must have name and arguments, not {_shown(one)}")
+            arguments = call.get("arguments", call.get("parameters"))
+            arguments = {} if arguments in (None, "") else _json(arguments, f"arguments of {self.where}")
+            self.calls.append(Call(one.get("id"), self._written(call["name"], arguments, learn)))
+
+    def _tool(self, turn, learn, text):
+        """ChatGLM3's tool message, which is a call and what it returned; elsewhere what a tool returned."""
+        if "parameters" not in turn:
+            self._observation(turn, learn, text)
+            return
+        if "observation" not in turn:
+            raise BadRow("type", f"the tool message {self.where} has no observation")
+        parameters = {} if turn["parameters"] is None else turn["parameters"]
+        self._no_calls()
+        self.messages.append(self._written(turn.get("name"), parameters, learn))
+        self.messages.append(Message("observation", self._returned(turn["observation"])))
+
+    def _observation(self, turn, learn, text):
+        if turn.get(text) is None:
+            raise BadRow("type", f"{self.where} has no {text!r}")
+        content = turn[text]
+        content = self._text(turn, text) if _is_parts(content) else self._returned(content)
+        if self.calls:
+            wanted = turn.get("tool_call_id")
+            place = next((i for i, call in enumerate(self.calls) if call.id == wanted), None)
+            if place is None and wanted is not None and self.calls[0].id is not None:
+                raise BadRow("type", f"{self.where} answers the call {_shown(wanted)}, which is not there")
+            self.messages.append(self.calls.pop(place or 0).message)
+        elif not self.messages or self.messages[-1].role != "assistant":
+            raise BadRow("format", f"{self.where} is what a tool returned, without a call before it")
+        self.messages.append(Message("observation", content))
+
+    def _add(self, role, content, metadata="", learn=False):
+        self._no_calls()
+        self.messages.append(Message(role, content, metadata, learn))
+
+    def _no_calls(self):
+        if self.calls:
+            name = self.calls[0].message.metadata
+            raise BadRow("format", f"before {self.where} stands nothing that the tool {_shown(name)} returned")
+
+    # Parts of a message
+
+    def _learn(self, turn, role) -> bool:
+        """Whether a message is learnt: `loss`, or OpenAI's `weight` of 0 or 1."""
+        answer = role in ("assistant", "call") or (role == "tool" and "parameters" in turn)
+        loss, weight = turn.get("loss"), turn.get("weight")
+        if loss is not None and not isinstance(loss, bool):
+            raise BadRow("type", f"loss of {self.where} must be true or false, not {_shown(loss)}")
+        if weight is not None and weight not in (0, 1):
+            raise BadRow("keys", f"weight of {self.where} must be 0 or 1, not {_shown(weight)}: answers count alike")
+        if (loss or weight) and not answer:
+            raise BadRow("keys", f"{self.where} asks to learn a message of the role {role}; only answers are learnt")
+        return answer and loss is not False and (weight is None or bool(weight))
+
+    def _text(self, turn, key, missing=False) -> str:
+        value = turn.get(key)
+        if value is None and missing:
+            return ""
+        if _is_parts(value):
+            if other := [part for part in value if part.get("type") != "text" or not isinstance(part.get("text"), str)]:
+                kind = _shown(other[0].get("type"))
+                raise BadRow("keys", f"{key} of {self.where} has a part of type {kind}, but the models read text alone")
+            return "".join(part["text"] for part in value)
+        if not isinstance(value, str):
+            raise BadRow("type", f"{key} of {self.where} must be a string, not {kind_of_value(value)}")
+        return value
+
+    def _written(self, name, parameters, learn) -> Message:
+        try:
+            check_name(name)
+            call = write_call(name, parameters)
+        except ToolCallError as error:
+            raise BadRow("type", f"a tool call of {self.where}: {error}") from None
+        return Message("assistant", call["content"], call["metadata"], learn)
+
+    def _returned(self, value) -> str:
+        try:
+            return write_observation(value)
+        except ToolCallError as error:
+            raise BadRow("type", f"{self.where}: {error}") from None
+
+
+def _is_parts(value) -> bool:
+    """Whether a text is in parts, as OpenAI's `[{"type": "text", "text": ...}]`."""
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "type" in part for part in value)
+
+
+def _json(value, where: str):
+    """A value that may also be written as JSON in a string."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("json", f"{where} is not valid JSON: {error}") from None
+
+
+def _tools(value, where: str) -> tuple:
+    """Descriptions of tools, without the wrapper {"type": "function", "function": ...} of the OpenAI API."""
+    value = _json(value, where) if not isinstance(value, str) or value.strip() else []
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BadRow("type", f"{where} must be a list of objects, one a tool, not {kind_of_value(value)}")
+    return tuple(
+        tool["function"] if tool.get("type") == "function" and isinstance(tool.get("function"), dict) else tool
+        for tool in value
+    )
+
+
+def _check_order(messages: list[Message], key: str) -> None:
+    """Make sure that a system message stands first alone, and that somebody asks before something is answered."""
+    rest = messages[messages[0].role == "system" :]
+    if not rest:
+        raise BadRow("empty", f"{key} has a system message alone")
+    if any(message.role == "system" for message in rest):
+        raise BadRow("format", f"{key} has a system message that does not stand first")
+    if rest[0].role != "user":
+        raise BadRow("format", f"{key} begins with a message of {rest[0].role}; it must begin with one of the user")
+    if empty := [message for message in rest if message.role == "user" and not message.content.strip()]:
+        raise BadRow("empty", f"{key} has an empty message of the {empty[0].role}")
+
+
+def _shown(value) -> str:
+    text = ascii(value)
+    return text if len(text) <= 40 else text[:37] + "..."
