@@ -31,6 +31,7 @@ from tuning.run.results import BEST
 from tuning.samples.batches import MicroBatch
 from tuning.samples.dataset import HeldOut, InstructionData
 from tuning.samples.encoding import encode_samples
+from tuning.samples.epochs import RunLength
 from tuning.samples.formats import Columns, to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
 from utils import control_group, data_parallel_rank, data_parallel_size, device, is_rank_0, on_rank_0, print_rank_0
@@ -113,7 +114,7 @@ class Validation:
         engine: DeepSpeed's.
         held_out: the samples to validate on.
         args: of train.py.
-        epoch_steps: optimiser steps of an epoch.
+        length: of the run; --eval_steps is an epoch unless given.
         log: the run's (log.RunLog).
         save_result: writes the model to a folder of this name in output_dir.
 
@@ -127,13 +128,13 @@ class Validation:
         tokenizer,
         held_out: HeldOut,
         args,
-        epoch_steps: int,
+        length: RunLength,
         log,
         save_result: Callable[[str], None],
     ):
         self.engine, self.tokenizer, self.args, self.log, self.save_result = engine, tokenizer, args, log, save_result
         self.data, self.rows = held_out.data, held_out.rows
-        self.every, self.total_steps = args.eval_steps or epoch_steps, args.num_train_epochs * epoch_steps
+        self.every, self.total_steps = args.eval_steps or length.epoch_steps, length.total_steps
         self.kind, names = None, list(FROM_LOSS)
         if args.eval_generate != "off":
             answered = held_out.answered
