@@ -55,6 +55,45 @@ FORMATS = (
 )
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A key that is not read here, though it changes what a row means.
+
+    Args:
+        holds: its content, such as "earlier turns".
+        way_out: what the user can do.
+        neutral: values that mean the same as no such key, besides empty ones.
+        nested: also look for it inside the values of other keys.
+    """
+
+    holds: str
+    way_out: str
+    neutral: tuple = (False, 0)
+    nested: bool = True
+
+
+_HISTORY = Lost("earlier turns", "under the key 'history' they are read, as [[question, answer], ...]")
+_TURNS = Lost("turns of a conversation", "a row has either them or instruction, input and output")
+_SYSTEM = Lost("a system message", "under the key 'system' it is read")
+_TOOLS = Lost("tools", "they go with a conversation: rows with 'conversations' or 'messages'")
+_WEIGHT = Lost("a weight for the loss", "all rows count alike", neutral=(True, 1))
+_LABEL = Lost("a label", "what is to be learnt stands in output", neutral=(), nested=False)
+_TOKENS = Lost("encoded text", "rows are texts, which are encoded here", neutral=(), nested=False)
+_PREFERENCE = Lost("preferences", "they cannot be trained here", nested=False)
+_MEDIA = Lost("images or sound", "the models read text alone", nested=False)
+LOST = {  # by `plain_name`
+    **dict.fromkeys(("history", "chathistory", "histories"), _HISTORY),
+    **dict.fromkeys(("messages", "conversations", "conversation", "dialogue", "dialog", "dialogs", "turns"), _TURNS),
+    **dict.fromkeys(("system", "systemprompt", "systemmessage"), _SYSTEM),
+    **dict.fromkeys(("tools", "functions", "toolcalls", "functioncall", "observation", "observations"), _TOOLS),
+    **dict.fromkeys(("loss", "weight", "weights", "sampleweight", "lossweight", "lossmask"), _WEIGHT),
+    **dict.fromkeys(("label", "labels"), _LABEL),
+    **dict.fromkeys(("inputids", "attentionmask", "tokentypeids"), _TOKENS),
+    **dict.fromkeys(("chosen", "rejected"), _PREFERENCE),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+}
+
+
 def recognise(row: dict) -> Flaw | None:
     """The format of a row without our keys, if it is a known one, and what to do with it."""
     names = {plain_name(key): key for key in reversed(row)}

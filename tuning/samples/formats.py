@@ -15,7 +15,6 @@ import collections
 import difflib
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from tuning.samples import conversations
@@ -33,7 +32,18 @@ from tuning.samples.flaws import (
     says_something,
     shown_key,
 )
-from tuning.samples.foreign import FLAT, FORMATS, KEYS, NEAR, OPTIONAL, names_text, nearest_format, recognise
+from tuning.samples.foreign import (
+    FLAT,
+    FORMATS,
+    KEYS,
+    LOST,
+    NEAR,
+    OPTIONAL,
+    Lost,
+    names_text,
+    nearest_format,
+    recognise,
+)
 from tuning.samples.text import KEY, is_text, text_dialogue, text_problem
 
 ROW_FORMAT = 3  # part of a cache file's key: increase it when other rows are accepted, or read in another way
@@ -57,45 +67,6 @@ class Columns(NamedTuple):
 
 
 _HALF_PAIR = Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A key that is not read here, though it changes what a row means.
-
-    Args:
-        holds: its content, such as "earlier turns".
-        way_out: what the user can do.
-        neutral: values that mean the same as no such key, besides empty ones.
-        nested: also look for it inside the values of other keys.
-    """
-
-    holds: str
-    way_out: str
-    neutral: tuple = (False, 0)
-    nested: bool = True
-
-
-_HISTORY = Lost("earlier turns", "under the key 'history' they are read, as [[question, answer], ...]")
-_TURNS = Lost("turns of a conversation", "a row has either them or instruction, input and output")
-_SYSTEM = Lost("a system message", "under the key 'system' it is read")
-_TOOLS = Lost("tools", "they go with a conversation: rows with 'conversations' or 'messages'")
-_WEIGHT = Lost("a weight for the loss", "all rows count alike", neutral=(True, 1))
-_LABEL = Lost("a label", "what is to be learnt stands in output", neutral=(), nested=False)
-_TOKENS = Lost("encoded text", "rows are texts, which are encoded here", neutral=(), nested=False)
-_PREFERENCE = Lost("preferences", "they cannot be trained here", nested=False)
-_MEDIA = Lost("images or sound", "the models read text alone", nested=False)
-LOST = {  # by `plain_name`
-    **dict.fromkeys(("history", "chathistory", "histories"), _HISTORY),
-    **dict.fromkeys(("messages", "conversations", "conversation", "dialogue", "dialog", "dialogs", "turns"), _TURNS),
-    **dict.fromkeys(("system", "systemprompt", "systemmessage"), _SYSTEM),
-    **dict.fromkeys(("tools", "functions", "toolcalls", "functioncall", "observation", "observations"), _TOOLS),
-    **dict.fromkeys(("loss", "weight", "weights", "sampleweight", "lossweight", "lossmask"), _WEIGHT),
-    **dict.fromkeys(("label", "labels"), _LABEL),
-    **dict.fromkeys(("inputids", "attentionmask", "tokentypeids"), _TOKENS),
-    **dict.fromkeys(("chosen", "rejected"), _PREFERENCE),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
-}
 
 
 def find_flaw(
