@@ -14,11 +14,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader
 
+from tuning.errors import DataError
 from tuning.samples import cache
 from tuning.samples.batches import Batch
 from tuning.samples.dataset import DataSettings, HeldOut, InstructionData, prepare, split_rows
 from tuning.samples.dump import dump_samples
-from tuning.samples.epochs import BatchShape, EpochPlan, Packs, RankBatches, pack_rows, plan_epoch
+from tuning.samples.epochs import BatchShape, EpochPlan, Packs, RankBatches, RunLength, pack_rows, plan_epoch
 from tuning.samples.formats import Columns
 from tuning.samples.mixture import Mixture
 from utils import data_parallel_rank, data_parallel_size, is_rank_0, on_rank_0, once_per_node, print_rank_0
@@ -113,6 +114,12 @@ def load_sources(args, tokenizer) -> Sources:
                 "warning: --eval_path has the very rows of --train_path: its scores say nothing of unseen rows"
             )
 
+    if held_out and args.eval_generate != "off" and not held_out.answered:
+        raise DataError(
+            f"--eval_generate: the rows of {held_out.path} to validate on are all plain text, which has no answers; "
+            "without the flag their loss is measured"
+        )
+
     def pack(data, rows):
         return pack_rows(data, args.max_len, args.seed, rows) if args.packing else Packs(rows)
 
@@ -135,17 +142,21 @@ def batch_shape(args) -> BatchShape:
     return BatchShape(args.per_device_train_batch_size, args.gradient_accumulation_steps, data_parallel_size())
 
 
-def training_steps(engine, sources: Sources, args, epoch_steps: int) -> Iterator[tuple[int, list[Batch]]]:
+def training_steps(engine, sources: Sources, args, length: RunLength) -> Iterator[tuple[int, list[Batch]]]:
     """Yield epoch and micro-batches of this rank for each optimiser step, from where the engine is to the end.
 
     Args:
         engine: DeepSpeed's; its `global_steps` are the steps done.
-        epoch_steps: optimiser steps of an epoch.
+        length: the run ends after its `total_steps`, which may be within an epoch.
     """
     rank, shape = data_parallel_rank(), batch_shape(args)
     pin = get_accelerator().device_name() != "cpu"
-    for epoch in range(engine.global_steps // epoch_steps + 1, args.num_train_epochs + 1):
+    step = engine.global_steps
+    while step < length.total_steps:
+        epoch, first = step // length.epoch_steps + 1, step % length.epoch_steps
         plan = plan_epoch(sources.data, sources.packs(epoch), shape, args.seed, epoch, args.group_by_length)
-        batches = iter(epoch_loader(sources.data, plan, rank, engine.global_steps % epoch_steps, pin))
-        while step := list(itertools.islice(batches, shape.accumulation)):
-            yield epoch, step
+        batches = iter(epoch_loader(sources.data, plan, rank, first, pin))
+        last = min(epoch * length.epoch_steps, length.total_steps)
+        for _ in range(step, last):
+            yield epoch, list(itertools.islice(batches, shape.accumulation))
+        step = last

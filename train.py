@@ -35,6 +35,7 @@ from tuning.engine.saving import check_room, count_results, is_save_step, result
 from tuning.errors import DataError
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import record_base
+from tuning.lora.earlier import start_from_adapter
 from tuning.methods import build_model, count_parameters, parameter_groups
 from tuning.plan import planner
 from tuning.plan.planner import memory_advice, plan_setup
@@ -47,6 +48,7 @@ from tuning.run.resume import Checkpoints, ds_section
 from tuning.run.validation import Validation
 from tuning.samples.batches import Batch
 from tuning.samples.check import check_data
+from tuning.samples.epochs import RunLength, run_length
 from utils import is_rank_0, on_rank_0, print_rank_0, set_seed, silence_libraries
 
 
@@ -69,12 +71,12 @@ def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
 
 
 class Data(NamedTuple):
-    """What a run learns from, and how many optimiser steps an epoch of it has."""
+    """What a run learns from, and for how many optimiser steps."""
 
     tokenizer: object
     config: object  # of the model
     sources: Sources
-    epoch_steps: int
+    length: RunLength
 
 
 class RunParts(NamedTuple):
@@ -95,15 +97,14 @@ class RunParts(NamedTuple):
 def run_steps(args, engine, data: Data, parts: RunParts) -> str:
     """The loop over all steps that are left. Returns the name of the last result."""
     log, watch, validation, states, record, save_result = parts
-    total_steps = args.num_train_epochs * data.epoch_steps
-    result = f"epoch-{args.num_train_epochs}-step-{total_steps}"
-    for epoch, batches in training_steps(engine, data.sources, args, data.epoch_steps):
+    total_steps, result = data.length.total_steps, ""
+    for epoch, batches in training_steps(engine, data.sources, args, data.length):
         watch.begin_step(batches)
         losses = train_step(engine, batches)
         log.add(watch.end_step(losses), epoch)  # all ranks stop here if the loss went wrong
 
         done, result = engine.global_steps, f"epoch-{epoch}-step-{engine.global_steps}"
-        saves = is_save_step(args, done, data.epoch_steps)
+        saves = is_save_step(args, done, data.length)
         if saves:
             save_result(result)
         if validation and validation.due() and validation.run(epoch):  # early stopping
@@ -127,37 +128,35 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     lock, state = claim_output(args)
 
     # data, model, engine
+    contents = start_from_adapter(args)
     data = read_data(args)
-    total_steps = args.num_train_epochs * data.epoch_steps
-    ds_config = load_training_config(args, total_steps, data.config.hidden_size)
+    ds_config = load_training_config(args, data.length.total_steps, data.config.hidden_size)
     for line in ds_notes(ds_config):
         print_rank_0(line)
     dtype = compute_dtype(ds_config)
     base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
-    run = describe_run(args, data.sources.contents, data.tokenizer, base, ds_config, zero_layout(ds_config))
-    check_resume(args, state, run)
+    run = describe_run(args, contents | data.sources.contents, data.tokenizer, base, ds_config, zero_layout(ds_config))
+    check_resume(args, state, run, data.length.total_steps)
     engine = start_engine(args, ds_config, ds_section(state, run.ranks))
     model = engine.module
 
     # what goes with the engine
     save_result = functools.partial(save, args, model, data.tokenizer, dtype, base)
-    log = RunLog(engine, args, total_steps, needed_flops(model), matmul_peak(dtype))
+    log = RunLog(engine, args, data.length, needed_flops(model), matmul_peak(dtype))
     watch = StepMonitor(engine, data.sources.data.files, math.log(data.config.vocab_size), args.skip_nonfinite, hooks)
     resumed = {"log": log, "watch": watch}
     validation = None
     if validates(args):
-        validation = Validation(engine, data.tokenizer, data.sources.held_out, args, data.epoch_steps, log, save_result)
+        validation = Validation(engine, data.tokenizer, data.sources.held_out, args, data.length, log, save_result)
         resumed["validation"] = validation
     states = Checkpoints(engine, resumed, run, args.output_dir, args.save_state_steps, args.save_total_limit)
-    on_rank_0(lambda: check_room(args, result_size(model, dtype), states, count_results(args, data.epoch_steps)))
+    on_rank_0(lambda: check_room(args, result_size(model, dtype), states, count_results(args, data.length)))
     if state:
         states.load(state)
     record = RunRecord(args.output_dir, describe_start(args, run, ds_config, state))
 
     # training
-    print_rank_0(
-        f"training: {args.num_train_epochs} epochs, {total_steps} steps of {ds_config['train_batch_size']} rows"
-    )
+    print_rank_0(f"training: {data.length.text()} of {ds_config['train_batch_size']} rows")
     on_rank_0(lambda: begin_output(args, state, record))
     patches.keep_freed_memory()
     engine.train()
@@ -178,7 +177,8 @@ def read_data(args) -> Data:
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     print_rank_0(describe_devices(compute_dtype(load_training_config(args, 1, config.hidden_size))))
     sources = load_sources(args, tokenizer)
-    return Data(tokenizer, config, sources, batch_shape(args).count_steps(len(sources.packs(1))))
+    epoch_steps = batch_shape(args).count_steps(len(sources.packs(1)))
+    return Data(tokenizer, config, sources, run_length(args.num_train_epochs, args.max_steps, epoch_steps))
 
 
 def start_engine(args, ds_config: dict, more: dict):

@@ -14,6 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 launch() { # mode, train_type, default model, flags of the method ..., flags of the caller
   local mode=$1 train_type=$2 model=$3
   shift 3
+  [[ " $* " == *" --max_steps"* ]] || set -- --num_train_epochs 2 "$@"
   local launcher=(deepspeed --log_level warning --master_port "${PORT:-29520}")
   [ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=$GPUS
   trap '' USR1 # Slurm's signal is for train.py, which saves a state; it would kill the launcher
@@ -30,7 +31,6 @@ launch() { # mode, train_type, default model, flags of the method ..., flags of 
     --gradient_accumulation_steps 4 \
     --learning_rate 1e-4 \
     --weight_decay 0.1 \
-    --num_train_epochs 2 \
     --warmup_ratio 0.1 \
     --seed 1234 \
     --ds_file ds_zero2_no_offload.json \

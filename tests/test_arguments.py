@@ -17,7 +17,19 @@ from tuning import methods
 from tuning.arguments import compare as compare_arguments
 from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
-from tuning.arguments.parser import SWITCH, File, Folder, GiB, Integer, NewPath, Number, Parser, Text, answer_early
+from tuning.arguments.parser import (
+    SWITCH,
+    File,
+    Folder,
+    GiB,
+    Integer,
+    Names,
+    NewPath,
+    Number,
+    Parser,
+    Text,
+    answer_early,
+)
 from tuning.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -280,7 +292,8 @@ def test_flags_that_would_do_nothing_are_refused_whatever_their_value(parser, ne
     for flag in flags.values():
         if flag.required:
             continue
-        value = {Integer: "1", Number: "0.5", GiB: "24", File: __file__, Folder: ".", Text: "x", NewPath: "x"}
+        value = {Integer: "1", Number: "0.5", Names: "x", train_arguments.Epochs: "2", GiB: "24"}
+        value |= {File: __file__, Folder: ".", Text: "x", NewPath: "x"}
         text = str(flag.default) if flag.default is not None else (*flag.choices, value.get(type(flag.read)))[0]
         words = [*needed, flag.name, text]
         if flag.needs == "--train_type lora":  # the default
@@ -309,7 +322,16 @@ def test_flags_of_train_that_depend_on_others():
         ("--prompt_column x", "--prompt_column does nothing without --response_column"),
         ("--packing --group_by_length", "--packing and --group_by_length exclude each other"),
         ("--max_len 100 --max_src_len 100", "--max_src_len 100 must be less than --max_len 100"),
-        ("--num_train_epochs 0", "--num_train_epochs 0: must be at least 1; predict.py scores"),
+        ("--num_train_epochs 0", "--num_train_epochs 0: must be above 0; predict.py scores"),
+        ("--num_train_epochs -0.5", "--num_train_epochs -0.5: must be above 0"),
+        ("--num_train_epochs half", "--num_train_epochs half: must be a number"),
+        ("--num_train_epochs 1e30", "--num_train_epochs 1e30: must be at most"),
+        ("--max_steps 20 --num_train_epochs 1", "--max_steps and --num_train_epochs exclude each other"),
+        ("--max_steps 0", "--max_steps 0: must be at least 1"),
+        ("--max_steps 0.5", "--max_steps 0.5: must be an integer"),
+        ("--lr_scheduler_type polynomial", "--lr_scheduler_type polynomial: choose from linear, cosine, constant"),
+        ("--adapter_path nowhere", "--adapter_path nowhere: no such folder"),
+        ("--train_type all --adapter_path .", "--adapter_path does nothing without --train_type lora"),
         ("--lora_alpha nan", "--lora_alpha nan: must be a number"),
         ("--weight_decay -0.1", "--weight_decay -0.1: must be at least 0"),
         ("--seed -1", "--seed -1: must be at least 0"),
@@ -367,9 +389,9 @@ def test_flags_of_predict(flags, line):
         ("--deepspeed_config ds.json", "did you mean --ds_file?"),
         ("--bf16", "precision is set in the ds file"),
         ("--fp16 True", "precision is set in the ds file"),
-        ("--max_steps 20", "training ends after --num_train_epochs"),
+        ("--max_train_steps 9", "did you mean --max_steps?"),
         ("--report_to wandb", "TensorBoard"),
-        ("--lr_scheduler_type cosine", "the schedule is set in the ds file"),
+        ("--lr_scheduler cosine", "did you mean --lr_scheduler_type?"),
         ("--quantization_bit 4", "quantised models cannot be trained here"),
         ("--num_gpus 2", "it is the launcher's and goes before the script"),
         ("--banana 2", "--help lists all flags"),
@@ -396,11 +418,28 @@ def test_a_run_may_be_resumed_with_other_values_of_what_changes_no_result():
         *("--prompt_column", "--response_column", "--history_column", "--train_on"),
         *("--packing", "--group_by_length", "--replay_ratio", "--freeze_module_name", "--pre_seq_len"),
         *("--prefix_projection", "--prefix_dropout", "--lora_dim", "--lora_alpha", "--lora_dropout"),
-        *("--lora_module_name", "--num_train_epochs", "--per_device_train_batch_size"),
+        *("--lora_module_name", "--num_train_epochs", "--max_steps", "--per_device_train_batch_size"),
         *("--gradient_accumulation_steps", "--learning_rate", "--weight_decay", "--warmup_ratio", "--seed"),
         *("--eval_ratio", "--eval_steps", "--best_metric", "--early_stopping_patience"),
     }
     assert set(by_answers) - set(by_loss) == {"--eval_generate", "--eval_generate_rows", "--eval_max_new_tokens"}
+
+
+def test_epochs_are_counted_in_full_or_in_part():
+    for flags, epochs, steps in (("", 1, None), ("--num_train_epochs 3", 3, None), ("--num_train_epochs 2.0", 2, None)):
+        args = train.parse_args([*NEEDED, *flags.split()])
+        assert (args.num_train_epochs, type(args.num_train_epochs), args.max_steps) == (epochs, int, steps)
+    assert train.parse_args([*NEEDED, "--num_train_epochs", ".42"]).num_train_epochs == 0.42
+    args = train.parse_args([*NEEDED, "--max_steps", "3000"])
+    assert (args.num_train_epochs, args.max_steps) == (None, 3000)
+
+
+def test_an_adapter_decides_on_the_flags_of_lora(tmp_path):
+    names = ("lora_dim", "lora_alpha", "lora_module_name")
+    args = train.parse_args(NEEDED)
+    assert [getattr(args, name) for name in names] == [8, 30, "query_key_value"]
+    args = train.parse_args([*NEEDED, "--adapter_path", str(tmp_path), "--lora_dim", "4"])
+    assert [getattr(args, name) for name in names] == [4, None, None]
 
 
 # Commands that must stay as they are
@@ -432,17 +471,30 @@ def test_the_scripts_pass_no_flag_that_does_nothing(tmp_path):
     (tmp_path / "model").mkdir()
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": str(tmp_path / "model")}
     environment |= {"DATA": __file__}
-    for script in sorted(ROOT.glob("scripts/*/*.sh")):
-        run = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
+
+    def passed_on(script: Path, *flags: str):
+        run = subprocess.run(["bash", script, *flags], env=environment, capture_output=True, text=True, check=True)
         words = run.stdout.splitlines()
-        args = train.parse_args(words[words.index("train.py") + 1 :])
-        assert (args.mode, args.train_type) == (script.parent.name, script.stem)
+        return train.parse_args(words[words.index("train.py") + 1 :])
+
+    for script in sorted(ROOT.glob("scripts/*/*.sh")):
+        args = passed_on(script)
+        assert (args.mode, args.train_type, args.num_train_epochs) == (script.parent.name, script.stem, 2)
+    assert passed_on(script, "--num_train_epochs", "0.5").num_train_epochs == 0.5
+    args = passed_on(script, "--max_steps", "9")
+    assert (args.max_steps, args.num_train_epochs) == (9, None)
 
 
 @pytest.fixture
 def comparison(tmp_path) -> list[str]:
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64, "num_layers": 4}))
     return ["--model", f"glm3={tmp_path}", "--train_path", __file__, "--test_path", __file__]
+
+
+def test_a_comparison_may_be_of_some_steps(comparison):
+    args = compare_arguments.parse_args([*comparison, "--train_flags", "--max_steps 50"])
+    flags = compare_arguments.training_flags(args, comparison[1].removeprefix("glm3="), "all", False)
+    assert train.parse_args([*NEEDED, *flags]).max_steps == 50
 
 
 def test_flags_of_a_comparison_go_to_the_methods_that_have_them(comparison):
@@ -466,6 +518,7 @@ def test_flags_of_a_comparison_go_to_the_methods_that_have_them(comparison):
         (["--train_flags", "--max_len 3"], "--train_flags: --max_src_len 256 must be less than --max_len 3"),
         (["--train_flags", "--seed 3"], "--train_flags --seed: the comparison sets it by itself"),
         (["--train_flags", "'"], "--train_flags ': No closing quotation"),
+        (["--train_flags", "--adapter_path ."], "--train_flags --adapter_path: all methods start from the base"),
         (["--methods", "all", "--train_flags", "--lora_dim 8"], "--train_flags --lora_dim: none of --methods has it"),
         (["--predict_flags", "--top_p 0.5"], "--predict_flags: --top_p does nothing without --do_sample"),
         (["--methods", "all", "--learning_rates", "lora=1"], "--learning_rates lora: it is not among --methods"),

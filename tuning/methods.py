@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tuning.errors import UserError
+from tuning.lora.earlier import copy_weights, read_start, target_modules, uses_rslora
 from tuning.lora.layers import use_own_layers
 
 
@@ -37,7 +38,11 @@ def ptuning(args, load):
 
 
 def lora(args, load):
-    """LoRA (peft): train low-rank updates of the linear layers in --lora_module_name; freeze the model."""
+    """LoRA (peft): train low-rank updates of the linear layers in --lora_module_name; freeze the model.
+
+    With --adapter_path the updates start as that adapter's; see earlier.take_lora_flags.
+    """
+    earlier = read_start(args.adapter_path) if args.adapter_path else None
     model = load()
     wanted = split_names(args.lora_module_name)
     paths = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -52,14 +57,18 @@ def lora(args, load):
     config = LoraConfig(
         r=args.lora_dim,
         lora_alpha=args.lora_alpha,
-        target_modules=wanted,
+        use_rslora=bool(earlier) and uses_rslora(args.adapter_path),
+        target_modules=target_modules(earlier, wanted, paths) if earlier else wanted,
         lora_dropout=args.lora_dropout,
         bias="none",
         task_type="CAUSAL_LM",
     )
     use_own_layers(config)
     # in the model's dtype: DeepSpeed keeps float32 masters, and ZeRO-3 does not cast parameters of another dtype
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if earlier:
+        copy_weights(model, earlier)
+    return model
 
 
 def train_all(args, load):

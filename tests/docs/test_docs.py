@@ -37,6 +37,7 @@ CHINESE = {
     "none": "无",
     "empty": "空",
     "each epoch": "每个 epoch",
+    "the ds file's, else linear": "ds 文件里的，否则 linear",
     "the launcher's": "启动器的卡数",
     "the longest reference and a quarter": "最长参考答案再加四分之一",
     "the adapter's with -merged appended": "LoRA 目录名加 -merged",

@@ -12,9 +12,10 @@ from runs import LIMIT, Launched, command, make_base, make_rows
 
 import train
 import utils
+from tuning.arguments.train import SCHEDULES
 from tuning.engine import ds_check, ds_config
 from tuning.engine.ds_config import ds_notes, load_ds_config, zero_layout
-from tuning.engine.ds_keys import KEYS, REFUSED, Key, Section, walk
+from tuning.engine.ds_keys import KEYS, REFUSED, SCHEDULERS, Key, Section, walk
 from tuning.errors import UserError
 from tuning.run import resume
 
@@ -208,6 +209,42 @@ def test_what_is_missing_is_filled_in_like_auto(tmp_path):
     }
     assert found[0]["optimizer"]["params"] == {"lr": 1e-4, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8}
     assert found[0]["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize("kind", [None, "linear", "cosine", "constant"])
+def test_the_schedule_is_that_of_the_flag(tmp_path, kind):
+    """In the project's files, and in one that names a schedule or has "auto" for the keys of another one."""
+    values = ds_config.ds_values(
+        train.parse_args([*FLAGS, *(["--lr_scheduler_type", kind] if kind else [])]), 2, 10, 64
+    )
+    wanted = SCHEDULES[kind or "linear"]
+    for name in ("ds_zero2_no_offload.json", "ds_zero3_no_offload.json", "ds_zero3_offload.json"):
+        content = json.loads((ROOT / name).read_text())
+        for params in (content["scheduler"]["params"], dict.fromkeys(("warmup_max_lr", "total_num_steps"), "auto")):
+            content["scheduler"] = {"type": "auto", "params": params}
+            (tmp_path / "ds.json").write_text(json.dumps(content))
+            section = load_ds_config(str(tmp_path / "ds.json"), values)["scheduler"]
+            assert section["type"] == wanted
+            assert section["params"].keys() == SCHEDULERS[wanted].keys()
+            assert section["params"].get("total_num_steps", 11) == 11 and section["params"]["warmup_num_steps"] == 1
+    for named in SCHEDULES.values():
+        content["scheduler"] = {"type": named}
+        (tmp_path / "ds.json").write_text(json.dumps(content))
+        if kind and named != wanted:
+            line = (
+                f'"scheduler.type" is "{named}", the command line makes it {wanted} (--lr_scheduler_type); use "auto"'
+            )
+            with pytest.raises(UserError, match=re.escape(line)):
+                load_ds_config(str(tmp_path / "ds.json"), values)
+        else:
+            assert load_ds_config(str(tmp_path / "ds.json"), values)["scheduler"]["type"] == named
+    content["scheduler"] = {"type": "auto", "params": {"cos_min_ratio": 0.1}}  # not "auto": it would be ignored
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    if kind == "cosine":
+        assert load_ds_config(str(tmp_path / "ds.json"), values)["scheduler"]["params"]["cos_min_ratio"] == 0.1
+    else:
+        with pytest.raises(UserError, match=r"scheduler.params.cos_min_ratio. is no key"):
+            load_ds_config(str(tmp_path / "ds.json"), values)
 
 
 def test_numbers_that_say_what_the_command_line_says_are_fine(load):

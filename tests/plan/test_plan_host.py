@@ -10,7 +10,7 @@ import train
 from glm_models import MODE
 from tuning.engine import saving
 from tuning.plan import host, planner
-from tuning.plan.host import GIB, MIB, HostPlan, free_memory, plan_disk, plan_host, shown_size
+from tuning.plan.host import GIB, MIB, HostPlan, free_memory, host_text, plan_disk, plan_host, shown_size
 from tuning.plan.zero import Zero12Simulator
 from tuning.plan.zero3 import Zero3Simulator
 
@@ -22,6 +22,18 @@ def test_a_new_best_model_or_state_is_there_before_an_old_one_goes():
     more = arguments("--mode glm2 --num_train_epochs 3 --eval_ratio 0.1 --save_state_steps 5 --save_total_limit 4")
     assert plan_disk(host, more) == (30, 20, 350)
     assert plan_disk(host, more).total == 400
+
+
+def test_results_of_parts_of_an_epoch_are_counted():
+    host = HostPlan(0, "loading", result=10, state=70)
+    for flags, size, text in (
+        ("--num_train_epochs 0.42", 10, "for 0.42 epochs"),
+        ("--num_train_epochs 2.5", 30, "for 2.5 epochs"),
+        ("--num_train_epochs 1", 10, "for 1 epoch,"),
+        ("--max_steps 3000", 10, "for the result after 3000 steps, plus one after each epoch before"),
+    ):
+        args = arguments(f"--mode glm2 {flags} --save_model_step 5")
+        assert plan_disk(host, args).results == size and text in host_text(host, args)
 
 
 @pytest.mark.parametrize("method", ["lora", "all"])

@@ -162,6 +162,8 @@ def contradictions(args: argparse.Namespace) -> list[str]:
     for flag, text in (("--train_flags", args.train_flags), ("--predict_flags", args.predict_flags)):
         ours = sorted({word for word in shlex.split(text) if word.split("=")[0].removeprefix("--") in OURS})
         wrong += [f"{flag} {word}: the comparison sets it by itself" for word in ours]
+    if any(word.split("=")[0] == "--adapter_path" for word in shlex.split(args.train_flags)):
+        wrong.append("--train_flags --adapter_path: all methods start from the base")
     return wrong or (handed_on(args) if args.model and args.train_path and args.test_path else [])
 
 
@@ -205,6 +207,8 @@ def training_flags(args, folder: str, method: str, evaluates: bool) -> list[str]
     if evaluates:
         more += " --eval_generate auto --eval_at_start " + (SMALL_EVAL if small else LARGE_EVAL)
     own = train_arguments.applicable(shlex.split(args.train_flags), train_type, evaluates)
+    if any(word.partition("=")[0] == "--max_steps" for word in own):
+        more = more.replace("--num_train_epochs 2 ", "")
     return [*flags, *shlex.split(more), *own]
 
 

@@ -6,10 +6,29 @@ Each flag says with `may_change` whether it may differ when a run is resumed; se
 import argparse
 
 from glm_models import MODE
-from tuning.arguments.parser import SWITCH, File, Folder, GiB, Integer, Names, NewPath, Number, Parser, Text
+from tuning.arguments.parser import (
+    LARGEST,
+    SWITCH,
+    File,
+    Folder,
+    GiB,
+    Integer,
+    Names,
+    NewPath,
+    Number,
+    Parser,
+    Text,
+    read_number,
+)
 from tuning.metrics import FROM_LOSS, HEADLINE, missing
 
 TRAIN_TYPES = ("freeze", "ptuning", "lora", "all")  # the keys of methods.TRAIN_TYPE, which needs torch
+
+# --lr_scheduler_type -> DeepSpeed's name
+SCHEDULES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}
+
+# flags that --adapter_path sets, and their values without it
+LORA = {"lora_dim": 8, "lora_alpha": 30, "lora_module_name": "query_key_value"}
 
 SHARE = Number(above=0, below=1)
 DROPOUT = Number(least=0, below=1)
@@ -26,10 +45,8 @@ HINTS = {
     "evaluation_strategy": "--eval_path or --eval_ratio makes it validate, --eval_steps says how often",
     "load_in_4bit": NOT_QUANTISED,
     "load_in_8bit": NOT_QUANTISED,
-    "lr_scheduler_type": 'the schedule is set in the ds file: "scheduler", with "type": "WarmupCosineLR" for example',
     "max_grad_norm": "gradient clipping is set in the ds file: gradient_clipping",
-    "max_samples": "a short trial needs a short file: head -n 100 FILE",
-    "max_steps": "training ends after --num_train_epochs; a short trial needs a short file: head -n 100 FILE",
+    "max_samples": "a short trial needs --max_steps, or a short file: head -n 100 FILE",
     "optim": "the optimizer is set in the ds file",
     "quantization_bit": NOT_QUANTISED,
     "report_to": "figures for TensorBoard and log.jsonl are always written to --output_dir",
@@ -45,7 +62,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: see Parser.parse_args.
     """
-    return make_parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
+    if args.num_train_epochs is None and args.max_steps is None:
+        args.num_train_epochs = 1
+    if not args.adapter_path:
+        for name, value in LORA.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+    return args
+
+
+class Epochs:
+    """A number of passes over the data, above 0; an int if it is whole."""
+
+    metavar = "X"
+
+    def __call__(self, text: str) -> int | float:
+        number = read_number(text)
+        if number <= 0:
+            raise ValueError("must be above 0; predict.py scores a model without training it")
+        if number > LARGEST:
+            raise ValueError(f"must be at most {LARGEST}")
+        return int(number) if number.is_integer() else number
 
 
 def fixed_flags(args: argparse.Namespace) -> dict:
@@ -172,21 +210,35 @@ def add_methods(parser: Parser) -> None:
     group.add_argument("--prefix_dropout", type=DROPOUT, default=0.1, help="dropout on the prefix")
 
     group = parser.group("LoRA", needs="--train_type lora")
-    group.add_argument("--lora_dim", type=Integer(), default=8, help="rank of the update matrices")
     group.add_argument(
-        "--lora_alpha", type=Number(above=0), default=30, help="scaling: updates are multiplied by alpha / rank"
+        "--adapter_path", type=Folder(), may_change=True,
+        help="start from this adapter of an earlier training, with its rank, alpha and layers",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora_dim", type=Integer(), default_text=str(LORA["lora_dim"]), help="rank of the update matrices"
     )
+    group.add_argument(
+        "--lora_alpha", type=Number(above=0), default_text=str(LORA["lora_alpha"]),
+        help="scaling: updates are multiplied by alpha / rank",
+    )  # fmt: skip
     group.add_argument("--lora_dropout", type=DROPOUT, default=0.1, help="dropout on the input of the update matrices")
     group.add_argument(
-        "--lora_module_name", type=Names(), default="query_key_value", help="linear layers to adapt; comma-separated"
-    )
+        "--lora_module_name", type=Names(), default_text=LORA["lora_module_name"],
+        help="linear layers to adapt; comma-separated",
+    )  # fmt: skip
 
 
 def add_optimisation(parser: Parser) -> None:
     group = parser.group("optimization")
     group.add_argument(
-        "--num_train_epochs", type=Integer(hint="predict.py scores a model without training it"), default=1,
-        help="number of passes over the data",
+        "--num_train_epochs", type=Epochs(), default_text="1", help="passes over the data, such as 2 or 0.5"
+    )
+    group.add_argument(
+        "--max_steps", type=Integer(), help="end after this many optimizer steps, in place of --num_train_epochs"
+    )
+    group.add_argument(
+        "--lr_scheduler_type", choices=SCHEDULES, default_text="the ds file's, else linear", may_change=True,
+        help="learning rate after warm-up: falls to 0 in a line, falls as a cosine, or stays",
     )  # fmt: skip
     group.add_argument(
         "--per_device_train_batch_size", type=Integer(), default=1, help="micro-batch size on each device"
@@ -322,6 +374,8 @@ def contradictions(args: argparse.Namespace) -> list[str]:
     wrong = []
     if args.max_src_len >= args.max_len:
         wrong.append(f"--max_src_len {args.max_src_len} must be less than --max_len {args.max_len}")
+    if args.max_steps is not None and args.num_train_epochs is not None:
+        wrong.append("--max_steps and --num_train_epochs exclude each other: both say when training ends")
     alone = [f"--{name}" for name in ("plan", "check_data", "dump_samples") if getattr(args, name)]
     if len(alone) > 1:
         wrong.append(f"{' and '.join(alone)} exclude each other")

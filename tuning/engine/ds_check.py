@@ -52,6 +52,7 @@ FLAGS = {
     "train_batch_size": "rows x accumulation x devices",
     "optimizer.params.lr": "--learning_rate",
     "optimizer.params.weight_decay": "--weight_decay",
+    "scheduler.type": "--lr_scheduler_type",
     "scheduler.params.warmup_max_lr": "--learning_rate",
     "scheduler.params.warmup_num_steps": "--warmup_ratio of all steps",
     "scheduler.params.total_num_steps": "all steps plus one, since the lr is 0 after the last one",
@@ -63,7 +64,8 @@ OF_DEEPSPEED = {
     "fp32_optimizer_states",
     "max_grad_norm",
 }  # not passed on to torch
-AUTO_LATER = {"bf16.enabled", "fp16.enabled", "data_types.grad_accum_dtype"}  # depend on the device
+# depend on the device, and on whether a flag is given
+AUTO_LATER = {"bf16.enabled", "fp16.enabled", "data_types.grad_accum_dtype", "scheduler.type"}
 PLACES = (("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file"))
 OF_STEPS = {"scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps"}
 SHOWN = 5  # problems of a file in one message
@@ -191,8 +193,13 @@ class Check:
                 self.wrong.append(f"optimizer: {reason(error)}")
 
     def scheduler(self, section: dict) -> None:
-        """Check name and params of the scheduler."""
+        """Check name and params of the scheduler; an "auto" becomes that of --lr_scheduler_type, else linear decay."""
         name, params = section["type"], section.setdefault("params", {})
+        if name == "auto":
+            name = section["type"] = self.values.get("scheduler.type", "WarmupDecayLR")
+            others = set().union(*SCHEDULERS.values()) - SCHEDULERS[name].keys()
+            for other in others & {key for key, value in params.items() if value == "auto"}:
+                del params[other]
         if name in SCHEDULERS:
             self.params["scheduler"] = SCHEDULERS[name]
             self.keys(params, SCHEDULERS[name], "scheduler.params.")

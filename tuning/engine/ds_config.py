@@ -11,6 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from glm_models.checkpoint import CheckpointError, read_json
 from tuning import ROOT
+from tuning.arguments.train import SCHEDULES
 from tuning.engine.ds_check import Check, optimizer_class, reason, shown
 from tuning.engine.ds_keys import IDLE, KEYS, REFUSED, SAID, Section
 from tuning.errors import UserError
@@ -163,7 +164,8 @@ def _notes(section: dict, known: dict, prefix: str, stage: int):
 
 def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict:
     """Values for "auto" in a ds file, by dotted key."""
-    return {
+    schedule = {"scheduler.type": SCHEDULES[args.lr_scheduler_type]} if args.lr_scheduler_type else {}
+    return schedule | {
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size,

@@ -12,6 +12,7 @@ from tuning.folders import check_space, free_space, new_folder
 from tuning.lora.adapter import write_adapter
 from tuning.run import results
 from tuning.run.resume import Checkpoints
+from tuning.samples.epochs import RunLength
 from utils import is_rank_0, on_rank_0, print_rank_0
 
 
@@ -23,15 +24,17 @@ def result_size(model, dtype) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * dtype.itemsize
 
 
-def count_results(args, epoch_steps: int) -> int:
-    """How many results a run saves, without best/: one after each epoch, and one each --save_model_step."""
-    total, every = args.num_train_epochs * epoch_steps, args.save_model_step or epoch_steps
-    return len({*range(epoch_steps, total + 1, epoch_steps), *range(every, total + 1, every)})
+def count_results(args, length: RunLength) -> int:
+    """How many results a run saves, without best/; see is_save_step."""
+    epoch, total = length.epoch_steps, length.total_steps
+    every = args.save_model_step or epoch
+    return len({*range(epoch, total + 1, epoch), *range(every, total + 1, every), total})
 
 
-def is_save_step(args, step: int, epoch_steps: int) -> bool:
-    """Whether a result is saved after this optimiser step: at the end of an epoch, and each --save_model_step."""
-    return step % epoch_steps == 0 or bool(args.save_model_step and step % args.save_model_step == 0)
+def is_save_step(args, step: int, length: RunLength) -> bool:
+    """Whether a result is saved after this optimiser step: after each epoch, each --save_model_step and at the end."""
+    ends = step == length.total_steps or step % length.epoch_steps == 0
+    return ends or bool(args.save_model_step and step % args.save_model_step == 0)
 
 
 def check_room(args, result: int, states: Checkpoints, count: int) -> None:

@@ -171,8 +171,11 @@ def open_adapter(folder: str) -> WeightFile:
     return file
 
 
-def read_adapter(folder: str) -> Adapter:
+def read_adapter(folder: str, use: str = "can be merged here") -> Adapter:
     """Read a plain LoRA adapter.
+
+    Args:
+        use: what only plain LoRA can, for the message.
 
     Raises:
         CheckpointError: it is broken, all zeros, or more than plain LoRA.
@@ -182,7 +185,7 @@ def read_adapter(folder: str) -> Adapter:
     if key == "init_lora_weights":
         raise CheckpointError(f"{path}: {key} is {config[key]!r}, which changes the base's weights as well")
     if key is not None:
-        raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be merged here")
+        raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA {use}")
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     if type(rank) is not int or rank < 1:
         raise CheckpointError(f"{path}: r must be a whole number of at least 1, not {rank!r}")

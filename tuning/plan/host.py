@@ -1,6 +1,7 @@
 """Main memory and disk space that a training needs, and how much of both this machine has."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -68,10 +69,13 @@ class Disk(NamedTuple):
 
 
 def plan_disk(host: HostPlan, args: argparse.Namespace) -> Disk:
-    """Disk space for what the flags keep. A new best model or state is complete before an old one is deleted."""
+    """Disk space for what the flags keep. A new best model or state is complete before an old one is deleted.
+
+    With --max_steps the last result alone is counted: how many epochs there will be depends on the data.
+    """
     validates = bool(args.eval_path) or args.eval_ratio is not None
     return Disk(
-        args.num_train_epochs * host.result,
+        math.ceil(args.num_train_epochs or 1) * host.result,
         2 * host.result if validates else 0,
         (args.save_total_limit + 1) * host.state if args.save_state_steps else 0,
     )
@@ -125,10 +129,17 @@ def shown_size(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
+def _length_text(args: argparse.Namespace) -> str:
+    """The results that `plan_disk` counts."""
+    if args.max_steps:
+        return f"the result after {args.max_steps} steps, plus one after each epoch before"
+    return f"{args.num_train_epochs} epoch{'s' * (args.num_train_epochs != 1)}"
+
+
 def host_text(host: HostPlan, args: argparse.Namespace) -> str:
     """Lines about main memory and disk, with a warning if this machine has less."""
     disk = plan_disk(host, args)
-    kept = [f"{shown_size(disk.results)} for {args.num_train_epochs} epoch{'s' * (args.num_train_epochs > 1)}"]
+    kept = [f"{shown_size(disk.results)} for {_length_text(args)}"]
     if disk.best:
         kept.append(f"{shown_size(disk.best)} for the best model, old and new")
     if disk.states:

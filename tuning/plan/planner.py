@@ -18,6 +18,7 @@ from glm_models import MODE
 from glm_models.ops import TILE
 from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config
 from tuning.errors import UserError
+from tuning.lora.earlier import take_lora_flags
 from tuning.methods import build_model, parameter_groups
 from tuning.plan.allocator import CachingAllocator
 from tuning.plan.host import GIB, HostPlan, host_text, plan_host
@@ -290,6 +291,7 @@ def plan(args: argparse.Namespace, build: Build) -> None:
         raise UserError(f"--max_memory must be more than {CONTEXT / GIB} GiB, which the CUDA context needs")
     if not is_rank_0():
         return
+    take_lora_flags(args)
     plans = Plans(build, gpus)
     found = plans(args)
     for line in ds_notes(build(args, gpus).ds_config):

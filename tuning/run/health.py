@@ -115,7 +115,7 @@ def _runs(pid: int) -> bool:
 
 
 class Step(NamedTuple):
-    """A finished optimiser step.
+    """A finished optimizer step.
 
     loss: mean over its answer tokens on all ranks; NaN if the step was skipped.
     batches: micro-batches of this rank.
@@ -130,7 +130,7 @@ def _nothing(*_) -> None:
 
 
 class StepHooks(NamedTuple):
-    """Functions that tests and benchmarks have called around each optimiser step, on every rank.
+    """Functions that tests and benchmarks have called around each optimizer step, on every rank.
 
     before: gets the StepMonitor and the step's micro-batches, before the model has them.
     after: gets the StepMonitor and the Step.
@@ -144,7 +144,7 @@ NO_HOOKS = StepHooks()
 
 
 class StepMonitor:
-    """Checks each optimiser step of this rank, and stops all ranks when training on is useless.
+    """Checks each optimizer step of this rank, and stops all ranks when training on is useless.
 
     A context manager: inside it signals are noted, and an error that passes through says in which micro-batch it was.
 
@@ -186,12 +186,12 @@ class StepMonitor:
             error.add_note(self.shape())
 
     def begin_step(self, batches: list[Batch]) -> None:
-        """Note the micro-batches of an optimiser step before the model gets them."""
+        """Note the micro-batches of an optimizer step before the model gets them."""
         self.batches = batches
         self.hooks.before(self, batches)
 
     def end_step(self, losses: list[torch.Tensor]) -> Step:
-        """Check an optimiser step that the engine has finished.
+        """Check an optimizer step that the engine has finished.
 
         Args:
             losses: of its micro-batches, on the device. They are read here for the first time, which waits for it.

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from tuning import ROOT
 from tuning.folders import write_errors, write_file
 from tuning.run.flops import Flops
+from tuning.samples.epochs import RunLength
 from utils import control_group, is_rank_0, print_rank_0
 
 SUMMARY = "summary.json"  # of a finished training
@@ -143,14 +144,15 @@ class RunLog:
     Args:
         engine: DeepSpeed's; it counts the steps.
         args: of train.py.
-        total_steps: optimiser steps of the run.
+        length: epochs and optimiser steps of the run.
         flops: operations that the method needs.
         peak: operations per second of one device; utilisation is the share of it that is used.
     """
 
-    def __init__(self, engine, args, total_steps: int, flops: Flops, peak: float):
-        self.engine, self.total_steps, self.flops, self.peak = engine, total_steps, flops, peak
-        self.output_dir, self.epochs, self.every = args.output_dir, args.num_train_epochs, args.show_loss_step
+    def __init__(self, engine, args, length: RunLength, flops: Flops, peak: float):
+        self.engine, self.flops, self.peak = engine, flops, peak
+        self.total_steps, self.epochs = length.total_steps, length.epochs
+        self.output_dir, self.every = args.output_dir, args.show_loss_step
         self.lr = engine.get_lr()[0]  # of the current step
         self.losses: list[float] = []  # of the steps since the last line
         self.work = torch.zeros(3, dtype=torch.float64)  # tokens, samples, operations since the last line

@@ -27,7 +27,7 @@ from tuning.folders import lock_folder, sweep, write_errors, write_file
 from tuning.run import results
 from tuning.run.launch import check_shared
 from tuning.run.results import shorten
-from tuning.run.resume import LAYOUT, Run, check_run, find_state
+from tuning.run.resume import LAYOUT, Run, check_run, find_state, step_of
 from utils import control_group, data_parallel_size, is_rank_0, on_rank_0, print_rank_0
 
 FILE = "run.json"
@@ -207,6 +207,9 @@ def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, l
     for section in ("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"):
         settings[f"{section} of --ds_file"] = ds_config.get(section)
     settings[LAYOUT] = layout
+    # The end of a run changes its losses only through the schedule. A constant one may be continued beyond its end.
+    if ds_config["scheduler"]["type"] == "WarmupLR":
+        del settings["--num_train_epochs"], settings["--max_steps"]
     return Run(settings, torch.distributed.get_world_size(), ds_config["zero_optimization"]["stage"])
 
 
@@ -227,6 +230,13 @@ def open_output(args) -> str | None:
         print_rank_0(
             f"going on from {state}" if state else f"no training state in {args.output_dir} yet: from the start"
         )
+    if args.adapter_path and args.overwrite_output_dir:
+        inside = os.path.realpath(args.adapter_path) + os.sep
+        if inside.startswith(os.path.realpath(args.output_dir) + os.sep):
+            raise UserError(
+                f"--overwrite_output_dir would remove {args.adapter_path}, from which this run should start: name "
+                "another --output_dir"
+            )
     results.check_second_run(args.output_dir, state, args.resume_from_checkpoint == "auto", args.overwrite_output_dir)
     return state
 
@@ -246,12 +256,20 @@ def claim_output(args) -> tuple[list, str | None]:
     return lock, on_rank_0(lambda: open_output(args))
 
 
-def check_resume(args, state: str | None, run: Run) -> None:
+def check_resume(args, state: str | None, run: Run, total_steps: int) -> None:
     """Make sure that this run may resume the earlier one; allowed changes are printed. Called on every rank.
 
+    Args:
+        total_steps: optimiser steps after which this run ends.
+
     Raises:
-        UserError: see `resume.check_run` and `check_restart`.
+        UserError: the state is at or after that step; or see `resume.check_run` and `check_restart`.
     """
+    if state and step_of(state) >= total_steps:
+        raise UserError(
+            f"{state} has done {step_of(state)} steps and this run ends after {total_steps}: nothing is left to train; "
+            "ask for more steps or epochs"
+        )
     for change in check_run(state, run, args.resume_changed) if state else ():
         print_rank_0(f"warning: changed since {state}: {change}")
     if args.resume_from_checkpoint and not state:

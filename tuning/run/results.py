@@ -18,7 +18,7 @@ SHOWN = 5  # at most this many names in a message
 
 
 def step_of(folder: str) -> int:
-    """Number of optimiser steps in the name of a result; -1 if the name is not that of a result."""
+    """Number of optimizer steps in the name of a result; -1 if the name is not that of a result."""
     match = re.fullmatch(r"epoch-\d+-step-(\d+)", os.path.basename(folder.rstrip("/")))
     return int(match[1]) if match else -1
 

@@ -7,7 +7,7 @@
         run.json                         settings of the run: see `Run`
         manifest.json                    size and SHA-256 of all of these
 
-The position in the data is the number of finished optimiser steps: the plan of an epoch follows from data, seed and
+The position in the data is the number of finished optimizer steps: the plan of an epoch follows from data, seed and
 batch alone (epochs.plan_epoch), so nothing is read to get there. Frozen weights come from the base model.
 """
 
@@ -85,7 +85,7 @@ def unpack_generators(tensors: dict[str, torch.Tensor], texts: dict[str, str]) -
 
 
 def step_of(folder: str) -> int:
-    """Number of optimiser steps in the name of a state; -1 if the name is not that of a state."""
+    """Number of optimizer steps in the name of a state; -1 if the name is not that of a state."""
     match = re.fullmatch(r"step-(\d+)", os.path.basename(folder.rstrip("/")))
     return int(match[1]) if match else -1
 
@@ -208,7 +208,7 @@ class Checkpoints:
         engine: DeepSpeed's.
         parts: by name, other objects with a state: `state()` returns tensors, `set_state(tensors)` restores them.
         output_dir: shared by all ranks.
-        every: optimiser steps between two states; None: only at a signal.
+        every: optimizer steps between two states; None: only at a signal.
         keep: number of states to keep.
     """
 
@@ -272,7 +272,7 @@ class Checkpoints:
             remove_folder(old)
 
     def load(self, state: str) -> None:
-        """Load a state whose files were checked: weights, optimiser, schedule, generators, position, log.
+        """Load a state whose files were checked: weights, optimizer, schedule, generators, position, log.
 
         If another number of processes saved it (see `ds_section`), later losses are the same except for rounding and
         for dropout, since each process draws its own random numbers.

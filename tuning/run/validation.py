@@ -31,6 +31,7 @@ from tuning.run.results import BEST
 from tuning.samples.batches import MicroBatch
 from tuning.samples.dataset import HeldOut, InstructionData
 from tuning.samples.encoding import encode_samples
+from tuning.samples.epochs import RunLength
 from tuning.samples.formats import Columns, to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
 from utils import control_group, data_parallel_rank, data_parallel_size, device, is_rank_0, on_rank_0, print_rank_0
@@ -113,7 +114,7 @@ class Validation:
         engine: DeepSpeed's.
         held_out: the samples to validate on.
         args: of train.py.
-        epoch_steps: optimiser steps of an epoch.
+        length: of the run; --eval_steps is an epoch unless given.
         log: the run's (log.RunLog).
         save_result: writes the model to a folder of this name in output_dir.
 
@@ -127,16 +128,17 @@ class Validation:
         tokenizer,
         held_out: HeldOut,
         args,
-        epoch_steps: int,
+        length: RunLength,
         log,
         save_result: Callable[[str], None],
     ):
         self.engine, self.tokenizer, self.args, self.log, self.save_result = engine, tokenizer, args, log, save_result
         self.data, self.rows = held_out.data, held_out.rows
-        self.every, self.total_steps = args.eval_steps or epoch_steps, args.num_train_epochs * epoch_steps
+        self.every, self.total_steps = args.eval_steps or length.epoch_steps, length.total_steps
         self.kind, names = None, list(FROM_LOSS)
         if args.eval_generate != "off":
-            self.generated = spread(self.rows, args.eval_generate_rows)
+            answered = held_out.answered
+            self.generated, self.texts = spread(answered, args.eval_generate_rows), len(self.rows) - len(answered)
             longest = max(self.data.answer_tokens([i]) for i in self.generated)
             self.max_new_tokens = args.eval_max_new_tokens or math.ceil(1.25 * longest)
             self.asked: list[dict] = []  # rank 0: the rows of the file, as `generated`
@@ -209,6 +211,7 @@ class Validation:
             text += (
                 f"; answers to {len(self.generated)}, of at most {self.max_new_tokens} tokens, scored as {self.kind}"
             )
+            text += f"; none to {self.texts} blocks of plain text" if self.texts else ""
             text += f" (ROUGE and BLEU are left out; they need: {missing(self.kind)})" if missing(self.kind) else ""
         print_rank_0(text)
         step = self.engine.global_steps

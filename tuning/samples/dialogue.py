@@ -12,9 +12,9 @@ from glm_models.tools import answer_text
 class Message(NamedTuple):
     """One message.
 
-    role: system, user, assistant or observation.
+    role: system, user, assistant or observation; or text, alone in its dialogue: plain text, see text.py.
     metadata: of an assistant's message that calls a tool, the tool's name.
-    learn: whether the model learns to write it; only an assistant's message can be learnt.
+    learn: whether the model learns to write it; only an assistant's message and plain text can be learnt.
     """
 
     role: str
@@ -31,6 +31,11 @@ class Dialogue(NamedTuple):
 
     messages: tuple[Message, ...]
     tools: tuple | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether this is plain text, without question and answer; then `prompt` has it, and `answer` is empty."""
+        return self.messages[0].role == "text"
 
     @property
     def asked(self) -> tuple[Message, ...]:

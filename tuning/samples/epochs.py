@@ -5,8 +5,11 @@ second and 100 MiB in each process.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +45,34 @@ class BatchShape:
     def count_steps(self, rows: int) -> int:
         """Optimiser steps of an epoch of so many rows; the last one may hold fewer."""
         return -(-rows // self.step_rows)
+
+
+class RunLength(NamedTuple):
+    """How long a run is, in optimiser steps; it may end within an epoch."""
+
+    epoch_steps: int
+    total_steps: int
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that begin."""
+        return -(-self.total_steps // self.epoch_steps)
+
+    def text(self) -> str:
+        """As "3 epochs, 72 steps" or "0.42 epochs, 21 steps"."""
+        whole, rest = divmod(self.total_steps, self.epoch_steps)
+        return f"{f'{self.total_steps / self.epoch_steps:.3g}' if rest else whole} epochs, {self.total_steps} steps"
+
+
+def run_length(num_train_epochs: float | None, max_steps: int | None, epoch_steps: int) -> RunLength:
+    """The length that the flags ask for; a part of an epoch is rounded up to whole optimiser steps.
+
+    Args:
+        max_steps: takes the place of num_train_epochs.
+    """
+    # exact: as a float, 0.07 of 100 steps would be a little more than 7
+    total = max_steps or math.ceil(Fraction(str(num_train_epochs)) * epoch_steps)
+    return RunLength(epoch_steps, total)
 
 
 class Packs(Sequence):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tuning.samples import conversations
 from tuning.samples.flaws import EACH, Flaw, jq_name, kind_of_value, plain_name, shown_key
+from tuning.samples.text import KEY, almost_text
 
 KEYS = frozenset({"instruction", "input", "output"})
 OPTIONAL = frozenset({"history", "system"})  # keys of our format that a row may have too
@@ -46,8 +47,51 @@ FORMATS = (
     Format("prompt, completion", ("prompt", "completion"), ("prompt", "", "completion")),
     Format("question, answer", ("question", "answer"), ("question", "", "answer")),
     Format("classification (text, label)", ("text", "label"), ("text", "", "label")),
-    Format("plain text (text)", ("text",), why="training on plain text is not there yet"),
+    Format(
+        "plain text (text)",
+        (KEY,),
+        why="it asks nothing; it is for --train_path, --eval_path and --replay_path of train.py",
+    ),
 )
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A key that is not read here, though it changes what a row means.
+
+    Args:
+        holds: its content, such as "earlier turns".
+        way_out: what the user can do.
+        neutral: values that mean the same as no such key, besides empty ones.
+        nested: also look for it inside the values of other keys.
+    """
+
+    holds: str
+    way_out: str
+    neutral: tuple = (False, 0)
+    nested: bool = True
+
+
+_HISTORY = Lost("earlier turns", "under the key 'history' they are read, as [[question, answer], ...]")
+_TURNS = Lost("turns of a conversation", "a row has either them or instruction, input and output")
+_SYSTEM = Lost("a system message", "under the key 'system' it is read")
+_TOOLS = Lost("tools", "they go with a conversation: rows with 'conversations' or 'messages'")
+_WEIGHT = Lost("a weight for the loss", "all rows count alike", neutral=(True, 1))
+_LABEL = Lost("a label", "what is to be learnt stands in output", neutral=(), nested=False)
+_TOKENS = Lost("encoded text", "rows are texts, which are encoded here", neutral=(), nested=False)
+_PREFERENCE = Lost("preferences", "they cannot be trained here", nested=False)
+_MEDIA = Lost("images or sound", "the models read text alone", nested=False)
+LOST = {  # by `plain_name`
+    **dict.fromkeys(("history", "chathistory", "histories"), _HISTORY),
+    **dict.fromkeys(("messages", "conversations", "conversation", "dialogue", "dialog", "dialogs", "turns"), _TURNS),
+    **dict.fromkeys(("system", "systemprompt", "systemmessage"), _SYSTEM),
+    **dict.fromkeys(("tools", "functions", "toolcalls", "functioncall", "observation", "observations"), _TOOLS),
+    **dict.fromkeys(("loss", "weight", "weights", "sampleweight", "lossweight", "lossmask"), _WEIGHT),
+    **dict.fromkeys(("label", "labels"), _LABEL),
+    **dict.fromkeys(("inputids", "attentionmask", "tokentypeids"), _TOKENS),
+    **dict.fromkeys(("chosen", "rejected"), _PREFERENCE),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+}
 
 
 def recognise(row: dict) -> Flaw | None:
@@ -65,6 +109,8 @@ def recognise(row: dict) -> Flaw | None:
     known = next((one for one in FORMATS if names.keys() >= {*one.keys}), None)
     if known is None:
         return wrapper_flaw(row)
+    if known.keys == (KEY,) and (problem := almost_text(row, names[KEY], KEYS)):
+        return Flaw(*problem)
     if known.fields is None:
         return Flaw("format", f"a row of {known.name}: {known.why}; {WANTED}")
     pairs = zip(("instruction", "input", "output"), known.fields, strict=True)

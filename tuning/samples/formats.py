@@ -15,7 +15,6 @@ import collections
 import difflib
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from tuning.samples import conversations
@@ -33,7 +32,19 @@ from tuning.samples.flaws import (
     says_something,
     shown_key,
 )
-from tuning.samples.foreign import FLAT, KEYS, NEAR, OPTIONAL, names_text, nearest_format, recognise
+from tuning.samples.foreign import (
+    FLAT,
+    FORMATS,
+    KEYS,
+    LOST,
+    NEAR,
+    OPTIONAL,
+    Lost,
+    names_text,
+    nearest_format,
+    recognise,
+)
+from tuning.samples.text import KEY, is_text, text_dialogue, text_problem
 
 ROW_FORMAT = 3  # part of a cache file's key: increase it when other rows are accepted, or read in another way
 SHOWN_KEYS = 8  # that are not used
@@ -55,43 +66,7 @@ class Columns(NamedTuple):
         return cls(args.prompt_column, args.response_column, args.history_column) if args.prompt_column else None
 
 
-@dataclass(frozen=True)
-class Lost:
-    """A key that is not read here, though it changes what a row means.
-
-    Args:
-        holds: its content, such as "earlier turns".
-        way_out: what the user can do.
-        neutral: values that mean the same as no such key, besides empty ones.
-        nested: also look for it inside the values of other keys.
-    """
-
-    holds: str
-    way_out: str
-    neutral: tuple = (False, 0)
-    nested: bool = True
-
-
-_HISTORY = Lost("earlier turns", "under the key 'history' they are read, as [[question, answer], ...]")
-_TURNS = Lost("turns of a conversation", "a row has either them or instruction, input and output")
-_SYSTEM = Lost("a system message", "under the key 'system' it is read")
-_TOOLS = Lost("tools", "they go with a conversation: rows with 'conversations' or 'messages'")
-_WEIGHT = Lost("a weight for the loss", "all rows count alike", neutral=(True, 1))
-_LABEL = Lost("a label", "what is to be learnt stands in output", neutral=(), nested=False)
-_TOKENS = Lost("encoded text", "rows are texts, which are encoded here", neutral=(), nested=False)
-_PREFERENCE = Lost("preferences", "they cannot be trained here", nested=False)
-_MEDIA = Lost("images or sound", "the models read text alone", nested=False)
-LOST = {  # by `plain_name`
-    **dict.fromkeys(("history", "chathistory", "histories"), _HISTORY),
-    **dict.fromkeys(("messages", "conversations", "conversation", "dialogue", "dialog", "dialogs", "turns"), _TURNS),
-    **dict.fromkeys(("system", "systemprompt", "systemmessage"), _SYSTEM),
-    **dict.fromkeys(("tools", "functions", "toolcalls", "functioncall", "observation", "observations"), _TOOLS),
-    **dict.fromkeys(("loss", "weight", "weights", "sampleweight", "lossweight", "lossmask"), _WEIGHT),
-    **dict.fromkeys(("label", "labels"), _LABEL),
-    **dict.fromkeys(("inputids", "attentionmask", "tokentypeids"), _TOKENS),
-    **dict.fromkeys(("chosen", "rejected"), _PREFERENCE),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
-}
+_HALF_PAIR = Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
 
 
 def find_flaw(
@@ -100,6 +75,7 @@ def find_flaw(
     empty_outputs: bool = False,
     missing_outputs: bool = False,
     columns: Columns | None = None,
+    texts: bool = False,
 ) -> Flaw | None:
     """Why a value from a file is not a valid row, None if it is one; for the arguments see `row_files.scan_rows`.
 
@@ -117,6 +93,8 @@ def find_flaw(
             return flaw
     if missing_outputs and row.get("output", "") is None:
         del row["output"]
+    if texts and is_text(row, KEYS):
+        return _flaw_of_text(row)
     if row.keys() != KEYS and (flaw := _flaw_of_keys(row, missing_outputs)):
         return flaw
     if row.get("input") is None:
@@ -142,7 +120,7 @@ def _flaw_of_texts(row: dict, several_outputs: bool, empty_outputs: bool) -> Fla
     if len(row) > len(KEYS) and (flaw := _flaw_of_earlier(row)):
         return flaw
     if has_half_pair(query + "".join(outputs)):
-        return Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
+        return _HALF_PAIR
     return None
 
 
@@ -255,6 +233,8 @@ def to_dialogue(row: dict, train_on: str | None = None) -> Dialogue:
         train_on: which answers are learnt: "all" of those that the row does not except, "last" the last one of them;
             None: all those of a conversation, and with a history the output alone.
     """
+    if is_text(row, KEYS):
+        return text_dialogue(row)
     if conversation_key(row):
         dialogue = read_conversation(row)
         return _learn_last(dialogue) if train_on == "last" else dialogue
@@ -340,12 +320,8 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
         return None
     if lacking and (flaw := recognise(row)):
         return flaw
-    for key in keys.lost:
-        if says_something(row[key], LOST[plain_name(key)].neutral):
-            return _lost(key, LOST[plain_name(key)])
-    for key in keys.others:
-        if isinstance(row[key], dict | list) and (flaw := _flaw_inside(key, row[key])):
-            return flaw
+    if flaw := _flaw_of_unread(row, keys):
+        return flaw
     for key, meant in keys.meant if row.keys() & KEYS else ():
         if holds_text(row[key]):
             name = jq_name(key)
@@ -363,6 +339,31 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
     if lacking:
         return Flaw("type", f"the key {lacking[0]!r} is missing; {nearest_format(row)}")
     return None
+
+
+def _flaw_of_unread(row: dict, keys: _Keys) -> Flaw | None:
+    """A key that is not read, but changes what the row means."""
+    for key in keys.lost:
+        if says_something(row[key], LOST[plain_name(key)].neutral):
+            return _lost(key, LOST[plain_name(key)])
+    for key in keys.others:
+        if isinstance(row[key], dict | list) and (flaw := _flaw_inside(key, row[key])):
+            return flaw
+    return None
+
+
+def _flaw_of_text(row: dict) -> Flaw | None:
+    """What is wrong with a row of plain text."""
+    names = {plain_name(key): key for key in row}
+    if any(names.keys() >= {*one.keys} for one in FORMATS if one.keys != (KEY,)):
+        return recognise(row)
+    if not isinstance(row[KEY], str):
+        return Flaw("type", f"text must be a string of plain text, not {kind_of_value(row[KEY])}")
+    if problem := text_problem(row, names):
+        return Flaw(*problem)
+    if flaw := _flaw_of_unread(row, _sort_keys(tuple(row))):
+        return flaw
+    return _HALF_PAIR if has_half_pair(row[KEY]) else None
 
 
 def _flaw_inside(outer: str, value) -> Flaw | None:
@@ -396,7 +397,9 @@ def _lost(key: str, lost: Lost, inside: str = "") -> Flaw:
 def count_unused(rows: Iterable[dict], counts: collections.Counter, read: frozenset[str] = KEYS) -> None:
     """For each key that is not read, count the rows that have it."""
     for row in rows:
-        if len(row) > len(KEYS) or not row.keys() <= KEYS:
+        if is_text(row, KEYS):
+            counts.update(row.keys() - {KEY})
+        elif len(row) > len(KEYS) or not row.keys() <= KEYS:
             unread = conversations.unread_keys(row) if conversation_key(row) else row.keys() - OPTIONAL
             counts.update(unread - read)
 

@@ -1,0 +1,110 @@
+"""LoRA that goes on from an earlier adapter: --adapter_path. Rank, alpha and layers are those of the adapter."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from glm_models.checkpoint import CheckpointError, printable
+from tuning.errors import UserError
+from tuning.lora.adapter import Adapter, check_base, read_adapter, read_config, unread_keys
+from utils import on_rank_0, print_rank_0
+
+
+def take_lora_flags(args) -> None:
+    """Set --lora_dim, --lora_alpha and --lora_module_name to what the adapter has; nothing without --adapter_path.
+
+    Raises:
+        UserError: one of them is given and differs.
+        CheckpointError, FolderError: the adapter cannot be used, see read_adapter.
+    """
+    if not args.adapter_path:
+        return
+    adapter, config = read_start(args.adapter_path), read_config(args.adapter_path)
+    layers = sorted({path.rpartition(".")[2] for path in layers_of(adapter)})
+    asked = {name.strip() for name in (args.lora_module_name or "").split(",") if name.strip()}
+    wrong = []
+    for name, value in (("lora_dim", config["r"]), ("lora_alpha", config["lora_alpha"])):
+        given = getattr(args, name)
+        if given not in (None, value):
+            wrong.append(f"--{name} is {given}, the adapter has {value}")
+        setattr(args, name, value)
+    if asked and asked != set(layers):
+        wrong.append(f"--lora_module_name is {args.lora_module_name}, the adapter has {','.join(layers)}")
+    if wrong:
+        raise UserError(f"--adapter_path {args.adapter_path}: {'; '.join(wrong)}; leave these flags out")
+    args.lora_module_name = ",".join(layers)
+
+
+def read_start(folder: str) -> Adapter:
+    """Read the adapter from which a training starts.
+
+    Raises:
+        CheckpointError, FolderError: it is broken, or more than plain LoRA.
+    """
+    return read_adapter(folder, "a training can start from")
+
+
+def layers_of(adapter: Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A [rank, in] and B [out, rank] by the path of the layer in the base."""
+    return {name.removesuffix(".weight"): pair for name, pair in adapter.pairs.items()}
+
+
+def uses_rslora(folder: str) -> bool:
+    """Whether updates are multiplied by alpha / sqrt(rank) instead of alpha / rank."""
+    return bool(read_config(folder).get("use_rslora"))
+
+
+def start_from_adapter(args) -> dict[str, str]:
+    """Take the adapter's flags, check its base and print both; nothing without --adapter_path. Called on every rank.
+
+    Returns:
+        The flag and the SHA-256 of the adapter's weights: part of what a run is.
+
+    Raises:
+        UserError, CheckpointError, FolderError: see take_lora_flags and adapter.check_base.
+    """
+    folder = args.adapter_path
+    if not folder:
+        return {}
+    take_lora_flags(args)
+    lines = [f"LoRA starts from {folder}: rank {args.lora_dim}, alpha {args.lora_alpha:g}, {args.lora_module_name}"]
+    lines.append(on_rank_0(lambda: check_base(folder, args.mode, args.model_name_or_path)))
+    print_rank_0("\n".join(map(printable, [*lines, *unread_keys(folder, read_config(folder))])))
+    return {"--adapter_path": hashlib.sha256(Path(read_start(folder).file.path).read_bytes()).hexdigest()}
+
+
+def target_modules(adapter: Adapter, names: list[str], linear: list[str]) -> list[str]:
+    """What peft is to adapt: layers by name, or by path if the adapter has not all layers of these names.
+
+    Args:
+        names: last parts of the paths of the adapter's layers.
+        linear: paths of the model's linear layers.
+
+    Raises:
+        CheckpointError: the model lacks a layer of the adapter.
+    """
+    paths = layers_of(adapter).keys()
+    if lost := sorted(paths - set(linear)):
+        raise CheckpointError(f"{adapter.folder} does not fit the base: it has no linear layer {lost[0]}")
+    every = {path for path in linear if path.rpartition(".")[2] in names}
+    return names if every == paths else sorted(paths)
+
+
+@torch.no_grad()
+def copy_weights(model, adapter: Adapter) -> None:
+    """Copy the adapter's weights into the LoRA layers of a peft model; also one on the meta device, to check shapes.
+
+    Raises:
+        CheckpointError: a shape differs.
+    """
+    for path, tensors in layers_of(adapter).items():
+        layer = model.get_base_model().get_submodule(path)
+        for part, tensor in zip(("lora_A", "lora_B"), tensors, strict=True):
+            weight = getattr(layer, part)["default"].weight
+            if weight.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{adapter.folder} does not fit the base: {part} of {path} is {list(tensor.shape)}, "
+                    f"the base needs {list(weight.shape)}"
+                )
+            weight.copy_(tensor)
