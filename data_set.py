@@ -138,12 +138,12 @@ def load_sources(args, tokenizer) -> Sources:
 
 
 def batch_shape(args) -> BatchShape:
-    """The rows of an optimiser step of this run; the processes must be connected."""
+    """The rows of an optimizer step of this run; the processes must be connected."""
     return BatchShape(args.per_device_train_batch_size, args.gradient_accumulation_steps, data_parallel_size())
 
 
 def training_steps(engine, sources: Sources, args, length: RunLength) -> Iterator[tuple[int, list[Batch]]]:
-    """Yield epoch and micro-batches of this rank for each optimiser step, from where the engine is to the end.
+    """Yield epoch and micro-batches of this rank for each optimizer step, from where the engine is to the end.
 
     Args:
         engine: DeepSpeed's; its `global_steps` are the steps done.

@@ -8,6 +8,7 @@ The folder may be a full model, a P-Tuning result or a LoRA adapter; predict.py 
 """
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -167,7 +168,7 @@ def chat(model, tokenizer, args) -> None:
     """Chat in the terminal, with streamed answers. Ctrl-C stops an answer, or at the prompt the chat."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - makes input() edit characters, not bytes
-    if hasattr(sys.stdin, "reconfigure"):  # only possible before the first read
+    with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # only possible before the first read
         sys.stdin.reconfigure(errors="surrogateescape")  # an incomplete character must not end the chat
     print("An empty line ends the chat, /new begins another, Ctrl-C stops an answer.")
     history = start = opening(args)

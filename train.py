@@ -2,7 +2,7 @@
 
     deepspeed train.py --mode glm3 --train_type lora --model_name_or_path ChatGLM3-6B/ --train_path data/spo_0.json
 
-`train_step` is one optimiser step, `train` the order of events around it. The flags are in tuning/arguments/train.py,
+`train_step` is one optimizer step, `train` the order of events around it. The flags are in tuning/arguments/train.py,
 the methods in tuning/methods.py, the families in glm_models.
 """
 
@@ -53,7 +53,7 @@ from utils import is_rank_0, on_rank_0, print_rank_0, set_seed, silence_librarie
 
 
 def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
-    """One optimiser step of this rank. The engine accumulates, scales, clips and counts.
+    """One optimizer step of this rank. The engine accumulates, scales, clips and counts.
 
     Args:
         batches: the step's micro-batches, `gradient_accumulation_steps` of them.
@@ -71,7 +71,7 @@ def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
 
 
 class Data(NamedTuple):
-    """What a run learns from, and for how many optimiser steps."""
+    """What a run learns from, and for how many optimizer steps."""
 
     tokenizer: object
     config: object  # of the model

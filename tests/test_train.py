@@ -340,7 +340,10 @@ def errors(tiny, folder):
         "cache": ({"data_cache": bad_rows}, "bad_rows.json: File exists; --data_cache names another folder"),
         "data": ({"train_path": bad_rows}, "bad_rows.json line 2: output must be a string, not a list"),
         "module": ({"lora_module_name": "query_key_value,dence"}, "dence: no such linear layer; there are dense"),
-        "freeze": ({"train_type": "freeze", "freeze_module_name": "layers.99."}, "layers.99.: no parameter has it"),
+        "freeze": (
+            {"train_type": "freeze", "freeze_module_name": "layers.99."},
+            "layers.99.: no parameter name contains it",
+        ),
         "ds_file": ({"ds_file": other_lr}, '"optimizer.params.lr" is 0.5, the command line makes it 0.0001'),
         "contradiction": ({"max_src_len": 200}, "--max_src_len 200 must be less than --max_len 128"),
     }

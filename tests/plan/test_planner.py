@@ -233,7 +233,7 @@ def measured(tmp_path_factory):
 
 
 def planned_peaks(name: str, stage: int, ranks: int, sums: str) -> list[int]:
-    """Planned for a CPU: bytes of the last backward pass of an optimiser step, and of that step."""
+    """Planned for a CPU: bytes of the last backward pass of an optimizer step, and of that step."""
     args, config = setting(name, stage, ranks, sums)
     setup = build(args, config, "meta")
     peaks = []  # above what lives before the backward, and before the step

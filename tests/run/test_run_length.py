@@ -13,7 +13,7 @@ from tuning import ROOT
 RATE = 2e-2
 STATE = "states/step-00000002"
 CONSTANT = "--lr_scheduler_type constant --warmup_ratio 0 "
-EPOCH = 3  # optimiser steps of 12 rows, 2 on each of 2 ranks
+EPOCH = 3  # optimizer steps of 12 rows, 2 on each of 2 ranks
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The optimiser step as a unit: what training_steps yields, what train_step does with it, how an error is placed."""
+"""The optimizer step as a unit: what training_steps yields, what train_step does with it, how an error is placed."""
 
 from types import SimpleNamespace
 

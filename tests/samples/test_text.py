@@ -171,7 +171,10 @@ def test_loss_is_that_of_a_plain_computation(load, tokenizers, write, mode):
         ({"Text": "水"}, "the key 'Text' must be written 'text'"),
         ({"text": "水", "label": 1}, "a row of classification (text, label)"),
         ({"text": "水", "Summary": "漏"}, "plain text has no answer, but this one has the key 'Summary' too"),
-        ({"text": "水", "messages": [{"role": "user", "content": "水"}]}, "turns of a conversation"),
+        (
+            {"text": "水", "messages": [{"role": "user", "content": "水"}]},
+            "mixes two formats: OpenAI messages, and text",
+        ),
         ({"text": "水", "meta": {"weight": 0.5}}, "a weight for the loss"),
         ({"text": "水", "input": "漏"}, "plain text ('text') and 'input' in one row: "),
         ({"text": "水", "output": "漏", "input": ""}, "plain text ('text') and 'input', 'output' in one row: "),

@@ -30,7 +30,7 @@ CASES = {
     f"stage {stage}, {kind} summed in {sums}{', offload' * offload}": (stage, kind, sums, offload)
     for kind, sums in TYPES
     for stage, offload in ((1, False), (2, False), (2, True))
-    if (stage, kind, sums) != (1, "bf16", "fp32")  # of these DeepSpeed makes an optimiser that sums by itself
+    if (stage, kind, sums) != (1, "bf16", "fp32")  # of these DeepSpeed makes an optimizer that sums by itself
 }
 
 
@@ -53,7 +53,7 @@ def ds_config(stage: int, kind: str, sums: str | None, offload: bool) -> dict:
 
 
 def facts(config: dict) -> list:
-    """Of two optimiser steps: each loss and norm of the gradient, and hashes of the masters at the end."""
+    """Of two optimizer steps: each loss and norm of the gradient, and hashes of the masters at the end."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Linear(12, 40), torch.nn.GELU(), torch.nn.Linear(40, 40), torch.nn.GELU(), torch.nn.Linear(40, 40)

@@ -26,7 +26,7 @@ from tuning.run.health import StepHooks
 
 
 class Meter:
-    """Watches one training from its second optimiser step on: memory of the device, waits for it, the engine.
+    """Watches one training from its second optimizer step on: memory of the device, waits for it, the engine.
 
     waits: operations that made the CPU wait for the device.
     micro_batches: those in which they were counted.

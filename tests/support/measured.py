@@ -103,7 +103,7 @@ def peak_of(step) -> int:
 
 
 def measure(args: argparse.Namespace, config: dict) -> list[int]:
-    """Peaks of DeepSpeed's last backward of an optimiser step, and of that step itself, from the second on.
+    """Peaks of DeepSpeed's last backward of an optimizer step, and of that step itself, from the second on.
 
     The lowest of three: gloo's own thread frees its copy of a reduced bucket, of the CPU alone, at once or, on a busy
     machine, only after DeepSpeed has gone on.
@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace, config: dict) -> list[int]:
             backward()
             engine.step()
         measured = peak_of(backward), peak_of(engine.step)
-        if number:  # the first step makes the optimiser's state
+        if number:  # the first step makes the optimizer's state
             peaks.append(measured)
     engine.destroy()
     return [min(both) for both in zip(*peaks, strict=True)]

@@ -32,7 +32,7 @@ def count_results(args, length: RunLength) -> int:
 
 
 def is_save_step(args, step: int, length: RunLength) -> bool:
-    """Whether a result is saved after this optimiser step: after each epoch, each --save_model_step and at the end."""
+    """Whether a result is saved after this optimizer step: after each epoch, each --save_model_step and at the end."""
     ends = step == length.total_steps or step % length.epoch_steps == 0
     return ends or bool(args.save_model_step and step % args.save_model_step == 0)
 

@@ -124,9 +124,9 @@ def family_charts(family: FamilyScores, colours: dict[str, str]) -> list[Chart]:
     scored = curves("validation", headline_score)
     drawn = [
         interval_chart(f"{family.label} on the rows answered", family.label, rows, colours),
-        line_chart("Training loss", "optimiser step", "loss", curves("curve", loss), colours),
-        line_chart("Validation loss", "optimiser step", "loss", curves("validation", loss), colours),
-        line_chart(f"Validation {family.label}", "optimiser step", family.label, scored, colours),
+        line_chart("Training loss", "optimizer step", "loss", curves("curve", loss), colours),
+        line_chart("Validation loss", "optimizer step", "loss", curves("validation", loss), colours),
+        line_chart(f"Validation {family.label}", "optimizer step", family.label, scored, colours),
     ]
     base = next((method for method in family.methods if method.name == "base"), None)
     if base:

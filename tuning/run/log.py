@@ -144,7 +144,7 @@ class RunLog:
     Args:
         engine: DeepSpeed's; it counts the steps.
         args: of train.py.
-        length: epochs and optimiser steps of the run.
+        length: epochs and optimizer steps of the run.
         flops: operations that the method needs.
         peak: operations per second of one device; utilisation is the share of it that is used.
     """
@@ -198,7 +198,7 @@ class RunLog:
             self.curves.add(group, values, step)
 
     def add(self, step, epoch: int) -> None:
-        """Add an optimiser step (health.Step) to the figures; each --show_loss_step steps, print and write them."""
+        """Add an optimizer step (health.Step) to the figures; each --show_loss_step steps, print and write them."""
         if not math.isnan(step.loss):
             self.losses.append(step.loss)
         for batch in step.batches:

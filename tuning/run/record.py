@@ -260,7 +260,7 @@ def check_resume(args, state: str | None, run: Run, total_steps: int) -> None:
     """Make sure that this run may resume the earlier one; allowed changes are printed. Called on every rank.
 
     Args:
-        total_steps: optimiser steps after which this run ends.
+        total_steps: optimizer steps after which this run ends.
 
     Raises:
         UserError: the state is at or after that step; or see `resume.check_run` and `check_restart`.

@@ -1,6 +1,6 @@
 """The order of an epoch: rows packed together and dealt to micro-batches, steps and ranks.
 
-All of it is arrays; an optimiser step becomes lists only when it is asked for. So a million rows take well under a
+All of it is arrays; an optimizer step becomes lists only when it is asked for. So a million rows take well under a
 second and 100 MiB in each process.
 """
 
@@ -20,7 +20,7 @@ from tuning.samples.shuffle import Shuffler
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How many rows an optimiser step has.
+    """How many rows an optimizer step has.
 
     Args:
         rows: of a micro-batch (packs, with packing).
@@ -43,12 +43,12 @@ class BatchShape:
         return self.rows * self.micro_batches
 
     def count_steps(self, rows: int) -> int:
-        """Optimiser steps of an epoch of so many rows; the last one may hold fewer."""
+        """Optimizer steps of an epoch of so many rows; the last one may hold fewer."""
         return -(-rows // self.step_rows)
 
 
 class RunLength(NamedTuple):
-    """How long a run is, in optimiser steps; it may end within an epoch."""
+    """How long a run is, in optimizer steps; it may end within an epoch."""
 
     epoch_steps: int
     total_steps: int
@@ -65,7 +65,7 @@ class RunLength(NamedTuple):
 
 
 def run_length(num_train_epochs: float | None, max_steps: int | None, epoch_steps: int) -> RunLength:
-    """The length that the flags ask for; a part of an epoch is rounded up to whole optimiser steps.
+    """The length that the flags ask for; a part of an epoch is rounded up to whole optimizer steps.
 
     Args:
         max_steps: takes the place of num_train_epochs.
@@ -216,7 +216,7 @@ def stable_order(keys: np.ndarray) -> np.ndarray:
 
 
 class EpochPlan(Sequence):
-    """The optimiser steps of an epoch: lists of micro-batches, the same on every rank; see `plan_epoch`.
+    """The optimizer steps of an epoch: lists of micro-batches, the same on every rank; see `plan_epoch`.
 
     Rank r has the micro-batches at r, r + data_parallel, ... of each step.
     """
@@ -264,7 +264,7 @@ class RankBatches:
 def plan_epoch(
     data: InstructionData, packs: Packs, shape: BatchShape, seed: int, epoch: int, by_length: bool = False
 ) -> EpochPlan:
-    """Deal an epoch's rows out to optimiser steps, micro-batches and ranks; the same on every rank.
+    """Deal an epoch's rows out to optimizer steps, micro-batches and ranks; the same on every rank.
 
     Every step has accumulation x data_parallel micro-batches, so that all ranks stay in step and the engine's own count
     of accumulated micro-batches ends with the epoch. A last step with fewer rows spreads them; where there are fewer

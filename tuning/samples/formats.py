@@ -146,7 +146,7 @@ def _flaw_of_earlier(row: dict) -> Flaw | None:
 
 def _flaw_of_conversation(row: dict, empty_outputs: bool, missing_outputs: bool) -> Flaw | None:
     style = style_of(row)
-    beside = [key for key in ("instruction", "input", "history") if says_something(row.get(key))]
+    beside = [key for key in ("instruction", "input", "history", KEY) if says_something(row.get(key))]
     if beside or any(holds_text(row.get(one)) and holds_text(row.get(other)) for one, other in FLAT):
         return Flaw(
             "format", f"a row that mixes two formats: {style}, and {names_text(beside) or 'question and answer'}"
