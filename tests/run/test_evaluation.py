@@ -370,16 +370,35 @@ def test_held_out_rows_are_not_trained_on(tmp_path, bases, rows):
     assert len(held) > 2 and sorted(trained + held) == list(range(1, len(asked) + 1))
 
 
+CALL = {"role": "tool", "name": "weather", "parameters": {"city": "青河"}, "observation": "晴"}
+
+
+def test_a_conversation_is_validated_by_its_first_learnt_call(tmp_path, tokenizers):
+    path = tmp_path / "tools.json"
+    turns = [{"role": "user", "content": "天气？"}, CALL, {"role": "assistant", "content": "晴。"}]
+    path.write_text(json.dumps({"conversations": turns}, ensure_ascii=False))
+    validation = validation_of(path, tokenizers["glm3"], [0])
+    kind, names = validation._read_references(str(path))
+    assert validation.references == [["weather\n```python\ntool_call(city='青河')\n```"]]
+    assert kind == "tool_calls" and "tool_call_right" in names
+
+
+def validation_of(path, tokenizer, generated) -> evaluation.Validation:
+    """A validation that generates answers to some samples of a file."""
+    limits = {"max_len": MAX_LEN, "max_src_len": MAX_SRC_LEN}
+    args = types.SimpleNamespace(**limits, eval_generate="auto", prompt_column=None, train_on=None)
+    validation = evaluation.Validation.__new__(evaluation.Validation)
+    validation.data = InstructionData(DataSettings(str(path), MAX_LEN, MAX_SRC_LEN, several_outputs=True), tokenizer)
+    validation.tokenizer, validation.args, validation.generated = tokenizer, args, generated
+    return validation
+
+
 def test_rows_of_one_line_find_their_references(tmp_path, tokenizers):
     rows = [{"instruction": "写：", "input": TEXT[i], "output": [f"{i}", f"{i}!"]} for i in range(5)]
     path = tmp_path / "array.json"
     path.write_text(json.dumps(rows, ensure_ascii=False))
-    tokenizer = tokenizers["glm3"]
-    data = InstructionData(DataSettings(str(path), MAX_LEN, MAX_SRC_LEN, several_outputs=True), tokenizer)
-    assert set(data.lines.tolist()) == {1}
-    args = types.SimpleNamespace(max_len=MAX_LEN, max_src_len=MAX_SRC_LEN, eval_generate="auto")
-    validation = evaluation.Validation.__new__(evaluation.Validation)
-    validation.data, validation.tokenizer, validation.args, validation.generated = data, tokenizer, args, [3, 1]
+    validation = validation_of(path, tokenizers["glm3"], [3, 1])
+    assert set(validation.data.lines.tolist()) == {1}
     kind, names = validation._read_references(str(path))
     assert validation.references == [["3", "3!"], ["1", "1!"]] and kind == "text" and "exact_match" in names
 
