@@ -14,6 +14,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader
 
+from tuning.errors import DataError
 from tuning.samples import cache
 from tuning.samples.batches import Batch
 from tuning.samples.dataset import DataSettings, HeldOut, InstructionData, prepare, split_rows
@@ -112,6 +113,12 @@ def load_sources(args, tokenizer) -> Sources:
             print_rank_0(
                 "warning: --eval_path has the very rows of --train_path: its scores say nothing of unseen rows"
             )
+
+    if held_out and args.eval_generate != "off" and not held_out.answered:
+        raise DataError(
+            f"--eval_generate: the rows of {held_out.path} to validate on are all plain text, which has no answers; "
+            "without the flag their loss is measured"
+        )
 
     def pack(data, rows):
         return pack_rows(data, args.max_len, args.seed, rows) if args.packing else Packs(rows)

@@ -8,6 +8,7 @@ The folder may be a full model, a P-Tuning result or a LoRA adapter; predict.py 
 """
 
 import contextlib
+import json
 import os
 import sys
 
@@ -26,12 +27,13 @@ from tqdm import tqdm
 
 from glm_models.generation import generate_answers
 from glm_models.tokenization import Prompt
+from glm_models.tools import TOOLS_SYSTEM, ToolCallError, answer_text, read_answer
 from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, named_device
 from tuning.errors import DataError, UserError
 from tuning.evaluate.answers import AnswerFile, Made, describe_model, describe_scores, file_hash
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import find_base
-from tuning.metrics import AS_WRITTEN, references_of, with_references
+from tuning.metrics import ADDED, AS_WRITTEN, references_of, with_references
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.findings import FIRST, lines_text
 from tuning.samples.formats import KEYS, to_dialogue, unused_keys
@@ -39,6 +41,7 @@ from tuning.samples.row_files import read_rows
 from tuning.terminal import visible
 from utils import set_seed, silence_libraries
 
+OBSERVATION = "/observation"  # what a tool returned, typed in the chat
 CHUNK = 1000  # rows per batch when counting prompts that are cut
 
 
@@ -64,11 +67,12 @@ def predict_file(args) -> None:
     All input is checked before the model is loaded, which takes minutes.
     """
     numbered = list(read_rows(args.predict_path, several_outputs=True, empty_outputs=True, missing_outputs=True))
-    if unused := unused_keys((row for _, row in numbered), KEYS | {AS_WRITTEN, "prediction", "ended"}):
+    if unused := unused_keys((row for _, row in numbered), KEYS | ADDED | {AS_WRITTEN}):
         print(f"{args.predict_path}: {unused}")
     base = find_base(args.model_path, args.ori_model_dir)
     tokenizer = load_tokenizer(args.mode, base)
     lines = [line for line, _ in numbered]
+    check_roles(tokenizer, args.predict_path, numbered)
     rows = [with_references(row, tokenizer) if "output" in row else row for _, row in numbered]
     with AnswerFile(args.output_path, rows, describe_run(args, len(rows), base, tokenizer), args.overwrite) as file:
         warn_of_cuts(tokenizer, rows, lines, args.max_src_len)
@@ -83,6 +87,13 @@ def predict_file(args) -> None:
     references = [references_of(row) if "output" in row else [] for row in rows]
     predictions, ended = [row["prediction"] for row in done], [row["ended"] for row in done]
     print(*describe_scores(args.metrics, predictions, references, ended), sep="\n")
+
+
+def check_roles(tokenizer, path: str, numbered: list[tuple[int, dict]]) -> None:
+    """Raise DataError for a row whose messages this model family does not have."""
+    for line, row in numbered:
+        if problem := tokenizer.dialogue_problem(question_in(row)):
+            raise DataError(f"{path} line {line}: {problem}")
 
 
 def answer_rows(file: AnswerFile, args) -> None:
@@ -149,16 +160,50 @@ def chat(model, tokenizer, args) -> None:
     if hasattr(sys.stdin, "reconfigure"):  # only possible before the first read
         sys.stdin.reconfigure(errors="surrogateescape")  # an incomplete character must not end the chat
     print("An empty line ends the chat, /new begins another, Ctrl-C stops an answer.")
-    history = None
+    history = start = opening(args)
     while query := ask():
         if query == "/new":
-            history = None
+            history = start
             continue
-        used = len(tokenizer.encode_prompt(query, history))
+        role = {}  # the family's own for questions
+        if query.split()[0] == OBSERVATION:
+            if not waiting_call(history):
+                print(f"{OBSERVATION} TEXT is what a tool returned; the model has not called one")
+                continue
+            role, query = {"role": "observation"}, query.removeprefix(OBSERVATION).strip()
+        used = len(tokenizer.encode_prompt(query, history, **role))
         if used >= args.max_length:
             print(f"the conversation has {used} tokens, --max_length is {args.max_length}; /new begins another")
             continue
-        history = show_answer(model, tokenizer, query, history, args)
+        history = show_answer(model, tokenizer, query, history, args, **role)
+
+
+def opening(args) -> list[dict] | None:
+    """The history with which a conversation begins: --system and --tools, in ChatGLM3's form."""
+    if not args.system and args.tools is None:
+        return None
+    message = {"role": "system", "content": args.system or TOOLS_SYSTEM}
+    return [message if args.tools is None else message | {"tools": args.tools}]
+
+
+def waiting_call(history) -> str:
+    """The name of the tool that the last message calls, "" if it calls none (no other family than ChatGLM3 does)."""
+    last = history[-1] if history else None
+    return last.get("metadata", "").strip() if isinstance(last, dict) else ""
+
+
+def describe_call(history) -> str:
+    """What the user is told of a call in the last message; "" if there is none."""
+    if not (name := waiting_call(history)):
+        return ""
+    try:
+        call = read_answer(answer_text(name, history[-1]["content"]))
+    except ToolCallError as error:
+        return f"[a call of {name} that cannot be read: {error}]"
+    if call is None:
+        return ""
+    parameters = json.dumps(call.parameters, ensure_ascii=False)
+    return f"[calls {name} with {parameters}; answer with {OBSERVATION} and what the tool returns]"
 
 
 def ask() -> str:
@@ -176,12 +221,12 @@ def ask() -> str:
             print(f"not valid {sys.stdin.encoding} text, perhaps a half-erased character; please type it again")
 
 
-def show_answer(model, tokenizer, query: str, history, args):
+def show_answer(model, tokenizer, query: str, history, args, **role):
     """Stream an answer to the terminal. Returns the history with the answer, or with its part before Ctrl-C."""
     shown = ""
     sampling = {"do_sample": args.do_sample, "top_p": args.top_p, "temperature": args.temperature}
     try:
-        replies = model.stream_chat(tokenizer, query, history, max_length=args.max_length, **sampling)
+        replies = model.stream_chat(tokenizer, query, history, max_length=args.max_length, **role, **sampling)
         for response, history in replies:
             text = response
             if not isinstance(response, str):  # ChatGLM3 calls a tool: name and arguments
@@ -192,13 +237,28 @@ def show_answer(model, tokenizer, query: str, history, args):
             print(visible(text[len(shown) :]), end="", flush=True)
             shown = text
         print()
+        if told := describe_call(history):
+            print(visible(told))
     except KeyboardInterrupt:
         print(" [stopped]")
     return history
 
 
+def read_tools(path: str) -> list[dict]:
+    """The tools that a file describes. Raises UserError if it is not a JSON list of objects."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            tools = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--tools {path}: {error}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"--tools {path}: it must hold a list of objects, one a tool, as under `tools` in training")
+    return tools
+
+
 def check_args(args) -> None:
-    """Resolve --device and set the defaults that depend on other flags."""
+    """Resolve --device, read --tools, and set the defaults that depend on other flags."""
+    args.tools = read_tools(args.tools) if args.tools else None
     args.max_src_len = longest_prompt(args)
     if args.predict_path:
         name = os.path.splitext(os.path.basename(args.predict_path))[0]

@@ -1,6 +1,6 @@
 """ChatGLM3-6B: the network of ChatGLM2-6B, a chat of roles, and tool calls."""
 
-import ast
+import contextlib
 import copy
 import functools
 import itertools
@@ -14,9 +14,7 @@ from .checkpoint import CheckpointError, short_repr
 from .families import FAMILIES
 from .glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer
 from .tokenization import Encoded, Prompt
-
-# The official example has this text before the tools in the system message.
-TOOLS_SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
+from .tools import CLOSING, TOOLS_SYSTEM, ToolCallError, read_parameters
 
 
 class ChatGLM3Config(ChatGLM2Config):
@@ -272,9 +270,10 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         return np.array(self.get_prefix_tokens(), np.int32), np.array([self.eos_token_id], np.int32)
 
     def decode_answer(self, ids: list[int]) -> str:
-        return (
-            self.decode(ids).removeprefix("\n").removeprefix(" ")
-        )  # the line break, and the space with which a text begins
+        text = self.decode(ids)
+        if not text.startswith("\n"):  # metadata: the name of a tool; the space begins the text of the call
+            return text.removeprefix(" ").replace(f"\n {CLOSING}", f"\n{CLOSING}", 1)
+        return text.removeprefix("\n").removeprefix(" ")  # empty metadata, and the space with which a text begins
 
     def build_prompt(self, query, history=None):
         raise NotImplementedError("ChatGLM3 prompts are ids, not text: use build_chat_input or encode_prompt")
@@ -328,8 +327,8 @@ class ChatGLM3ForConditionalGeneration(ChatGLM2ForConditionalGeneration):
 
         Returns:
             The last message's answer and the history with all messages of the reply. With metadata the answer is a
-            dict: {"name", "parameters"} where the first message offers tools and the call can be read as keyword
-            arguments of literals, else {"name", "content"}.
+            dict: {"name", "parameters"} where the first message offers tools and `read_parameters` reads the call, else
+            {"name", "content"}.
         """
         history = copy.deepcopy(history)
         content = ""
@@ -344,26 +343,9 @@ class ChatGLM3ForConditionalGeneration(ChatGLM2ForConditionalGeneration):
                 content = content.replace("[[训练时间]]", "2023年")
                 continue
             history.append({"role": "assistant", "metadata": metadata, "content": content})
-            has_tools = history[0]["role"] == "system" and "tools" in history[0]
-            parameters = _tool_parameters(content) if has_tools else None
-            content = (
-                {"name": name, "content": content} if parameters is None else {"name": name, "parameters": parameters}
-            )
+            called = {"name": name, "content": content}
+            if history[0]["role"] == "system" and "tools" in history[0]:
+                with contextlib.suppress(ToolCallError):
+                    called = {"name": name, "parameters": read_parameters(content)}
+            content = called
         return content, history
-
-
-def _tool_parameters(content: str) -> dict | None:
-    """Keyword arguments of a single call `tool_call(...)` of literals in a fenced code block; None for other text."""
-    lines = content.strip().split("\n")
-    if len(lines) < 3 or not lines[0].startswith("```") or lines[-1].strip() != "```":
-        return None
-    try:
-        call = ast.parse("\n".join(lines[1:-1]).strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "tool_call":
-            return None
-        names = [word.arg for word in call.keywords]
-        if call.args or None in names or len(set(names)) < len(names):
-            return None
-        return {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None

@@ -20,6 +20,8 @@ import unicodedata
 import warnings
 from typing import Any, NamedTuple
 
+# The official example has this text before the tools in the system message.
+TOOLS_SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
 FUNCTION = "tool_call"
 OPENING, CLOSING = "```python", "```"
 ROLE_TOKEN = "<|assistant|>"  # separates the messages of one reply
@@ -145,6 +147,32 @@ def split_reply(reply: str) -> list[tuple[str, str]]:
         metadata, line_break, content = message.partition("\n")
         messages.append((metadata.strip(), content) if line_break else ("", message))
     return messages
+
+
+def answer_text(metadata: str, content: str) -> str:
+    """A message of the model as the text of an answer: the content alone, or below a line with the metadata."""
+    return f"{metadata}\n{content}" if metadata else content
+
+
+def read_answer(text: str) -> ToolCall | None:
+    """The call that an answer's text is (see `answer_text`), None for a plain answer, of one or of several lines.
+
+    Raises:
+        ToolCallError: the text begins like a call, but cannot be read as one; it may be cut.
+    """
+    name, content = split_reply(text)[-1]
+    fence, _, code = content.strip().partition("\n")
+    if not name or not fence.startswith(CLOSING) or not code.lstrip().startswith(f"{FUNCTION}("):
+        return None
+    return ToolCall(name, read_parameters(content))
+
+
+def find_call(text: str) -> ToolCall | None:
+    """As `read_answer`, but None too for what cannot be read."""
+    try:
+        return read_answer(text)
+    except ToolCallError:
+        return None
 
 
 def read_call(reply: str) -> ToolCall | None:

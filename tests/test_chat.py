@@ -8,6 +8,9 @@ import pytest
 
 import predict
 from glm_models.glm3 import ChatGLM3ForConditionalGeneration
+from glm_models.tools import TOOLS_SYSTEM
+from tuning.arguments.predict import parse_args
+from tuning.errors import UserError
 from tuning.exits import exit_on_user_errors
 
 
@@ -20,7 +23,7 @@ class Model:
     def __init__(self, *answers):
         self.answers, self.asked = list(answers), []
 
-    def stream_chat(self, tokenizer, query, history, **options):
+    def stream_chat(self, tokenizer, query, history, role=None, **options):
         self.asked.append((query, history))
         so_far = ""
         for piece in self.answers.pop(0):
@@ -52,8 +55,9 @@ def talk(monkeypatch, capsys):
 
     def run(model, keyboard, **flags):
         monkeypatch.setattr(sys, "stdin", keyboard)
-        tokenizer = SimpleNamespace(encode_prompt=lambda query, history: query + str(history or ""))
-        args = {"do_sample": False, "top_p": 0.8, "temperature": 0.8, "max_length": 500} | flags
+        tokenizer = SimpleNamespace(encode_prompt=lambda query, history, role="user": query + str(history or ""))
+        args = {"do_sample": False, "top_p": 0.8, "temperature": 0.8, "max_length": 500, "system": None, "tools": None}
+        args |= flags
         predict.chat(model, tokenizer, SimpleNamespace(**args))
         return capsys.readouterr().out.split("\n", 1)[1]
 
@@ -134,6 +138,69 @@ def glm3_model(text):
 def test_a_line_before_the_answer_is_shown_once(talk, text, shown):
     """ChatGLM3 names a tool there; each token then changes what `stream_chat` gives as a dict."""
     assert talk(glm3_model(text), typed("x", "")) == f"> {shown}\n> "
+
+
+class Glm3:
+    """Streams whole replies as ChatGLM3 does, and keeps what it was asked, with the role."""
+
+    def __init__(self, *replies):
+        self.replies, self.asked = list(replies), []
+
+    def stream_chat(self, tokenizer, query, history, role="user", **options):
+        self.asked.append((role, query, history))
+        history = [*(history or []), {"role": role, "content": query}]
+        yield ChatGLM3ForConditionalGeneration.process_response(self.replies.pop(0), history)
+
+
+CALL = "weather\n ```python\ntool_call(city='青河')\n```"
+
+
+def test_a_call_is_shown_and_answered_with_an_observation(talk):
+    model = Glm3(CALL, "\n 青河今天晴。", CALL)
+    tools = [{"name": "weather"}]
+    shown = talk(model, typed("天气？", '/observation {"天气": "晴"}', "/new", "再问", ""), tools=tools)
+    told = '[calls weather with {"city": "青河"}; answer with /observation and what the tool returns]'
+    assert shown.count(told) == 2 and "> 青河今天晴。\n> > weather" in shown
+    start = [{"role": "system", "content": TOOLS_SYSTEM, "tools": tools}]
+    (first, second, third) = model.asked
+    assert first == ("user", "天气？", start) and third == ("user", "再问", start)
+    assert second[:2] == ("observation", '{"天气": "晴"}')
+    assert second[2] == [
+        *start,
+        {"role": "user", "content": "天气？"},
+        {"role": "assistant", "metadata": "weather", "content": CALL.split("\n", 1)[1]},
+    ]
+
+
+def test_an_observation_without_a_call_is_refused_in_every_family(talk):
+    for model in (Glm3("\n 好"), Model(["好"])):
+        shown = talk(model, typed("/observation 晴", "你好", "/observation", ""), system=None)
+        assert shown.count("/observation TEXT is what a tool returned; the model has not called one") == 2
+        assert len(model.asked) == 1
+
+
+def test_a_call_that_cannot_be_read_says_why_and_may_be_answered(talk):
+    model = Glm3(CALL[:-4] + "+", "\n 好")
+    shown = talk(model, typed("天气？", "/observation 晴", ""), system="你有工具。")
+    assert "[a call of weather that cannot be read: " in shown
+    assert model.asked[0][2] == [{"role": "system", "content": "你有工具。"}]
+    assert model.asked[1][0] == "observation"
+
+
+def test_tools_of_the_chat_are_read_from_a_file(tmp_path):
+    path = tmp_path / "tools.json"
+    path.write_text('[{"name": "weather"}]')
+    assert predict.read_tools(str(path)) == [{"name": "weather"}]
+    for content in ("{}", "[1]", "["):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"--tools .*tools\.json: "):
+            predict.read_tools(str(path))
+    flags = ["--model_path", str(tmp_path), "--tools", str(path)]
+    assert parse_args(["--mode", "glm3", *flags]).tools
+    with pytest.raises(UserError, match="glm2 has neither system messages nor tools"):
+        parse_args(["--mode", "glm2", *flags])
+    with pytest.raises(UserError, match="are for the chat"):
+        parse_args(["--mode", "glm3", *flags, "--input", "x"])
 
 
 def test_an_error_of_the_model_ends_the_chat_with_its_own_words(talk):

@@ -27,6 +27,7 @@ TRIPLES = [
     ["节温器_部件故障_卡滞\n节温器_部件故障_生锈", "节温器_部件故障_卡滞"],
     ["变速箱_性能故障_换挡顿挫\n阀体_部件故障_磨损"],
 ]
+CALL = "weather\n```python\ntool_call(city='青河')\n```"
 QUESTIONS = [
     ["清热解毒口服液的功效有哪些？", "清热解毒口服液怎么服用？", "哪些人不宜服用它？"],
     ["薏米对头发有什么功效？", "薏米粥怎么做？"],
@@ -418,6 +419,8 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
         ([["正面"], ["负面"]] * 3, "classes"),
         ([["正面"], ["负面"]], "text"),  # too few rows to tell labels from answers
         ([["水泵漏水，更换。"], ["风扇不转。"]], "text"),
+        ([[CALL], *[["好。"]] * 9], "tool_calls"),
+        ([[CALL], *[["水泵漏水。"]] * 10], "text"),
         ([[""], [""]], "text"),
     ],
 )
@@ -438,6 +441,21 @@ def test_every_kind_has_its_headline_and_lines():
                 score(kind, predictions, references)
     with pytest.raises(ValueError, match="kind poems is none of triples, questions"):
         score("poems", ["a"], [["a"]])
+
+
+def test_tool_calls_are_scored_as_calls_and_the_plain_answers_beside_them_as_text(capsys):
+    other, wrong = CALL.replace("青河", "梅江"), CALL.replace("weather", "time")
+    predictions, references = [CALL, other, wrong, "好。", CALL], [[CALL], [CALL], [CALL], ["好。"], ["好。"]]
+    scores = score("tool_calls", predictions, references, [True] * 5)
+    names = ("tool_call_right", "tool_name", "tool_parameters", "tool_call", "exact_match")
+    assert [scores[name] for name in names] == pytest.approx([2 / 5, 3 / 5, 3 / 5, 4 / 5, 2 / 5])
+    assert "distinct_1" not in scores
+    show_scores("auto", predictions, references, [True] * 5)
+    out = capsys.readouterr().out
+    assert "tool_calls: right 0.4000 (name 0.6000, parameters 0.6000); a call where there should be one 0.8000" in out
+    assert "  the 2 plain answers, text: exact match 0.5000" in out
+    show_scores("auto", [CALL], [[CALL]], [True])
+    assert "plain" not in capsys.readouterr().out
 
 
 def test_predict_prints_what_fits(capsys):

@@ -13,6 +13,7 @@ from conftest import TEXT
 
 from glm_models import MODE
 from glm_models.tiny import train_sentencepiece
+from glm_models.tools import answer_text, write_call
 
 modes = pytest.mark.parametrize("mode", MODE)
 newer_modes = pytest.mark.parametrize("mode", ["glm2", "glm3"])
@@ -168,6 +169,14 @@ def test_decode_answer_undoes_encode_answer(mode, tokenizers):
     tok = tokenizers[mode]
     for text in ("水泵_部件故障_漏水\n变速箱_组成_离合器", "Replace it.", "好"):
         assert tok.decode_answer(tok.encode_answer(text)) == text
+
+
+def test_decode_answer_gives_a_call_as_its_name_and_block(tokenizers):
+    tok, call = tokenizers["glm3"], write_call("weather", {"城市": "青河"})
+    ids = tok.build_single_message("assistant", call["metadata"], call["content"])[1:]  # without the role
+    assert tok.decode_answer(ids) == answer_text(call["metadata"], call["content"])
+    plain = tok.build_single_message("assistant", "", f"weather\n {call['content']}")[1:]
+    assert tok.decode_answer(plain) == f"weather\n {call['content']}"
 
 
 # Prompts of the official chat.
@@ -499,9 +508,10 @@ def fenced(call):
         ("tool_call()", {}),
         ("tool_call(city='北京', days=3)", {"city": "北京", "days": 3}),
         (
-            "tool_call(x=-1.5, y=[1, {'a': None}], z=(True, b'b'))",
-            {"x": -1.5, "y": [1, {"a": None}], "z": (True, b"b")},
+            "tool_call(x=-1.5, y=[1, {'a': None}], z=(True, 'b'))",
+            {"x": -1.5, "y": [1, {"a": None}], "z": [True, "b"]},
         ),
+        ("tool_call(**{'user-id': 1}, x=2)", {"user-id": 1, "x": 2}),
         ("tool_call(\n    text='a\\nb',\n)", {"text": "a\nb"}),
     ],
 )
@@ -536,7 +546,8 @@ def test_tool_calls_are_never_run(expression, tmp_path):
         fenced("tool_call(x=1)\ntool_call(x=2)"),
         fenced("tool_call(x=1, x=2)"),
         fenced("tool_call(1)"),
-        fenced("tool_call(**{'x': 1})"),
+        fenced("tool_call(x=b'no JSON')"),
+        fenced("tool_call(x=1, **{'x': 1})"),
         fenced("import os"),
         fenced("print(x=1)"),  # another function
         fenced("other.tool_call(x=1)"),

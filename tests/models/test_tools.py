@@ -14,7 +14,10 @@ from glm_models.tools import (
     MAX_DEPTH,
     ToolCall,
     ToolCallError,
+    answer_text,
     check_name,
+    find_call,
+    read_answer,
     read_call,
     read_parameters,
     split_reply,
@@ -23,7 +26,7 @@ from glm_models.tools import (
     write_parameters,
 )
 from tuning.errors import UserError
-from tuning.tool_metrics import NAMES, same_json, tool_rows, tool_scores
+from tuning.metrics.tool_calls import NAMES, same_json, tool_rows, tool_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -270,7 +273,7 @@ def test_cut_and_changed_calls_never_raise_anything_else():
 
 
 def test_reading_is_silent_and_needs_no_torch():
-    code = "import sys, tuning.tool_metrics, glm_models.tools as t\n"
+    code = "import sys, glm_models.tools as t\n"
     code += r"assert t.read_parameters('```\ntool_call(a=\'\\d\')\n```') == {'a': r'\d'}" + "\n"
     code += "assert not {'torch', 'numpy', 'transformers'} & sys.modules.keys()"
     run = subprocess.run([sys.executable, "-W", "always", "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -311,8 +314,27 @@ def test_scores_of_plain_answers_and_of_several_references():
         tool_rows([reply], [])
     with pytest.raises(ValueError, match="list of at least one"):
         tool_rows([reply], [reply])
-    with pytest.raises(ToolCallError):
-        tool_rows([reply], [["time\n坏了"]])
+    broken = "time\n```python\ntool_call(a=\n```"  # a reference, perhaps of a text task, that nothing can read
+    assert tool_rows([broken, reply, "好"], [[broken]] * 3)["tool_call_right"] == [1.0, 0.0, 0.0]
+
+
+def test_an_answer_is_a_call_only_if_it_is_nothing_else():
+    call = write_call("time", {"city": "甲"})
+    text = answer_text(call["metadata"], call["content"])
+    assert read_answer(text) == find_call(text) == ToolCall("time", {"city": "甲"})
+    assert answer_text("", "十点半。") == "十点半。"
+    plain = (
+        "十点\n半",
+        "",
+        "代码：\n```python\nprint(1)\n```",
+        "\n" + text,
+        f"{text}<|assistant|>\n 好",
+        call["content"],
+    )
+    assert [read_answer(one) for one in plain] == [None] * len(plain)
+    with pytest.raises(ToolCallError, match="a call is a block between"):
+        read_answer(text[:-3])
+    assert find_call(text[:-3]) is None
 
 
 def test_same_json():

@@ -60,7 +60,7 @@ FOREIGN_ROWS = [
     lambda text: {"messages": [{"role": "user", "content": text}, {"from": "gpt", "value": "答"}]},
     lambda text: {"conversations": [{"from": "gpt", "value": text}, {"from": "gpt", "value": "答"}]},
     lambda text: {"conversations": [{"role": "user", "content": text}], "tools": []},
-    lambda text: {"text": text},
+    lambda text: {"text": text, "summary": "答"},
     lambda text: {"question": text, "answer": "答", "id": 3},
     lambda text: {"instruction": text, "response": "答", "context": ""},
     lambda text: {"instruction": text, "chosen": "答", "rejected": "不"},

@@ -52,6 +52,17 @@ def make_parser() -> Parser:
     group.add_argument("--instruction", default="", default_text="empty", help="its instruction")
     group.add_argument("--input", default="", default_text="empty", help="its input")
 
+    group = parser.group("the chat, ChatGLM3 only")
+    group.add_argument(
+        "--system",
+        type=Text(),
+        default_text="none",
+        help="system message; with --tools its default is the official one",
+    )
+    group.add_argument(
+        "--tools", type=File(), help="JSON file: a list of the tools that the model may call, as in training"
+    )
+
     group = parser.group("a whole file")
     group.add_argument(
         "--predict_path",
@@ -107,6 +118,11 @@ def contradictions(args: argparse.Namespace) -> list[str]:
     if longest_prompt(args) >= args.max_length - 3 or longest_prompt(args) < 1:
         prompts = longest_prompt(args)
         wrong.append(f"--max_src_len {prompts} must be above 0 and well below --max_length {args.max_length}")
+    if args.system or args.tools:
+        if args.mode != "glm3":
+            wrong.append(f"--system and --tools: {args.mode} has neither system messages nor tools; only glm3 has")
+        if args.predict_path or args.instruction or args.input:
+            wrong.append("--system and --tools are for the chat; rows of a file have their own")
     if missing(args.metrics):
         wrong.append(f"--metrics {args.metrics} needs more packages: {missing(args.metrics)}")
     return wrong

@@ -1,6 +1,7 @@
 """Answer files of predict.py: JSON lines with the answered rows, and beside each file a record of what produced it.
 
-    predictions.jsonl             one line per row: the keys of the row, prediction, ended
+    predictions.jsonl             one line per row: the keys of the row, prediction, ended, and tool_call
+                                  (name and parameters) where the prediction is one
     predictions.jsonl.run.json    what the answers depend on: weights, flags, SHA-256 of the file that was answered
 
 An interrupted run continues only if all of this is the same, so that answers of two models are never mixed. Only one
@@ -16,9 +17,20 @@ from typing import NamedTuple
 
 from glm_models.checkpoint import CheckpointError, read_json
 from glm_models.identify import describe_base
+from glm_models.tools import find_call
 from tuning.errors import FolderError, UserError
 from tuning.folders import MANIFEST, write_errors, write_file
-from tuning.metrics import describe, describe_outputs, kind_of, label_scores, missing, relation_scores, score
+from tuning.metrics import (
+    ADDED,
+    describe,
+    describe_outputs,
+    kind_of,
+    label_scores,
+    missing,
+    relation_scores,
+    score,
+    with_answer,
+)
 
 RECORD = ".run.json"  # appended to the name of the answer file
 FORMAT = 1  # of the record
@@ -172,7 +184,7 @@ class AnswerFile:
             FolderError: they cannot be written; earlier answers are kept.
         """
         part = self.rows[len(self.done) : len(self.done) + len(answers)]
-        more = [{**row, "prediction": text, "ended": ended} for row, (text, ended) in zip(part, answers, strict=True)]
+        more = [with_answer(row, *answer) for row, answer in zip(part, answers, strict=True)]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in more)
         rest = memoryview(text.encode(errors="backslashreplace"))  # an unpaired surrogate is written as a JSON escape
         size = len(rest)
@@ -218,7 +230,7 @@ def _open_locked(path: str):
 
 
 def _same_row(answered: dict, row: dict) -> bool:
-    return all(answered.get(key) == row.get(key) for key in ("instruction", "input", "output"))
+    return all(answered.get(key) == row.get(key) for key in (answered.keys() | row.keys()) - ADDED)
 
 
 def compare(before: dict, now: dict) -> list[str]:
@@ -265,10 +277,13 @@ def describe_scores(kind: str, predictions: list[str], references: list[list[str
     line = (
         "  {}: precision {precision:.4f} recall {recall:.4f} F1 {f1:.4f} ({expected} expected, {predicted} predicted)"
     )
+    if kind == "tool_calls" and (plain := [i for i, texts in enumerate(references) if not any(map(find_call, texts))]):
+        parts = ([one[i] for i in plain] for one in (predictions, references, ended))
+        means += [f"  the {len(plain)} plain answers, {line}" for line in describe("text", score("text", *parts))[:-1]]
     table = PARTS[kind](predictions, references) if kind in PARTS else {}
     lines += [*means, *(line.format(name, **row) for name, row in table.items() if row["expected"])]
     if kind == "classes" and (others := len(predictions) - sum(row["predicted"] for row in table.values())):
         lines.append(f"  {others} of {len(predictions)} answers are none of these labels")
-    if missing(kind):
+    if missing("text" if kind == "tool_calls" and plain else kind):
         lines.append(f"ROUGE and BLEU are left out; they need: {missing(kind)}")
     return [*lines, outputs]

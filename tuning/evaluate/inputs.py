@@ -10,7 +10,8 @@ from tuning.errors import DataError, UserError
 from tuning.evaluate.answers import read_record
 from tuning.metrics import AS_WRITTEN, references_of
 from tuning.run.record import read_starts
-from tuning.samples.formats import question_of
+from tuning.samples.conversations import conversation_key
+from tuning.samples.formats import Columns, find_flaw, to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
 
 CURVES = {"curve": "log.jsonl", "validation": "validation.jsonl"}
@@ -57,7 +58,8 @@ def _is_number(value) -> bool:
 
 def _answer_problem(row: dict) -> str | None:
     """What is wrong with a row of an answer file, or None."""
-    for key in ("instruction", "input", "prediction"):
+    several = conversation_key(row) is not None
+    for key in ("prediction",) if several else ("instruction", "input", "prediction"):
         if not isinstance(row.get(key), str):
             return f"{key} is not a text, as predict.py writes it"
     if not isinstance(row.get("ended"), bool):
@@ -66,7 +68,15 @@ def _answer_problem(row: dict) -> str | None:
         texts = row[key] if isinstance(row.get(key), list) else [row.get(key)]
         if key in row and not (texts and all(isinstance(text, str) for text in texts)):
             return f"{key} is neither a text nor a list of texts"
+    if several or "history" in row or "system" in row:
+        flaw = find_flaw(dict(row), several_outputs=True, empty_outputs=True, missing_outputs=True)
+        return flaw and flaw.problem
     return None
+
+
+def asked_in(row: dict) -> tuple:
+    """Equal for two rows that ask the same and expect the same answers."""
+    return to_dialogue(row).prompt_key, json.dumps(row.get("output"))
 
 
 def read_answers(path: str, mode: str | None = None) -> tuple[list[dict], list[str], list[list[str]], list[bool]]:
@@ -105,7 +115,7 @@ def check_count(path: str, rows: list[dict], mode: str | None = None) -> None:
         raise UserError(f"{path} holds {len(rows)} of {made.rows} answers; the same predict.py command continues")
     if made and len(rows) > made.rows:
         raise UserError(f"{path} holds {len(rows)} answers to {made.rows} rows: other programs also wrote to it")
-    asked = Counter(json.dumps([row["instruction"], row["input"], row.get("output")]) for row in rows)
+    asked = Counter(map(asked_in, rows))
     if not made and rows and min(asked.values()) > 1:
         raise UserError(
             f"{path} answers each row {min(asked.values())} times: two runs wrote to it; run predict.py again"
@@ -162,9 +172,15 @@ def count_seen(training: str, answers: str) -> int | None:
     """
     starts = read_starts(training)
     try:
-        path = os.path.join(starts[-1]["folder"], starts[-1]["flags"]["train_path"])
-        rows = [row for _, row in scan_rows(path, empty_outputs=True) if not isinstance(row, RowError)]
+        flags = starts[-1]["flags"]
+        names = [flags.get(f"{name}_column") for name in Columns._fields]
+        read = scan_rows(
+            os.path.join(starts[-1]["folder"], flags["train_path"]),
+            empty_outputs=True,
+            columns=Columns(*names) if names[0] else None,
+        )
+        rows = [row for _, row in read if not isinstance(row, RowError)]
     except (DataError, IndexError, KeyError, TypeError):
         return None
-    asked = {question_of(row) for row in rows}
-    return sum(question_of(row) in asked for row in read_answers(answers)[0])
+    asked = {to_dialogue(row).prompt_key for row in rows}
+    return sum(to_dialogue(row).prompt_key in asked for row in read_answers(answers)[0])

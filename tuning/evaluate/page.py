@@ -13,6 +13,7 @@ from tuning.evaluate.inputs import point
 from tuning.evaluate.scores import FamilyScores, SampleAnswer, mean_forgetting, pick_samples
 from tuning.evaluate.tables import Table, family_tables, sweep_table
 from tuning.metrics import references_of
+from tuning.samples.formats import question_of
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 EMPTY = "(empty)"  # shown instead of an answer without text
@@ -45,8 +46,10 @@ def or_empty(text: str) -> str:
 
 
 def input_text(row: dict) -> str:
-    """The question of a row: its input, or its instruction if there is no input."""
-    return row["input"] if row["input"].strip() else or_empty(row["instruction"])
+    """The question of a row: its input, or its instruction if there is no input; all messages of a conversation."""
+    if "input" in row and "history" not in row:
+        return row["input"] if row["input"].strip() else or_empty(row["instruction"])
+    return or_empty(question_of(row))
 
 
 def family_title(mode: str) -> str:

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from tuning.errors import UserError
-from tuning.evaluate.inputs import read_answers
+from tuning.evaluate.inputs import asked_in, read_answers
 from tuning.metrics import HEADLINE, bootstrap, kind_of, references_of, relation_scores, row_scores, score
 
 LABELS = {"f1": "F1", "question_points": "points", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
+LABELS |= {"tool_call_right": "calls right"}
 SAMPLE_ROWS = 8  # test rows whose answers are shown
 
 
@@ -113,7 +114,7 @@ def evaluate(folder: str, runs: list[dict]) -> list[FamilyScores]:
                 answered.append(read_answers(path, mode))
                 if test is None:
                     test, kind = answered[-1][0], kind_of(answered[-1][2])
-                if [*map(_question, answered[-1][0])] != [*map(_question, test)]:
+                if [*map(asked_in, answered[-1][0])] != [*map(asked_in, test)]:
                     raise UserError(f"{path} answers other rows than the runs before it")
             if answered:
                 methods.append(_score_method(name, chosen, kind, answered))
@@ -121,11 +122,6 @@ def evaluate(folder: str, runs: list[dict]) -> list[FamilyScores]:
             measure = headline(kind, methods[0].scores)
             families.append(FamilyScores(mode, kind, measure, methods, test))
     return families
-
-
-def _question(row: dict) -> tuple:
-    """What must be equal in a row for two models to be compared on it."""
-    return row["instruction"], row["input"], row["output"]
 
 
 def _score_method(name: str, runs: list[dict], kind: str, answered: list[tuple]) -> MethodScores:

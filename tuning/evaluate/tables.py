@@ -9,7 +9,8 @@ from tuning.metrics import bootstrap
 
 # kind of answers -> scores shown beside the headline score
 MORE_SCORES = {"triples": ("precision", "recall"), "questions": ("accuracy_points", "diversity_points")}
-MORE_SCORES |= {"classes": ("macro_f1",), "text": ("rouge_1", "rouge_2", "bleu_4", "exact_match")}
+MORE_SCORES |= {"tool_calls": ("tool_name", "tool_parameters", "tool_call"), "classes": ("macro_f1",)}
+MORE_SCORES |= {"text": ("rouge_1", "rouge_2", "bleu_4", "exact_match")}
 
 
 class Table(NamedTuple):

@@ -1,8 +1,8 @@
-"""Scores of predictions against references: extraction, question generation, classification and free text.
+"""Scores of predictions against references: extraction, question generation, classification, tool calls, free text.
 
 `score` is the main function: lists in, names and numbers out. `row_scores` returns the value of each row, for
-`bootstrap` and for comparing two models row by row. One module per kind of answers: triples, questions, classes, text;
-outputs (loops, lengths) and statistics (F1, bootstrap) serve all of them.
+`bootstrap` and for comparing two models row by row. One module per kind of answers: triples, questions, classes,
+tool_calls, text; outputs (loops, lengths) and statistics (F1, bootstrap) serve all of them.
 
 In all functions, predictions has one answer per row, and references the accepted answers of each row (one or several);
 the best-matching one counts. Shares and F1 are between 0 and 1. Scores that are usually published out of 100 (ROUGE,
@@ -11,32 +11,49 @@ BLEU, the points for questions) are between 0 and 100.
 
 import numpy as np
 
+from glm_models.tools import find_call
 from tuning.metrics.classes import label_scores, macro_f1
 from tuning.metrics.outputs import describe_outputs, output_statistics, repeats
 from tuning.metrics.questions import question_rows
 from tuning.metrics.statistics import bootstrap
 from tuning.metrics.text import PACKAGES, distinct, exact_match, missing, rouge_bleu
+from tuning.metrics.tool_calls import are_calls, tool_rows
 from tuning.metrics.triples import are_triples, micro_scores, relation_scores, triple_rows
 
-__all__ = ["AS_WRITTEN", "FROM_LOSS", "HEADLINE", "PACKAGES", "bootstrap", "describe", "describe_outputs", "kind_of"]
+__all__ = [
+    "ADDED",
+    "AS_WRITTEN",
+    "FROM_LOSS",
+    "HEADLINE",
+    "PACKAGES",
+    "bootstrap",
+    "describe",
+    "describe_outputs",
+    "kind_of",
+]
 __all__ += ["label_scores", "missing", "references_of", "relation_scores", "repeats", "row_scores", "score"]
-__all__ += ["with_references"]
+__all__ += ["with_answer", "with_references"]
 
 # kind of answers -> score to select a model by, a mean over rows (rouge_l needs packages, see `missing`)
-HEADLINE = {"triples": "f1", "questions": "question_points", "classes": "accuracy", "text": "rouge_l"}
+HEADLINE = {"triples": "f1", "questions": "question_points", "classes": "accuracy", "tool_calls": "tool_call_right"}
+HEADLINE |= {"text": "rouge_l"}
 FROM_LOSS = ("loss", "perplexity")  # validation scores that need no generation
+ADDED = frozenset({"prediction", "ended", "tool_call"})  # keys of an answered row, see with_answer
 AS_WRITTEN = "output_as_written"  # key of an answered row, see with_references
 
 
 def kind_of(references: list[list[str]]) -> str:
     """Guess the kind of answers (a key of HEADLINE) from the form of the references.
 
-    triples: every line has at least two "_"; questions: nine in ten end in a question mark; classes: one short line
-    each, and each distinct label is used at least three times on average; text: everything else.
+    tool_calls: at least one in ten is a call; triples: every line has at least two "_"; questions: nine in ten end in
+    a question mark; classes: one short line each, and each distinct label is used at least three times on average;
+    text: everything else.
     """
     texts = [text.strip() for answers in references for text in answers if text.strip()]
     if not texts:
         return "text"
+    if are_calls(texts):
+        return "tool_calls"
     if are_triples(texts):
         return "triples"
     if sum(text.endswith(("？", "?")) for text in texts) >= 0.9 * len(texts):
@@ -67,7 +84,7 @@ def score(
         scores |= micro_scores(predictions, references)
     elif kind == "classes":
         scores["macro_f1"] = macro_f1(predictions, references)
-    else:
+    elif kind in ("questions", "text"):
         scores |= {f"distinct_{n}": distinct(predictions, n) for n in (1, 2)}
     return scores | output_statistics(predictions, references, ended)
 
@@ -86,6 +103,8 @@ def row_scores(kind: str, predictions: list[str], references: list[list[str]]) -
     exact = [float(exact_match(*row)) for row in zip(predictions, references, strict=True)]
     if kind == "classes":
         return {"accuracy": exact}
+    if kind == "tool_calls":
+        return tool_rows(predictions, references) | {"exact_match": exact}
     if kind == "questions":
         return question_rows(predictions, references) | {"exact_match": exact}
     rows = {"exact_match": exact}
@@ -107,6 +126,10 @@ def describe(kind: str, scores: dict[str, float]) -> list[str]:
             "diversity {diversity_points:.2f} of 50), distinct-1 {distinct_1:.4f} distinct-2 {distinct_2:.4f}",
         ],
         "classes": ["classes: accuracy {accuracy:.4f} macro-F1 {macro_f1:.4f}"],
+        "tool_calls": [
+            "tool_calls: right {tool_call_right:.4f} (name {tool_name:.4f}, parameters {tool_parameters:.4f}); "
+            "a call where there should be one {tool_call:.4f}; exact match {exact_match:.4f}"
+        ],
         "text": ["text: exact match {exact_match:.4f} distinct-1 {distinct_1:.4f} distinct-2 {distinct_2:.4f}"],
     }[kind]
     if "bleu_4" in scores:
@@ -121,6 +144,17 @@ def references_of(row: dict) -> list[str]:
     """Accepted answers of a row: AS_WRITTEN (as the model can write them) if present, else `output`."""
     output = row[AS_WRITTEN] if AS_WRITTEN in row else row["output"]
     return output if isinstance(output, list) else [output]
+
+
+def with_answer(row: dict, text: str, ended: bool) -> dict:
+    """The row with its own keys, its answer as `prediction`, and the call that the answer is, if it is one.
+
+    Args:
+        ended: whether the answer ended by itself.
+    """
+    row = {key: value for key, value in row.items() if key not in ADDED} | {"prediction": text, "ended": ended}
+    call = find_call(text)
+    return row if call is None else row | {"tool_call": call._asdict()}
 
 
 def with_references(row: dict, tokenizer) -> dict:

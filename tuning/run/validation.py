@@ -13,9 +13,19 @@ from collections.abc import Callable
 import torch
 
 from glm_models.generation import generate_answers
+from glm_models.tools import answer_text
 from tuning.errors import UserError
 from tuning.folders import write_errors, write_file
-from tuning.metrics import AS_WRITTEN, FROM_LOSS, HEADLINE, kind_of, missing, references_of, score, with_references
+from tuning.metrics import (
+    FROM_LOSS,
+    HEADLINE,
+    kind_of,
+    missing,
+    references_of,
+    score,
+    with_answer,
+    with_references,
+)
 from tuning.run.log import JsonLines
 from tuning.run.results import BEST
 from tuning.samples.batches import MicroBatch
@@ -126,7 +136,8 @@ class Validation:
         self.every, self.total_steps = args.eval_steps or epoch_steps, args.num_train_epochs * epoch_steps
         self.kind, names = None, list(FROM_LOSS)
         if args.eval_generate != "off":
-            self.generated = spread(self.rows, args.eval_generate_rows)
+            answered = held_out.answered
+            self.generated, self.texts = spread(answered, args.eval_generate_rows), len(self.rows) - len(answered)
             longest = max(self.data.answer_tokens([i]) for i in self.generated)
             self.max_new_tokens = args.eval_max_new_tokens or math.ceil(1.25 * longest)
             self.asked: list[dict] = []  # rank 0: the rows of the file, as `generated`
@@ -170,8 +181,7 @@ class Validation:
         for number, (sample, one) in enumerate(zip(samples, encoded, strict=True)):
             # one sample has all answers that its turns have, or each answer has a sample
             first = learnt[number] if len(encoded) == len(learnt) else learnt[-len(one.spans)]
-            text = f"{first.metadata}\n{first.content}" if first.metadata else first.content
-            found.append((tuple(sample.input_ids), row | {"output": text}))
+            found.append((tuple(sample.input_ids), row | {"output": answer_text(first.metadata, first.content)}))
         return found
 
     def _more_names(self) -> str:
@@ -200,6 +210,7 @@ class Validation:
             text += (
                 f"; answers to {len(self.generated)}, of at most {self.max_new_tokens} tokens, scored as {self.kind}"
             )
+            text += f"; none to {self.texts} blocks of plain text" if self.texts else ""
             text += f" (ROUGE and BLEU are left out; they need: {missing(self.kind)})" if missing(self.kind) else ""
         print_rank_0(text)
         step = self.engine.global_steps
@@ -275,8 +286,7 @@ class Validation:
         """Score the answers, and write them beside the references."""
         lines = []
         for row, (text, ended) in zip(self.asked, answers, strict=True):
-            keys = {key: row[key] for key in ("instruction", "input", "output", AS_WRITTEN) if key in row}
-            lines.append(json.dumps({"step": step, **keys, "prediction": text, "ended": ended}, ensure_ascii=False))
+            lines.append(json.dumps({"step": step, **with_answer(row, text, ended)}, ensure_ascii=False))
         path = os.path.join(self.args.output_dir, "validation-predictions.jsonl")
         with write_errors(path):
             write_file(path, "\n".join(lines) + "\n")

@@ -23,9 +23,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-FORMAT = 4  # part of the key: increase it when the layout changes
+FORMAT = 5  # part of the key: increase it when the layout changes
 HEADER = 4096
-RECORD = np.dtype([("end", "<i8"), ("spans_end", "<i8"), ("line", "<i8"), ("learnt", "<i4"), ("cut", "<i4")])
+RECORD = np.dtype(
+    [("end", "<i8"), ("spans_end", "<i8"), ("line", "<i8"), ("learnt", "<i4"), ("cut", "<i4"), ("text", "<i4")]
+)
 BLOCK = 1 << 20  # bytes read at once
 HOUR = 60 * 60  # seconds
 
@@ -35,7 +37,8 @@ class CachedSamples(NamedTuple):
 
     ids: int32 [tokens].
     spans: int32 [spans, 2], learnt pieces: first position in the sample, and position after the last.
-    records: RECORD [samples]: where its ids and its spans end, its line in the data, learnt tokens, what was cut.
+    records: RECORD [samples]: where its ids and its spans end, its line in the data, learnt tokens, what was cut, and
+        whether it is a block of plain text (text.FIRST_BLOCK, text.LATER_BLOCK).
     """
 
     ids: np.ndarray

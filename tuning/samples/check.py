@@ -19,6 +19,7 @@ from tuning.samples.encoding import ANSWER_CUT, IGNORE_INDEX, PROMPT_CUT, TURNS_
 from tuning.samples.findings import BROKEN, CHANGED, FIRST, WARNINGS, Findings, lines_text
 from tuning.samples.formats import few_unused, format_of, to_dialogue, unused_text
 from tuning.samples.row_files import RowError, scan_rows
+from tuning.samples.text import FIRST_BLOCK
 
 FILE = "data_check.jsonl"
 LENGTHS = {  # kinds of findings that only --check_data counts, and their titles
@@ -36,11 +37,14 @@ NO_LIMIT = 1 << 30  # tokens
 
 
 class Lengths:
-    """Tokens of prompts, answers and samples before any cut, and how many of them the cuts take."""
+    """Tokens of prompts, answers and samples before any cut, and how many of them the cuts take; of plain text, which
+    is not cut, its blocks."""
 
     def __init__(self):
         self.prompts: list[np.ndarray] = []
         self.answers: list[np.ndarray] = []
+        self.blocks: list[np.ndarray] = []  # tokens of each block of plain text
+        self.texts = 0  # rows of plain text
         self.prompt_lost = self.answer_lost = 0
         self.rows = 0
         self.whole = 0  # samples that are not cut
@@ -72,8 +76,11 @@ class Lengths:
             self.answer_lost += int(answer_lost.sum())
         self.rows += len(chunk.rows)
         self.whole += len(samples) - len(cut)
-        self.prompts.append(prompts)
-        self.answers.append(answers)
+        is_block = records["text"] > 0
+        self.prompts.append(prompts[~is_block])
+        self.answers.append(answers[~is_block])
+        self.blocks.append(samples.lengths[is_block])
+        self.texts += int(np.count_nonzero(records["text"] == FIRST_BLOCK))
 
 
 class Formats:
@@ -214,7 +221,14 @@ def _finding_lines(findings: Findings) -> Iterator[str]:
 
 def _token_lines(settings: DataSettings, findings: Findings, lengths: Lengths) -> Iterator[str]:
     """Totals and histograms of tokens, if there is a sample."""
-    prompts, answers = (np.concatenate([np.zeros(0, np.int64), *some]) for some in (lengths.prompts, lengths.answers))
+    kinds = (lengths.prompts, lengths.answers, lengths.blocks)
+    prompts, answers, blocks = (np.concatenate([np.zeros(0, np.int64), *some]) for some in kinds)
+    if len(blocks):
+        yield (
+            f"plain text: {lengths.texts} row{'s' * (lengths.texts != 1)} in {len(blocks)} blocks of at most --max_len "
+            f"{settings.max_len}, {blocks.sum()} tokens; none is cut"
+        )
+        yield "\n".join(("tokens of blocks:", *histogram(blocks)))
     if not len(prompts):
         return
     total = int(prompts.sum() + answers.sum())

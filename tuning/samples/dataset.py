@@ -34,6 +34,7 @@ from tuning.samples.findings import BROKEN, FIRST, WARNINGS, Findings, lines_tex
 from tuning.samples.flaws import Flaw
 from tuning.samples.formats import ROW_FORMAT, Columns, few_unused, to_dialogue, unused_text
 from tuning.samples.row_files import RowError, scan_rows
+from tuning.samples.text import FIRST_BLOCK
 
 LOSSES = ("prompts_cut", "answers_cut", "turns_lost", "shortened", "skipped")
 COUNTS = (*LOSSES, "content", "findings", "unused")  # in a cache file, see prepare
@@ -153,12 +154,12 @@ def encode_file(settings: DataSettings, tokenizer, leave_out: Callable[[RowError
 
     def usable():
         how = settings.several_outputs, settings.empty_outputs, False, settings.columns
-        for line, row in scan_rows(path, *how):
+        for line, row in scan_rows(path, *how, texts=True):
             if isinstance(row, RowError):
                 leave_out(row)
                 continue
             dialogue = to_dialogue(row, settings.train_on)
-            if len(row) > 3 and (problem := tokenizer.dialogue_problem(dialogue)):
+            if len(row) > 3 and not dialogue.is_text and (problem := tokenizer.dialogue_problem(dialogue)):
                 leave_out(RowError(f"{path} line {line}: {problem}", line, Flaw("family", problem)))
             else:
                 yield line, row, dialogue
@@ -239,6 +240,7 @@ class InstructionData(Dataset):
         self.samples = Samples(ids, spans, records)
         self.lengths = self.samples.lengths  # int64 [samples], tokens per sample
         self.answer_lengths = np.array(records["learnt"], np.int64)  # [samples], of these with a label
+        self.texts = np.array(records["text"])  # [samples], above 0 for blocks of plain text, see text.py
         self.lines = records["line"]  # [samples], where each comes from
         self.files = [(settings.path, self.lines)]  # the same, for messages: rows of several files count on
         self.prompts_cut, self.answers_cut = counts["prompts_cut"], counts["answers_cut"]
@@ -253,6 +255,9 @@ class InstructionData(Dataset):
         """One line on what was read, and what was lost to the length limits."""
         median, longest = np.sort(self.lengths)[[len(self) // 2, -1]]
         text = f"{len(self)} samples, {self.lengths.sum()} tokens (median {median}, longest {longest})"
+        if blocks := np.count_nonzero(self.texts):
+            rows = int(np.count_nonzero(self.texts == FIRST_BLOCK))
+            text += f"; {blocks} of them are blocks of plain text, from {rows} row{'s' * (rows != 1)}"
         if self.skipped:
             text += f"; {self.skipped} longer ones skipped (--is_skip)"
         elif self.prompts_cut or self.answers_cut:
@@ -312,12 +317,18 @@ class HeldOut:
     rows: list[int]
     path: str
 
+    @property
+    def answered(self) -> list[int]:
+        """The rows that have a question and an answer: those that are not plain text."""
+        rows = np.array(self.rows)
+        return rows[self.data.texts[rows] == 0].tolist()
+
 
 def split_rows(data: InstructionData, ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on, and about a share of `ratio` to validate on: int64 each, ascending.
 
     A hash of the prompt's ids alone says on which side a row is: it stays there when rows come, go or change places,
-    and rows with the same prompt are together.
+    and rows with the same prompt are together. So are all blocks of a plain text, see `Samples.prompts`.
 
     Raises:
         DataError: one side is empty.

@@ -6,13 +6,15 @@
 from collections.abc import Hashable
 from typing import NamedTuple
 
+from glm_models.tools import answer_text
+
 
 class Message(NamedTuple):
     """One message.
 
-    role: system, user, assistant or observation.
+    role: system, user, assistant or observation; or text, alone in its dialogue: plain text, see text.py.
     metadata: of an assistant's message that calls a tool, the tool's name.
-    learn: whether the model learns to write it; only an assistant's message can be learnt.
+    learn: whether the model learns to write it; only an assistant's message and plain text can be learnt.
     """
 
     role: str
@@ -31,6 +33,11 @@ class Dialogue(NamedTuple):
     tools: tuple | None = None
 
     @property
+    def is_text(self) -> bool:
+        """Whether this is plain text, without question and answer; then `prompt` has it, and `answer` is empty."""
+        return self.messages[0].role == "text"
+
+    @property
     def asked(self) -> tuple[Message, ...]:
         """The messages before the last answer."""
         return self.messages[: -1 if self.messages[-1].role == "assistant" else None]
@@ -43,8 +50,9 @@ class Dialogue(NamedTuple):
 
     @property
     def answer(self) -> str:
-        """The text of the last answer, "" in a question."""
-        return self.messages[-1].content if self.messages[-1].role == "assistant" else ""
+        """The text of the last answer, of a tool call with the tool's name above it; "" in a question."""
+        last = self.messages[-1]
+        return answer_text(last.metadata, last.content) if last.role == "assistant" else ""
 
     @property
     def prompt_key(self) -> Hashable:

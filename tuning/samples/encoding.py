@@ -12,6 +12,7 @@ from tuning.errors import DataError
 from tuning.samples import cache
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.formats import to_dialogue
+from tuning.samples.text import LATER_BLOCK, block_marks, encode_with_texts
 
 IGNORE_INDEX = -100
 
@@ -76,11 +77,18 @@ class Samples(Sequence):
         return self.ids[start : start + int(self.spans[self._first_span(i), 0])]
 
     def prompts(self) -> Iterator[memoryview]:
-        """The bytes of each `prompt`, in order; a million in about a second."""
+        """The bytes of each `prompt`, in order; a million in about a second.
+
+        Plain text has no prompt: here the first block of a text takes its place, for all blocks of this text.
+        """
         self._record(0)
         starts = 4 * (self.records["end"] - self.lengths)
         first_spans = np.concatenate(([0], self.records["spans_end"][:-1]))
         ends = starts + 4 * self.spans[first_spans, 0].astype(np.int64)
+        texts = self.records["text"]
+        ends[texts > 0] = 4 * self.records["end"][texts > 0]
+        first_blocks = np.maximum.accumulate(np.where(texts == LATER_BLOCK, 0, np.arange(len(self))))
+        starts, ends = starts[first_blocks], ends[first_blocks]
         content = memoryview(self.ids).cast("B")
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             yield content[start:end]
@@ -103,7 +111,7 @@ def encode_samples(
     threads: int = 1,
     no_room: dict[int, str] | None = None,
 ) -> Samples:
-    """The samples of each dialogue: what a family makes of it (`encode_dialogues`), cut to max_len.
+    """The samples of each dialogue: what a family makes of it (`encode_dialogues`), cut to max_len; blocks of texts.
 
     A conversation that is too long loses whole turns from its beginning first, see `encode_dialogues`. A sample that is
     cut has no end token at its end: learning one there would teach the model to stop in mid-sentence.
@@ -119,7 +127,17 @@ def encode_samples(
         ValueError: a prompt leaves no room for an answer, max_src_len none for its question, or a text is not valid
             Unicode. It does not say in which dialogue; `encode_sample` does, asked one by one.
     """
-    encoded = _encode_dialogues(tokenizer, dialogues, max_len, max_src_len, threads, no_room)
+
+    def encode(chosen: Sequence[int]) -> list:
+        """The samples of these dialogues."""
+        lost: dict[int, str] | None = None if no_room is None else {}
+        some = [dialogues[i] for i in chosen]
+        found = _encode_dialogues(tokenizer, some, max_len, max_src_len, threads, lost)
+        if lost:
+            no_room.update({chosen[i]: problem for i, problem in lost.items()})
+        return found if len(some) == len(dialogues) else [one._replace(dialogue=chosen[one.dialogue]) for one in found]
+
+    encoded = encode_with_texts(tokenizer, dialogues, max_len, threads, encode)
     if full := [one for one in encoded if one.spans[0][0] >= max_len]:
         for one in full:
             problem = f"the prompt's {one.spans[0][0]} tokens leave no room for an answer in max_len {max_len}"
@@ -141,6 +159,7 @@ def encode_samples(
     records["learnt"] = np.bincount(owners, spans[:, 1] - spans[:, 0], len(encoded))
     records["cut"] = np.array([one.cut for one in encoded], bool) * PROMPT_CUT + (lengths > max_len) * ANSWER_CUT
     records["cut"] |= np.array([one.dropped for one in encoded], np.int32) << TURNS_SHIFT
+    records["text"] = block_marks(encoded)
     ids = np.frombuffer(b"".join(parts), np.int32)  # five times as fast as np.concatenate
     return Samples(ids, spans, records, np.array([one.dialogue for one in encoded], np.int64))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tuning.samples import conversations
 from tuning.samples.flaws import EACH, Flaw, jq_name, kind_of_value, plain_name, shown_key
+from tuning.samples.text import KEY, almost_text
 
 KEYS = frozenset({"instruction", "input", "output"})
 OPTIONAL = frozenset({"history", "system"})  # keys of our format that a row may have too
@@ -46,7 +47,11 @@ FORMATS = (
     Format("prompt, completion", ("prompt", "completion"), ("prompt", "", "completion")),
     Format("question, answer", ("question", "answer"), ("question", "", "answer")),
     Format("classification (text, label)", ("text", "label"), ("text", "", "label")),
-    Format("plain text (text)", ("text",), why="training on plain text is not there yet"),
+    Format(
+        "plain text (text)",
+        (KEY,),
+        why="it asks nothing; it is for --train_path, --eval_path and --replay_path of train.py",
+    ),
 )
 
 
@@ -65,6 +70,8 @@ def recognise(row: dict) -> Flaw | None:
     known = next((one for one in FORMATS if names.keys() >= {*one.keys}), None)
     if known is None:
         return wrapper_flaw(row)
+    if known.keys == (KEY,) and (problem := almost_text(row, names[KEY], KEYS)):
+        return Flaw(*problem)
     if known.fields is None:
         return Flaw("format", f"a row of {known.name}: {known.why}; {WANTED}")
     pairs = zip(("instruction", "input", "output"), known.fields, strict=True)

@@ -25,6 +25,7 @@ from tuning.samples.flaws import (
     EACH,
     BadRow,
     Flaw,
+    as_string,
     has_half_pair,
     holds_text,
     jq_name,
@@ -33,7 +34,8 @@ from tuning.samples.flaws import (
     says_something,
     shown_key,
 )
-from tuning.samples.foreign import FLAT, KEYS, NEAR, OPTIONAL, names_text, nearest_format, recognise
+from tuning.samples.foreign import FLAT, FORMATS, KEYS, NEAR, OPTIONAL, names_text, nearest_format, recognise
+from tuning.samples.text import KEY, is_text, text_dialogue, text_problem
 
 ROW_FORMAT = 3  # part of a cache file's key: increase it when other rows are accepted, or read in another way
 SHOWN_KEYS = 8  # that are not used
@@ -53,6 +55,9 @@ class Columns(NamedTuple):
     def of(cls, args) -> "Columns | None":
         """What the flags of train.py name; None if they name nothing."""
         return cls(args.prompt_column, args.response_column, args.history_column) if args.prompt_column else None
+
+
+_HALF_PAIR = Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ def find_flaw(
     empty_outputs: bool = False,
     missing_outputs: bool = False,
     columns: Columns | None = None,
+    texts: bool = False,
 ) -> Flaw | None:
     """Why a value from a file is not a valid row, None if it is one; for the arguments see `row_files.scan_rows`.
 
@@ -117,6 +123,8 @@ def find_flaw(
             return flaw
     if missing_outputs and row.get("output", "") is None:
         del row["output"]
+    if texts and is_text(row, KEYS):
+        return _flaw_of_text(row)
     if row.keys() != KEYS and (flaw := _flaw_of_keys(row, missing_outputs)):
         return flaw
     if row.get("input") is None:
@@ -133,7 +141,7 @@ def _flaw_of_texts(row: dict, several_outputs: bool, empty_outputs: bool) -> Fla
     outputs = output if several_outputs and isinstance(output, list) else [output]
     if not outputs or not all(isinstance(one, str) for one in outputs):
         wanted = "a string or a list of strings" if several_outputs else "a string"
-        return Flaw("type", f"output must be {wanted}, not {kind_of_value(output)}{_as_string(output)}")
+        return Flaw("type", f"output must be {wanted}, not {kind_of_value(output)}{as_string(output)}")
     query = row["instruction"] + row["input"]
     if not query.strip():
         return Flaw("empty", "instruction and input are both empty")
@@ -142,7 +150,7 @@ def _flaw_of_texts(row: dict, several_outputs: bool, empty_outputs: bool) -> Fla
     if len(row) > len(KEYS) and (flaw := _flaw_of_earlier(row)):
         return flaw
     if has_half_pair(query + "".join(outputs)):
-        return Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
+        return _HALF_PAIR
     return None
 
 
@@ -168,7 +176,7 @@ def _flaw_of_earlier(row: dict) -> Flaw | None:
 
 def _flaw_of_conversation(row: dict, empty_outputs: bool, missing_outputs: bool) -> Flaw | None:
     style = style_of(row)
-    beside = [key for key in ("instruction", "input", "history") if says_something(row.get(key))]
+    beside = [key for key in ("instruction", "input", "history", "text") if says_something(row.get(key))]
     if beside or any(holds_text(row.get(one)) and holds_text(row.get(other)) for one, other in FLAT):
         return Flaw(
             "format", f"a row that mixes two formats: {style}, and {names_text(beside) or 'question and answer'}"
@@ -231,7 +239,7 @@ def _name_fields(row: dict, missing_outputs: bool) -> Flaw | None:
     for key in (question, answer):
         value = row.get(key)
         if not isinstance(value, str) and not (missing_outputs and key == answer and value is None):
-            return Flaw("type", f"{key} must be a string, not {kind_of_value(value)}{_as_string(value)}")
+            return Flaw("type", f"{key} must be a string, not {kind_of_value(value)}{as_string(value)}")
     others = {key: value for key, value in row.items() if key not in (question, answer)}
     _set_fields(row, others, row[question], row.get(answer), row.get("history"))
     return None
@@ -255,6 +263,8 @@ def to_dialogue(row: dict, train_on: str | None = None) -> Dialogue:
         train_on: which answers are learnt: "all" of those that the row does not except, "last" the last one of them;
             None: all those of a conversation, and with a history the output alone.
     """
+    if is_text(row, KEYS):
+        return text_dialogue(row)
     if conversation_key(row):
         dialogue = read_conversation(row)
         return _learn_last(dialogue) if train_on == "last" else dialogue
@@ -289,15 +299,6 @@ def format_of(row: dict) -> str:
 def question_of(row: dict) -> str:
     """The text that a row asks the model to answer."""
     return to_dialogue(row).prompt
-
-
-def _as_string(value) -> str:
-    """How to make an output a string that is not one."""
-    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
-        return "; training takes one answer: join several parts into one string, with \\n between them"
-    if isinstance(value, int | float):
-        return f'; write it in quotes: "{value}"' if not isinstance(value, bool) else "; write it as text"
-    return ""
 
 
 # Keys
@@ -340,12 +341,8 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
         return None
     if lacking and (flaw := recognise(row)):
         return flaw
-    for key in keys.lost:
-        if says_something(row[key], LOST[plain_name(key)].neutral):
-            return _lost(key, LOST[plain_name(key)])
-    for key in keys.others:
-        if isinstance(row[key], dict | list) and (flaw := _flaw_inside(key, row[key])):
-            return flaw
+    if flaw := _flaw_of_unread(row, keys):
+        return flaw
     for key, meant in keys.meant if row.keys() & KEYS else ():
         if holds_text(row[key]):
             name = jq_name(key)
@@ -363,6 +360,31 @@ def _flaw_of_keys(row: dict, missing_outputs: bool) -> Flaw | None:
     if lacking:
         return Flaw("type", f"the key {lacking[0]!r} is missing; {nearest_format(row)}")
     return None
+
+
+def _flaw_of_unread(row: dict, keys: _Keys) -> Flaw | None:
+    """A key that is not read, but changes what the row means."""
+    for key in keys.lost:
+        if says_something(row[key], LOST[plain_name(key)].neutral):
+            return _lost(key, LOST[plain_name(key)])
+    for key in keys.others:
+        if isinstance(row[key], dict | list) and (flaw := _flaw_inside(key, row[key])):
+            return flaw
+    return None
+
+
+def _flaw_of_text(row: dict) -> Flaw | None:
+    """What is wrong with a row of plain text."""
+    names = {plain_name(key): key for key in row}
+    if any(names.keys() >= {*one.keys} for one in FORMATS if one.keys != (KEY,)):
+        return recognise(row)
+    if not isinstance(row[KEY], str):
+        return Flaw("type", f"text must be a string of plain text, not {kind_of_value(row[KEY])}")
+    if problem := text_problem(row, names):
+        return Flaw(*problem)
+    if flaw := _flaw_of_unread(row, _sort_keys(tuple(row))):
+        return flaw
+    return _HALF_PAIR if has_half_pair(row[KEY]) else None
 
 
 def _flaw_inside(outer: str, value) -> Flaw | None:
@@ -396,7 +418,9 @@ def _lost(key: str, lost: Lost, inside: str = "") -> Flaw:
 def count_unused(rows: Iterable[dict], counts: collections.Counter, read: frozenset[str] = KEYS) -> None:
     """For each key that is not read, count the rows that have it."""
     for row in rows:
-        if len(row) > len(KEYS) or not row.keys() <= KEYS:
+        if is_text(row, KEYS):
+            counts.update(row.keys() - {KEY})
+        elif len(row) > len(KEYS) or not row.keys() <= KEYS:
             unread = conversations.unread_keys(row) if conversation_key(row) else row.keys() - OPTIONAL
             counts.update(unread - read)
 

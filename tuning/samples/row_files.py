@@ -45,6 +45,7 @@ def scan_rows(
     empty_outputs: bool = False,
     missing_outputs: bool = False,
     columns: Columns | None = None,
+    texts: bool = False,
 ) -> Iterator[tuple[int, dict | RowError]]:
     """Read an instruction file to its end: JSON lines, or one JSON array of objects.
 
@@ -53,6 +54,7 @@ def scan_rows(
         empty_outputs: an output may be empty (nothing to extract).
         missing_outputs: a row may have no output, or null; then the yielded row has no output.
         columns: names of question, answer and history in this file.
+        texts: a row may be plain text, see text.py; then the yielded row has the key text, and none of the three.
 
     Yields:
         Line number (of the row's start, from 1) and the row: a dict with strings under instruction, input and output,
@@ -77,7 +79,7 @@ def scan_rows(
                 if flaw and empty and first == b"{" and (whole := _over_lines(head[start:])):
                     raise RowError(f"{path} line {line}: {whole.problem}", line, whole)
                 empty = False
-                flaw = flaw or find_flaw(row, several_outputs, empty_outputs, missing_outputs, columns)
+                flaw = flaw or find_flaw(row, several_outputs, empty_outputs, missing_outputs, columns, texts)
                 yield line, RowError(f"{path} line {line}: {flaw.problem}", line, flaw) if flaw else row
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None

@@ -1,17 +1,22 @@
 """Scores of tool calls: is it a call, is the tool right, are the parameters right.
 
-As in `tuning.metrics`, predictions is one answer a row and references the acceptable answers of each row, of which the
-best counts. An answer is what the model writes after `<|assistant|>` (metadata, line break, content), or a `ToolCall`.
+An answer is a text as `glm_models.tools.answer_text` makes it (the tool's name, a line break, the block with the call;
+or a plain answer), or a `ToolCall`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from glm_models.tools import ToolCall, ToolCallError, read_call
+from glm_models.tools import ToolCall, ToolCallError, find_call, read_answer
 
 Answer = str | ToolCall
 NAMES = ("tool_call", "tool_name", "tool_parameters", "tool_call_right")
-HEADLINE = "tool_call_right"
+LEAST = 0.1  # share of references that are calls, from which answers are scored as calls
+
+
+def are_calls(texts: Sequence[str]) -> bool:
+    """Whether enough of these answers are tool calls to score all as such; conversations have plain answers too."""
+    return sum(find_call(text) is not None for text in texts) >= LEAST * len(texts)
 
 
 def tool_scores(predictions: Sequence[Answer], references: Sequence[Sequence[Answer]]) -> dict[str, float]:
@@ -19,7 +24,6 @@ def tool_scores(predictions: Sequence[Answer], references: Sequence[Sequence[Ans
 
     Raises:
         ValueError: there are no rows, or not as many references as predictions.
-        ToolCallError: a reference cannot be read.
     """
     rows = tool_rows(predictions, references)
     if not predictions:
@@ -33,11 +37,11 @@ def tool_rows(predictions: Sequence[Answer], references: Sequence[Sequence[Answe
     tool_call: the prediction is a call that can be read where the reference is one, and none where the reference is a
     plain answer; tool_name, tool_parameters: the tool's name, its parameters as JSON values (`same_json`);
     tool_call_right: both. Where the reference is a plain answer, all four say that nothing was called: what the answer
-    says is for other metrics. A call that cannot be read counts as a call of nothing: wrong everywhere.
+    says is for other metrics. A call that cannot be read counts as a call of nothing: wrong everywhere, unless the
+    reference is the same text.
 
     Raises:
         ValueError: not as many references as predictions, or a row without a reference.
-        ToolCallError: a reference cannot be read.
     """
     rows: dict[str, list[float]] = {name: [] for name in NAMES}
     for prediction, answers in zip(predictions, references, strict=True):
@@ -52,11 +56,11 @@ def tool_rows(predictions: Sequence[Answer], references: Sequence[Sequence[Answe
 
 def _score(prediction: Answer, reference: Answer) -> tuple[bool, bool, bool, bool]:
     """In the order of NAMES."""
-    wanted = reference if isinstance(reference, ToolCall) else read_call(reference)
     try:
-        found = prediction if isinstance(prediction, ToolCall) else read_call(prediction)
+        wanted = reference if isinstance(reference, ToolCall) else read_answer(reference)
+        found = prediction if isinstance(prediction, ToolCall) else read_answer(prediction)
     except ToolCallError:
-        return (False,) * 4
+        return (prediction == reference,) * 4
     if found is None or wanted is None:
         return (found is None and wanted is None,) * 4
     name, parameters = found.name == wanted.name, same_json(found.parameters, wanted.parameters)
