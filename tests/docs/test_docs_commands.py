@@ -38,6 +38,9 @@ def places(tiny, tmp_path_factory):
     return {
         **{f"{title}/": tiny[mode] for mode, title in {"glm": "ChatGLM-6B", "glm2": "ChatGLM2-6B"}.items()},
         "ChatGLM3-6B/": tiny["glm3"],
+        "ChatGLM3-6B-Base/": tiny["glm3"],
+        "corpus.json": f"{work}/spo_0.json",
+        "my-tools.json": f"{work}/spo_0.json",
         "data/spo_0.json": f"{work}/spo_0.json",
         "data/spo_1.json": f"{work}/spo_1.json",
         "my.json": f"{work}/spo_0.json",

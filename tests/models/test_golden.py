@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+import train
 from glm_models import MODE
 from glm_models.attention import visible_mask
 
@@ -628,3 +629,19 @@ def test_tokenizer_saved_by_transformers_4(mode, tmp_path):
         if not case["hf_version_dependent"]:
             assert tok.encode(case["text"]) == case["encode_with_special"]
             decodes(tok, case)
+
+
+@modes
+def test_conversations_as_training_samples(mode, tmp_path):
+    """Ids and labels of ChatGLM3's official conversations, through --dump_samples."""
+    rows = (GOLDEN / "chat" / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    wanted = json.loads((GOLDEN / "chat" / f"{mode}.json").read_text(encoding="utf-8"))
+    path, out = tmp_path / "rows.jsonl", tmp_path / "samples.jsonl"
+    path.write_text("".join(rows[one["row"]] for one in wanted), encoding="utf-8")
+    flags = ["--mode", mode, "--model_name_or_path", str(GOLDEN / mode / "checkpoint"), "--train_path", str(path)]
+    flags += ["--max_len", "2000", "--max_src_len", "1900", "--data_cache", "none", "--dump_samples", str(out)]
+    train.main(flags)
+    found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    expected = [(line, sample) for line, one in enumerate(wanted, 1) for sample in one["samples"]]
+    assert [one.pop("file") for one in found] == [str(path)] * len(expected)
+    assert [(one.pop("line"), one) for one in found] == expected

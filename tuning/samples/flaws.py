@@ -41,6 +41,15 @@ def kind_of_value(value) -> str:
     )
 
 
+def as_string(value) -> str:
+    """How to make an output a string that is not one."""
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return "; training takes one answer: join several parts into one string, with \\n between them"
+    if isinstance(value, int | float):
+        return f'; write it in quotes: "{value}"' if not isinstance(value, bool) else "; write it as text"
+    return ""
+
+
 def plain_name(key: str) -> str:
     """A key without the differences between spellings: case, blanks, - and _."""
     return unicodedata.normalize("NFKC", key).casefold().translate({ord(c): None for c in "_- \t\ufeff"})

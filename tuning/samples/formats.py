@@ -24,6 +24,7 @@ from tuning.samples.flaws import (
     EACH,
     BadRow,
     Flaw,
+    as_string,
     has_half_pair,
     holds_text,
     jq_name,
@@ -111,7 +112,7 @@ def _flaw_of_texts(row: dict, several_outputs: bool, empty_outputs: bool) -> Fla
     outputs = output if several_outputs and isinstance(output, list) else [output]
     if not outputs or not all(isinstance(one, str) for one in outputs):
         wanted = "a string or a list of strings" if several_outputs else "a string"
-        return Flaw("type", f"output must be {wanted}, not {kind_of_value(output)}{_as_string(output)}")
+        return Flaw("type", f"output must be {wanted}, not {kind_of_value(output)}{as_string(output)}")
     query = row["instruction"] + row["input"]
     if not query.strip():
         return Flaw("empty", "instruction and input are both empty")
@@ -209,7 +210,7 @@ def _name_fields(row: dict, missing_outputs: bool) -> Flaw | None:
     for key in (question, answer):
         value = row.get(key)
         if not isinstance(value, str) and not (missing_outputs and key == answer and value is None):
-            return Flaw("type", f"{key} must be a string, not {kind_of_value(value)}{_as_string(value)}")
+            return Flaw("type", f"{key} must be a string, not {kind_of_value(value)}{as_string(value)}")
     others = {key: value for key, value in row.items() if key not in (question, answer)}
     _set_fields(row, others, row[question], row.get(answer), row.get("history"))
     return None
@@ -269,15 +270,6 @@ def format_of(row: dict) -> str:
 def question_of(row: dict) -> str:
     """The text that a row asks the model to answer."""
     return to_dialogue(row).prompt
-
-
-def _as_string(value) -> str:
-    """How to make an output a string that is not one."""
-    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
-        return "; training takes one answer: join several parts into one string, with \\n between them"
-    if isinstance(value, int | float):
-        return f'; write it in quotes: "{value}"' if not isinstance(value, bool) else "; write it as text"
-    return ""
 
 
 # Keys
