@@ -175,6 +175,7 @@ def test_loss_is_that_of_a_plain_computation(load, tokenizers, write, mode):
             {"text": "水", "messages": [{"role": "user", "content": "水"}]},
             "mixes two formats: OpenAI messages, and text",
         ),
+        ({"text": "水", "tools": [{"name": "get_weather"}]}, "the key 'tools' holds tools, which would be lost"),
         ({"text": "水", "meta": {"weight": 0.5}}, "a weight for the loss"),
         ({"text": "水", "input": "漏"}, "plain text ('text') and 'input' in one row: "),
         ({"text": "水", "output": "漏", "input": ""}, "plain text ('text') and 'input', 'output' in one row: "),
@@ -187,6 +188,16 @@ def test_what_is_wrong_with_a_text(write, tokenizers, row, problem):
         InstructionData(DataSettings(path, 200, 100), tokenizers["glm2"])
     assert str(error.value).startswith(f"{path} line 2: ") and problem in str(error.value)
     assert str(error.value).isprintable()
+
+
+def test_a_conversation_with_a_text_beside_it_is_a_conversation(write, tokenizers):
+    turns = [{"role": role, "content": "漏"} for role in ("user", "assistant", "user")]  # the last one is not answered
+    alone, both = (
+        InstructionData(DataSettings(write({"messages": turns} | more), 200, 100), tokenizers["glm3"])
+        for more in ({}, {"text": "水泵"})
+    )
+    assert list(both.samples) == list(alone.samples) and not both.texts.any()
+    assert both.summary().endswith("keys not used: text (1 row)")
 
 
 def test_a_text_is_no_question(write):
@@ -214,6 +225,7 @@ def test_check_data_counts_texts_apart(tokenizers, write, tmp_path):
     data = InstructionData(DataSettings(path, 200, 100), tokenizers["glm"])
     blocks = data.lengths[data.texts > 0]
     line = f"plain text: 2 rows in {len(blocks)} blocks of at most --max_len 200, {blocks.sum()} tokens; none is cut"
+    assert any(one.startswith("formats:") and "plain text" in one for one in said)
     assert line in said and f"{path}: 3 rows, 3 of them usable" in said
     assert any(one.startswith(f"tokens: {data.lengths[data.texts == 0].sum()} (prompts ") for one in said)
     said = []

@@ -234,11 +234,11 @@ def to_dialogue(row: dict, train_on: str | None = None) -> Dialogue:
         train_on: which answers are learnt: "all" of those that the row does not except, "last" the last one of them;
             None: all those of a conversation, and with a history the output alone.
     """
-    if is_text(row, KEYS):
-        return text_dialogue(row)
     if conversation_key(row):
         dialogue = read_conversation(row)
         return _learn_last(dialogue) if train_on == "last" else dialogue
+    if is_text(row, KEYS):
+        return text_dialogue(row)
     messages = []
     if "system" in row and says_something(row["system"]):
         messages.append(Message("system", row["system"]))
@@ -263,6 +263,8 @@ def format_of(row: dict) -> str:
     """The name of a valid row's format, after `find_flaw`."""
     if conversation_key(row):
         return style_of(row)
+    if is_text(row, KEYS):
+        return "plain text"
     more = [key for key in sorted(OPTIONAL) if says_something(row.get(key))]
     return ", ".join(("question and answer", *more))
 
@@ -389,7 +391,7 @@ def _lost(key: str, lost: Lost, inside: str = "") -> Flaw:
 def count_unused(rows: Iterable[dict], counts: collections.Counter, read: frozenset[str] = KEYS) -> None:
     """For each key that is not read, count the rows that have it."""
     for row in rows:
-        if is_text(row, KEYS):
+        if is_text(row, KEYS) and not conversation_key(row):
             counts.update(row.keys() - {KEY})
         elif len(row) > len(KEYS) or not row.keys() <= KEYS:
             unread = conversations.unread_keys(row) if conversation_key(row) else row.keys() - OPTIONAL
