@@ -190,16 +190,6 @@ def test_what_is_wrong_with_a_text(write, tokenizers, row, problem):
     assert str(error.value).isprintable()
 
 
-def test_a_conversation_with_a_text_beside_it_is_a_conversation(write, tokenizers):
-    turns = [{"role": role, "content": "漏"} for role in ("user", "assistant", "user")]  # the last one is not answered
-    alone, both = (
-        InstructionData(DataSettings(write({"messages": turns} | more), 200, 100), tokenizers["glm3"])
-        for more in ({}, {"text": "水泵"})
-    )
-    assert list(both.samples) == list(alone.samples) and not both.texts.any()
-    assert both.summary().endswith("keys not used: text (1 row)")
-
-
 def test_a_text_is_no_question(write):
     with pytest.raises(
         DataError, match=r"line 1: a row of plain text \(text\): it asks nothing; it is for --train_path"
