@@ -238,6 +238,12 @@ def test_answers_to_text_alone_are_refused(tiny, tokenizers, write, monkeypatch)
 # Training
 
 
+def conversation(question: str) -> list[dict]:
+    """Two turns, as the OpenAI API has them."""
+    texts = (("user", "你好"), ("assistant", "你好！"), ("user", question), ("assistant", ROW["output"]))
+    return [{"role": role, "content": text} for role, text in texts]
+
+
 def in_bf16(folder: Path, stage: int) -> str:
     """The project's ds file with bf16, whatever the device."""
     content = json.loads((Path(__file__).resolve().parents[2] / f"ds_zero{stage}_no_offload.json").read_text())
@@ -253,12 +259,14 @@ def allow_bf16():
 
 @pytest.mark.parametrize(("mode", "method", "stage"), [("glm", "all", 2), ("glm3", "lora", 3)])
 def test_texts_train_on_two_ranks_and_go_on_from_a_state(tmp_path, mode, method, stage):
-    """Texts and instruction rows in one file, packed, with replay of text and answers to the rows that ask."""
+    """Texts, instruction rows and conversations in one file, packed, with replay of text and answers to what asks."""
     rows, general = tmp_path / "rows.json", tmp_path / "general.json"
     some = [
         {"text": LONG[:1500]},
         *({"text": line} for line in TEXT[:12]),
         *(ROW | {"input": line} for line in TEXT[:12]),
+        *(ROW | {"input": line, "history": [["你好", "你好！"]]} for line in TEXT[12:16]),
+        *({"messages": conversation(line)} for line in TEXT[16:20]),
     ]
     rows.write_text("\n".join(map(json.dumps, some)))
     general.write_text("\n".join(json.dumps({"text": line}) for line in TEXT[20:40]))
@@ -277,4 +285,4 @@ def test_texts_train_on_two_ranks_and_go_on_from_a_state(tmp_path, mode, method,
     assert "of them are blocks of plain text, from 13 rows" in said and "blocks of plain text, from 20 rows" in said
     assert " blocks of plain text" in said[said.index("validation: ") :].splitlines()[0]
     answered = (output / "validation-predictions.jsonl").read_text().splitlines()
-    assert answered and all(json.loads(line)["instruction"] == ROW["instruction"] for line in answered)
+    assert answered and all(json.loads(line).keys() & {"instruction", "messages"} for line in answered)
