@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Run all tests in an environment of their own, two files at a time. VENV: its folder (default .venv). Arguments are
-# passed to pytest.
+# Run all tests in an environment of their own, three files at a time: much of a test is waiting for processes.
+# VENV: its folder (default .venv). Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 make_environment requirements-dev.txt
 export OMP_NUM_THREADS=1
-python -m pytest -n 2 --dist loadfile "$@"
+python -m pytest -n 3 --dist loadfile "$@"
