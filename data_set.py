@@ -53,14 +53,17 @@ def data_settings(args, path: str, several_outputs: bool = False, columns: bool 
     )
 
 
+def cache_folder(args) -> str | None:
+    """Where prepared files stay, by --data_cache; None if they are not kept."""
+    return None if args.data_cache == "none" else args.data_cache or cache.default_folder()
+
+
 def load_data(args, tokenizer, path: str, several_outputs: bool = False, columns: bool = True) -> InstructionData:
     """A file's samples: prepared by one process per node, or found in the cache, then mapped into all of them."""
-    settings = data_settings(args, path, several_outputs, columns)
-    keep = args.data_cache != "none"
-    cache_dir = (args.data_cache or cache.default_folder()) if keep else None
-    prepared = once_per_node(lambda: prepare(settings, tokenizer, cache_dir, progress=is_rank_0()))
+    settings, folder = data_settings(args, path, several_outputs, columns), cache_folder(args)
+    prepared = once_per_node(lambda: prepare(settings, tokenizer, folder, progress=is_rank_0()))
     data = InstructionData(settings, tokenizer, prepared)
-    if not keep:
+    if folder is None:
         on_rank_0(lambda: None)  # all have mapped it
         once_per_node(lambda: os.unlink(prepared))  # what is mapped stays readable
     return data
@@ -68,10 +71,8 @@ def load_data(args, tokenizer, path: str, several_outputs: bool = False, columns
 
 def dump(args, tokenizer) -> None:
     """--dump_samples: write the samples that would be trained, before packing. Needs no other processes."""
-    settings = data_settings(args, args.train_path)
-    keep = args.data_cache != "none"
-    cache_dir = (args.data_cache or cache.default_folder()) if keep else None
-    prepared = prepare(settings, tokenizer, cache_dir, progress=True) if keep else None
+    settings, folder = data_settings(args, args.train_path), cache_folder(args)
+    prepared = prepare(settings, tokenizer, folder, progress=True) if folder else None
     data = InstructionData(settings, tokenizer, prepared)
     rows = range(len(data)) if args.eval_ratio is None else split_rows(data, args.eval_ratio)[0].tolist()
     dump_samples(data, rows, args.dump_samples)

@@ -278,7 +278,7 @@ def check_args(args) -> None:
 
 
 def main(argv=None) -> None:
-    with exit_on_user_errors(DataError):
+    with exit_on_user_errors():
         args = parse_args(argv)
         silence_libraries(args.verbose)
         check_args(args)

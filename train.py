@@ -32,7 +32,6 @@ from tuning.engine import patches
 from tuning.engine.ds_config import compute_dtype, ds_notes, fit_buckets, load_training_config, zero_layout
 from tuning.engine.loading import load_base, load_tokenizer
 from tuning.engine.saving import check_room, count_results, is_save_step, result_size, save
-from tuning.errors import DataError
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import record_base
 from tuning.lora.earlier import start_from_adapter
@@ -219,24 +218,21 @@ def finish(args, model, result: str, log: RunLog, validation: Validation | None)
         print_rank_0(line)
 
 
-def check(args) -> None:
+def check(args, tokenizer) -> None:
     """--check_data: needs the tokenizer, and neither other processes nor the model."""
-    tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
     check_data(data_settings(args, args.train_path), tokenizer, args.test_path, args.output_dir)
 
 
 def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
-    with exit_on_user_errors(DataError):
+    with exit_on_user_errors():
         args = parse_args(argv)
     silence_libraries(args.verbose)
-    with exit_on_user_errors(DataError), explain_oom(lambda: memory_advice(args)):
+    with exit_on_user_errors(), explain_oom(lambda: memory_advice(args)):
         if args.plan:
             planner.plan(args, plan_setup)
         elif args.check_data or args.dump_samples:
-            if is_rank_0() and args.check_data:
-                check(args)
-            elif is_rank_0():
-                dump(args, load_tokenizer(args.mode, args.model_name_or_path))
+            if is_rank_0():
+                (check if args.check_data else dump)(args, load_tokenizer(args.mode, args.model_name_or_path))
         else:
             with leaving_distributed():
                 train(args, hooks)

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 
-from tuning.errors import ExitCode, FolderError, StopTraining, UserError
+from tuning.errors import DataError, ExitCode, FolderError, StopTraining, UserError
 from tuning.terminal import drop_output, visible
 
 ENDING = threading.Event()  # set when this process is about to print its error and end
@@ -49,14 +49,11 @@ def _tell(message: str) -> None:
 
 
 @contextlib.contextmanager
-def exit_on_user_errors(*kinds: type[Exception]):
+def exit_on_user_errors():
     """End with one line and an exit code on StopTraining and on errors of the user; bugs keep their traceback.
 
     Most such errors occur on every rank at once: then rank 0 prints for all. If one occurs on another rank, that rank
     prints it after a moment, in which the launcher would have ended it if rank 0 had failed too.
-
-    Args:
-        kinds: more exceptions that the user can fix.
 
     Raises:
         SystemExit: with the code, if no other rank waits, so that a notebook goes on.
@@ -75,7 +72,7 @@ def exit_on_user_errors(*kinds: type[Exception]):
         code, everyone = stop.exit_code, stop.everyone
         message = str(stop) if code == ExitCode.RESUMABLE else f"error: {stop}"
     except Exception as error:
-        if isinstance(error, (*_clear(), *kinds)):
+        if isinstance(error, _clear()):
             code, message, everyone = ExitCode.USER_ERROR, f"error: {error}", False
         elif isinstance(error, BrokenPipeError) and alone:
             drop_output()
@@ -94,7 +91,7 @@ def _clear() -> tuple[type[Exception], ...]:
     """Errors whose message is all the user needs."""
     from glm_models.checkpoint import CheckpointError
 
-    return UserError, CheckpointError, FolderError
+    return UserError, DataError, CheckpointError, FolderError
 
 
 def _end(code: int, message: str, everyone: bool, alone: bool) -> None:

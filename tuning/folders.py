@@ -54,6 +54,12 @@ def seal_files(folder: str, names: list[str]) -> dict[str, dict]:
     return {name: _describe(os.path.join(folder, name), flush=True) for name in names}
 
 
+def file_hash(path: str) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _describe(path: str, flush: bool = False) -> dict:
     digest = hashlib.sha256()
     with open(path, "rb") as file:

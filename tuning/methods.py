@@ -7,6 +7,7 @@ train require gradients.
 import torch
 from peft import LoraConfig, get_peft_model
 
+from tuning.arguments.parser import split_names
 from tuning.errors import UserError
 from tuning.lora.earlier import copy_weights, read_start, target_modules, uses_rslora
 from tuning.lora.layers import use_own_layers
@@ -77,11 +78,6 @@ def train_all(args, load):
 
 
 TRAIN_TYPE = {"freeze": freeze, "ptuning": ptuning, "lora": lora, "all": train_all}
-
-
-def split_names(text: str) -> list[str]:
-    """A comma-separated list."""
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def shorten(names: list[str]) -> list[str]:

@@ -277,11 +277,11 @@ ENDS = [
 @pytest.mark.parametrize(("error", "code", "line"), ENDS)
 def test_each_end_is_one_line_and_its_exit_code(ranks, capsys, error, code, line):
     ranks(0, 1)
-    with pytest.raises(SystemExit) as end, exit_on_user_errors(DataError):
+    with pytest.raises(SystemExit) as end, exit_on_user_errors():
         raise error
     assert (end.value.code, capsys.readouterr().err) == (code, line + "\n")
     ranks(0, 2)  # where the interpreter could not end: others wait for this process
-    with pytest.raises(Gone) as end, exit_on_user_errors(DataError):
+    with pytest.raises(Gone) as end, exit_on_user_errors():
         raise error
     assert (end.value.args[0], capsys.readouterr().err) == (code, line + "\n")
 

@@ -135,7 +135,7 @@ def test_long_texts_make_short_chunks(monkeypatch):
     monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", 10)
     rows = [{"instruction": "a" * n, "input": "", "output": "b"} for n in (4, 4, 4, 50, 1)]
     rows = [(i, row, to_dialogue(row)) for i, row in enumerate(rows)]
-    assert [[line for line, *_ in chunk] for chunk in encoding._chunks(iter(rows))] == [[0, 1, 2], [3], [4]]
+    assert [[line for line, *_ in chunk] for chunk in encoding.split_chunks(iter(rows))] == [[0, 1, 2], [3], [4]]
 
 
 # The cache

@@ -27,6 +27,11 @@ MARK = "\0"  # no word of a command line can have it
 # Types of values: each turns the text of a flag into its value, or raises a ValueError that says what is needed
 
 
+def split_names(text: str) -> list[str]:
+    """A comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 @dataclass(frozen=True)
 class Integer:
     """An integer. `hint` is added to the error message."""
@@ -157,7 +162,7 @@ class Names(Text):
     metavar = "NAMES"
 
     def __call__(self, text: str) -> str:
-        if not any(name.strip() for name in text.split(",")):
+        if not split_names(text):
             raise ValueError("is empty")
         return text
 

@@ -10,7 +10,6 @@ process at a time writes to a file.
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from typing import NamedTuple
 from glm_models.checkpoint import CheckpointError, read_json
 from glm_models.identify import describe_base
 from glm_models.tools import find_call
+from tuning import folders
 from tuning.errors import FolderError, UserError
 from tuning.folders import MANIFEST, write_errors, write_file
 from tuning.metrics import (
@@ -61,8 +61,7 @@ def file_hash(path: str) -> str:
         UserError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return folders.file_hash(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 

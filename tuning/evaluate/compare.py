@@ -28,11 +28,11 @@ if __name__ == "__main__":
     answer_early(parse_args)
 
 from glm_models.checkpoint import read_json
-from tuning.errors import DataError, ExitCode, UserError
+from tuning.errors import ExitCode, UserError
 from tuning.evaluate import report, scores
 from tuning.evaluate.inputs import read_curves
 from tuning.exits import exit_on_user_errors
-from tuning.folders import write_errors, write_file
+from tuning.folders import file_hash, write_errors, write_file
 from tuning.samples.formats import question_of, unused_keys
 from tuning.samples.row_files import read_rows
 
@@ -240,8 +240,7 @@ def fingerprints(paths: list[str]) -> list:
             entries = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path) if e.is_file())
             found.append(entries)
         else:
-            with open(path, "rb") as file:
-                found.append(hashlib.file_digest(file, "sha256").hexdigest())
+            found.append(file_hash(path))
     return found
 
 
@@ -364,7 +363,7 @@ def compare(args, runner=None) -> str:
 
 def main(argv=None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with exit_on_user_errors(DataError):
+    with exit_on_user_errors():
         args = parse_args(argv)
         try:
             path = compare(args)

@@ -80,9 +80,8 @@ from glm_models.generation import generate_ids
 from tuning.engine.loading import load_result, named_device
 from tuning.errors import DataError, UserError
 from tuning.exits import exit_on_user_errors
-from tuning.folders import check_space, write_errors, write_file
+from tuning.folders import check_space, file_hash, write_errors, write_file
 from tuning.samples.batches import MicroBatch, collate
-from tuning.samples.cache import file_hash
 from tuning.samples.encoding import Sample, encode_sample
 from tuning.samples.formats import KEYS, question_of, unused_keys
 from tuning.samples.row_files import read_rows
@@ -283,7 +282,7 @@ def compare(
         "base": base,
         "tuned": tuned,
         "suite": suite,
-        "suite_sha256": file_hash(suite)[0],
+        "suite_sha256": file_hash(suite),
         "dtype": str(dtype).removeprefix("torch."),
         "max_new_tokens": max_new_tokens,
         **figures,
@@ -354,7 +353,7 @@ def _cell(text: str) -> str:
 
 
 def main(argv=None) -> None:
-    with exit_on_user_errors(DataError):
+    with exit_on_user_errors():
         args = parse_args(argv)
         silence_libraries(args.verbose)
         output = args.output or os.path.join(args.tuned, "forgetting.json")

@@ -1,12 +1,11 @@
 """LoRA that goes on from an earlier adapter: --adapter_path. Rank, alpha and layers are those of the adapter."""
 
-import hashlib
-from pathlib import Path
-
 import torch
 
 from glm_models.checkpoint import CheckpointError, printable
+from tuning.arguments.parser import split_names
 from tuning.errors import UserError
+from tuning.folders import file_hash
 from tuning.lora.adapter import Adapter, check_base, read_adapter, read_config, unread_keys
 from utils import on_rank_0, print_rank_0
 
@@ -22,7 +21,7 @@ def take_lora_flags(args) -> None:
         return
     adapter, config = read_start(args.adapter_path), read_config(args.adapter_path)
     layers = sorted({path.rpartition(".")[2] for path in layers_of(adapter)})
-    asked = {name.strip() for name in (args.lora_module_name or "").split(",") if name.strip()}
+    asked = set(split_names(args.lora_module_name or ""))
     wrong = []
     for name, value in (("lora_dim", config["r"]), ("lora_alpha", config["lora_alpha"])):
         given = getattr(args, name)
@@ -71,7 +70,7 @@ def start_from_adapter(args) -> dict[str, str]:
     lines = [f"LoRA starts from {folder}: rank {args.lora_dim}, alpha {args.lora_alpha:g}, {args.lora_module_name}"]
     lines.append(on_rank_0(lambda: check_base(folder, args.mode, args.model_name_or_path)))
     print_rank_0("\n".join(map(printable, [*lines, *unread_keys(folder, read_config(folder))])))
-    return {"--adapter_path": hashlib.sha256(Path(read_start(folder).file.path).read_bytes()).hexdigest()}
+    return {"--adapter_path": file_hash(read_start(folder).file.path)}
 
 
 def target_modules(adapter: Adapter, names: list[str], linear: list[str]) -> list[str]:

@@ -172,12 +172,12 @@ class Validation:
         dialogue, limits = to_dialogue(row, self.args.train_on), (self.args.max_len, self.args.max_src_len)
         try:
             samples = encode_samples(self.tokenizer, [dialogue], *limits)
-            encoded = self.tokenizer.encode_dialogues([dialogue], limits[1], max_len=limits[0])
         except ValueError:  # no room for an answer
             return []
         learnt = [message for message in dialogue.messages if message.learn]
         if len(learnt) == 1 and dialogue.messages[-1].learn:
             return [(tuple(samples[0].input_ids), row)]
+        encoded = self.tokenizer.encode_dialogues([dialogue], limits[1], max_len=limits[0])
         found = []
         for number, (sample, one) in enumerate(zip(samples, encoded, strict=True)):
             # one sample has all answers that its turns have, or each answer has a sample

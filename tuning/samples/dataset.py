@@ -23,11 +23,11 @@ from tuning.samples.encoding import (
     PROMPT_CUT,
     TURNS_SHIFT,
     Samples,
-    _ahead,
-    _chunks,
-    _raise_first_error,
+    ahead,
     available_cpus,
     encode_samples,
+    raise_first_error,
+    split_chunks,
 )
 from tuning.samples.file_kinds import path_problem
 from tuning.samples.findings import BROKEN, FIRST, WARNINGS, Findings, lines_text
@@ -172,12 +172,12 @@ def encode_file(settings: DataSettings, tokenizer, leave_out: Callable[[RowError
         try:
             samples = encode_samples(tokenizer, dialogues, *limits, threads, no_room)
         except ValueError:
-            _raise_first_error(path, chunk, tokenizer, *limits)
+            raise_first_error(path, chunk, tokenizer, *limits)
             raise
         samples.records["line"] = np.array(lines)[samples.places]
         return Chunk(lines, rows, dialogues, samples), no_room
 
-    for chunk, no_room in _ahead(encode, _chunks(usable())):
+    for chunk, no_room in ahead(encode, split_chunks(usable())):
         for i, problem in no_room.items():
             line = chunk.lines[i]
             leave_out(RowError(f"{path} line {line}: {problem}", line, Flaw("no_room", problem)))

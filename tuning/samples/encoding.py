@@ -198,7 +198,7 @@ def encode_sample(tokenizer, row: dict, max_len: int, max_src_len: int | None) -
     return encode_samples(tokenizer, [to_dialogue(row, "last")], max_len, max_src_len)[0]
 
 
-def _ahead(encode, chunks):
+def ahead(encode, chunks):
     """encode(chunk) of each chunk in order, computed ahead: Python reads on while SentencePiece encodes."""
     with ThreadPoolExecutor(AHEAD) as pool:
 
@@ -220,7 +220,7 @@ def _ahead(encode, chunks):
             yield waiting.popleft().result()
 
 
-def _raise_first_error(path, chunk, tokenizer, max_len, max_src_len):
+def raise_first_error(path, chunk, tokenizer, max_len, max_src_len):
     for line, _, dialogue in chunk:
         try:
             encode_samples(tokenizer, [dialogue], max_len, max_src_len)
@@ -228,7 +228,7 @@ def _raise_first_error(path, chunk, tokenizer, max_len, max_src_len):
             raise DataError(f"{path} line {line}: {error}") from None
 
 
-def _chunks(rows: Iterator[tuple[int, dict, Dialogue]]) -> Iterator[list[tuple[int, dict, Dialogue]]]:
+def split_chunks(rows: Iterator[tuple[int, dict, Dialogue]]) -> Iterator[list[tuple[int, dict, Dialogue]]]:
     """Line numbers, rows and their dialogues in bounded lists.
 
     The rows before a broken one come first, since one of them may have an error of its own.
