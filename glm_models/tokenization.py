@@ -227,10 +227,9 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         Raises:
             ValueError: see `dialogue_problem`.
         """
-        if len(dialogue.messages) == 2 and dialogue.tools is None:
+        if dialogue.is_single_turn:
             question, answer = dialogue.messages
-            if (question.role, answer.role) == ("user", "assistant") and not question.metadata and not answer.metadata:
-                return [(question.content, answer.content)]
+            return [(question.content, answer.content)]
         if problem := self.dialogue_problem(dialogue):
             raise ValueError(problem)
         texts = [message.content for message in dialogue.messages]

@@ -218,6 +218,17 @@ def test_a_family_without_a_role_refuses_the_row_alone(tokenizers, tmp_path):
         assert {*data.lines.tolist()} == {2, 3}
 
 
+def test_a_call_in_a_row_of_few_keys_is_refused_alone_too(tokenizers, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    call = {"role": "tool", "name": "time", "parameters": {}, "observation": "10:30"}
+    turns = [{"role": "user", "content": "几点？"}, call, {"role": "assistant", "content": "十点半。"}]
+    rows = [{"conversations": turns}, {"instruction": "问", "input": "", "output": "答"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for mode in ("glm", "glm2"):
+        data = InstructionData(DataSettings(str(path), 900, 800, skip_bad=True), tokenizers[mode])
+        assert data.lines.tolist() == [2] and data.findings["family"] == [1, [1]]
+
+
 def test_turns_that_are_lost_are_reported(tokenizers):
     for mode in MODE:
         limits = int(read(tokenizers[mode], "openai.jsonl").lengths.max()) - 1, 60

@@ -159,7 +159,8 @@ def encode_file(settings: DataSettings, tokenizer, leave_out: Callable[[RowError
                 leave_out(row)
                 continue
             dialogue = to_dialogue(row, settings.train_on)
-            if len(row) > 3 and not dialogue.is_text and (problem := tokenizer.dialogue_problem(dialogue)):
+            taken = dialogue.is_single_turn or dialogue.is_text
+            if not taken and (problem := tokenizer.dialogue_problem(dialogue)):
                 leave_out(RowError(f"{path} line {line}: {problem}", line, Flaw("family", problem)))
             else:
                 yield line, row, dialogue

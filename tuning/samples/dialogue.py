@@ -38,6 +38,14 @@ class Dialogue(NamedTuple):
         return self.messages[0].role == "text"
 
     @property
+    def is_single_turn(self) -> bool:
+        """Whether this is one question with its answer and nothing else, as most rows are; every family takes it."""
+        if len(self.messages) != 2 or self.tools is not None:
+            return False
+        question, answer = self.messages
+        return (question.role, answer.role) == ("user", "assistant") and not (question.metadata or answer.metadata)
+
+    @property
     def asked(self) -> tuple[Message, ...]:
         """The messages before the last answer."""
         return self.messages[: -1 if self.messages[-1].role == "assistant" else None]
