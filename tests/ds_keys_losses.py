@@ -14,12 +14,11 @@ import os
 import sys
 import tempfile
 import traceback
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
-from runs import METHOD_FLAGS, Launched, make_base, make_rows
+from runs import METHOD_FLAGS, Forked, make_base, make_rows
 
 import train
 import utils
@@ -201,7 +200,6 @@ def run_all(jobs: dict[str, list[str]], results: Path) -> None:
         gc.collect()
         if utils.is_rank_0():
             results.write_text(json.dumps(done))
-    os._exit(0)
 
 
 def losses(wanted: dict, folder: Path, limit: float) -> dict[str, float | str]:
@@ -223,7 +221,7 @@ def losses(wanted: dict, folder: Path, limit: float) -> dict[str, float | str]:
 
     pairs = {name: (job(stage, before), job(stage, after)) for name, (stage, before, after) in wanted.items()}
     results, log = folder / "results.json", folder / "log.txt"
-    Launched([], 2, folder / "losses", log, partial(run_all, jobs, results)).wait(limit)
+    Forked(2, log, lambda rank: run_all(jobs, results)).wait(limit)
     done = json.loads(results.read_text())
     return {name: difference(done[before], done[after]) for name, (before, after) in pairs.items()}
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import run_jobs
+from runs import Launched
 from safetensors.torch import load_file, save_file
 
 import merge_lora
@@ -49,21 +51,6 @@ def deepspeed(ranks: int, *command: str, timeout: int = 1500) -> subprocess.Comp
     return subprocess.run(
         [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
-
-
-def run_jobs(folder: Path, ranks: int, jobs: dict[str, list[str]]) -> dict[str, list[float]]:
-    """Losses of several trainings, by name. Stage 3 has a process of its own: it changes how modules are made."""
-    losses = {}
-    for stage3 in (False, True):
-        some = {name: argv for name, argv in jobs.items() if any("zero3" in word for word in argv) == stage3}
-        if not some:
-            continue
-        (folder / f"jobs-{ranks}.json").write_text(json.dumps(some))
-        results = folder / f"results-{ranks}.json"
-        run = deepspeed(ranks, "tests/support/jobs.py", folder / f"jobs-{ranks}.json", results)
-        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-        losses |= {name: [loss for _, loss in history] for name, history in json.loads(results.read_text()).items()}
-    return losses
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +300,7 @@ def test_result_folders_keep_what_other_tools_read(memorised, tiny, folder):
         assert generation["eos_token_id"] == (stop if len(stop) > 1 else stop[0])
 
 
-def bad_run(tiny, rows, folder, **change):
+def bad_run(tiny, rows, folder, **change) -> list[str]:
     flags = {
         "mode": "glm3",
         "model_name_or_path": tiny["glm3"],
@@ -322,7 +309,7 @@ def bad_run(tiny, rows, folder, **change):
         "data_cache": folder / "cache",
     }
     flags |= {"max_len": 128, "max_src_len": 96, **change}
-    return deepspeed(2, "train.py", *(part for key, value in flags.items() for part in (f"--{key}", value)))
+    return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
 
 
 def errors(tiny, folder):
@@ -349,16 +336,27 @@ def errors(tiny, folder):
     }
 
 
-@pytest.mark.parametrize("kind", ["mode", "path", "data", "cache", "module", "freeze", "ds_file", "contradiction"])
-def test_what_cannot_work_ends_with_one_clear_error_on_two_ranks(tiny, rows, folder, kind):
-    change, message = errors(tiny, folder)[kind]
-    run = bad_run(tiny, rows, folder, **change)
-    assert run.returncode != 0
-    output = run.stdout + run.stderr
+def check_one_error(output: str, message: str) -> None:
     assert "Traceback" not in output
     lines = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(lines) == 1, output
     assert message in lines[0]
+
+
+@pytest.mark.parametrize("kind", ["mode", "path", "data", "cache", "module", "freeze", "ds_file", "contradiction"])
+def test_what_cannot_work_ends_with_one_clear_error_on_two_ranks(tiny, rows, folder, kind):
+    change, message = errors(tiny, folder)[kind]
+    log = folder / f"bad-{kind}.log"
+    run = Launched(bad_run(tiny, rows, folder, **change), 2, folder / "bad-losses", log)
+    assert 0 not in run.wait().values()
+    check_one_error(log.read_text(), message)
+
+
+def test_under_the_launcher_there_is_one_error_too(tiny, rows, folder):
+    change, message = errors(tiny, folder)["data"]
+    run = deepspeed(2, "train.py", *bad_run(tiny, rows, folder, **change))
+    assert run.returncode != 0
+    check_one_error(run.stdout + run.stderr, message)
 
 
 def test_python_alone_trains_on_one_device(tiny, rows, folder):

@@ -11,9 +11,10 @@ import math
 import pytest
 import torch
 from conftest import enliven, write_model
+from jobs import run_jobs
 from runs import METHOD_FLAGS, make_base
 from safetensors import safe_open
-from test_train import DS_FILES, PAIRS, RATES, ROOT, ROWS, run_jobs
+from test_train import DS_FILES, PAIRS, RATES, ROOT, ROWS
 
 import predict
 from glm_models import MODE

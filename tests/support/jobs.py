@@ -1,42 +1,47 @@
-"""Run several trainings in one process a rank: start-up is what takes most of the time of a tiny run.
-
-    deepspeed --num_gpus 2 tests/support/jobs.py JOBS RESULTS
-
-JOBS is a json file, {name: arguments of train.py}; RESULTS gets {name: [[step, loss], ...]}.
-"""
+"""Runs several trainings one after the other in the same forked processes: start-up takes most of a tiny run's time."""
 
 import gc
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import torch
 from deepspeed.accelerator import get_accelerator
+from runs import Forked
 
 import train
 import utils
 from glm_models import ops
 
+LIMIT = 1500  # seconds for all trainings of a call
 
-def main():
-    torch.set_num_threads(1)
-    jobs, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
+
+def run_jobs(folder: Path, ranks: int, jobs: dict[str, list[str]]) -> dict[str, list[float]]:
+    """Losses of several trainings, by name. Stage 3 has processes of its own: it changes how modules are made.
+
+    Args:
+        jobs: arguments of train.py by name.
+    """
+    losses = {}
+    for stage3 in (False, True):
+        some = {name: argv for name, argv in jobs.items() if any("zero3" in word for word in argv) == stage3}
+        if not some:
+            continue
+        results, log = folder / f"results-{ranks}.json", folder / f"log-{ranks}-{stage3}"
+        codes = Forked(ranks, log, lambda rank, some=some, results=results: _run_all(some, results)).wait(LIMIT)
+        assert codes == dict.fromkeys(range(ranks), 0), log.read_text()[-3000:]
+        losses |= {name: [loss for _, loss in history] for name, history in json.loads(results.read_text()).items()}
+    return losses
+
+
+def _run_all(jobs: dict[str, list[str]], results: Path) -> None:
     ops.TILE, ops.CHUNK = 16, 10_000  # else tiny rows would fit in one
     utils.silence_libraries(verbose=False)
     # any CPU can compute in both, if slowly; what train.py thinks of it is not what these runs are about
     accelerator = get_accelerator()
     accelerator.is_bf16_supported = accelerator.is_fp16_supported = lambda: True
     done = {}
-    for name, argv in json.loads(jobs.read_text()).items():
+    for name, argv in jobs.items():
         print("job", name, flush=True)
         done[name] = train.train(train.parse_args(argv))
         gc.collect()  # else models would pile up: engines have cycles
-        if len(done) == 1:  # all is imported now, and stays: DeepSpeed looks for garbage at each start, for a second
-            gc.freeze()
     if utils.is_rank_0():
         results.write_text(json.dumps(done))
-
-
-if __name__ == "__main__":
-    main()

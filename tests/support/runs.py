@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,34 +64,31 @@ def command(mode: str, method: str, stage: int, packing: bool, base: Path, rows:
 # Runs
 
 
-class Launched:
-    """A training in forked processes, one a rank; its losses go to `losses`, a line a step."""
+class Forked:
+    """Processes forked from this one, each a rank of a group, that do `action`; their output goes to `log`."""
 
-    def __init__(self, argv: list[str], ranks: int, losses: Path, log: Path, prepare=lambda: None):
+    def __init__(self, ranks: int, log: Path, action: Callable[[int], None]):
         self.log = log
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.pids = [self._fork(rank, ranks, port, argv, losses, prepare) for rank in range(ranks)]
+        group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.pids = [self._fork(rank, group, action) for rank in range(ranks)]
         self.codes: dict[int, int] = {}  # rank -> exit code, negative for a signal
 
-    def _fork(self, rank, ranks, port, argv, losses, prepare) -> int:
+    def _fork(self, rank: int, group: dict[str, str], action: Callable[[int], None]) -> int:
         sys.stdout.flush()
         if pid := os.fork():
             return pid
         try:
             gc.freeze()  # what was imported stays: DeepSpeed looks for garbage at its start, for a second
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pytest's own would keep what is printed
             torch.set_num_threads(1)
-            BEFORE_STEP.clear()
-            AFTER_STEP[:] = [record_losses(losses)] if rank == 0 else []
-            prepare()
-            train.main(argv, step_hooks())
+            action(rank)
             os._exit(0)
         except SystemExit as end:
             os._exit(end.code)
@@ -120,6 +118,19 @@ class Launched:
         for rank in ranks if ranks is not None else range(len(self.pids)):
             if rank not in self.codes:
                 os.kill(self.pids[rank], number)
+
+
+class Launched(Forked):
+    """A training in forked processes, one a rank; its losses go to `losses`, a line a step."""
+
+    def __init__(self, argv: list[str], ranks: int, losses: Path, log: Path, prepare=lambda: None):
+        def training(rank: int) -> None:
+            BEFORE_STEP.clear()
+            AFTER_STEP[:] = [record_losses(losses)] if rank == 0 else []
+            prepare()
+            train.main(argv, step_hooks())
+
+        super().__init__(ranks, log, training)
 
 
 def step_hooks() -> StepHooks:
