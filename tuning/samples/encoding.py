@@ -165,13 +165,11 @@ def encode_samples(
 
 
 def _encode_dialogues(tokenizer, dialogues, max_len, max_src_len, threads, no_room):
-    """`encode_dialogues`, with the dialogues in `no_room` whose system message alone is longer than max_src_len."""
+    """`encode_dialogues`, with the dialogues in `no_room` of which more than a question does not fit max_src_len."""
     try:
         return tokenizer.encode_dialogues(dialogues, max_src_len, threads, max_len)
     except ValueError:
-        if no_room is None or not any(
-            dialogue.messages[0].role == "system" or dialogue.tools for dialogue in dialogues
-        ):
+        if no_room is None or all(dialogue.is_single_turn for dialogue in dialogues):
             raise
     encoded = []
     for number, dialogue in enumerate(dialogues):
@@ -180,7 +178,7 @@ def _encode_dialogues(tokenizer, dialogues, max_len, max_src_len, threads, no_ro
                 one._replace(dialogue=number) for one in tokenizer.encode_dialogues([dialogue], max_src_len, 1, max_len)
             ]
         except ValueError as error:
-            if dialogue.messages[0].role != "system" and not dialogue.tools:
+            if dialogue.is_single_turn:
                 raise
             no_room[number] = str(error)
     return encoded
