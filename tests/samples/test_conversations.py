@@ -84,7 +84,7 @@ class Wanted:
 
     def _cut(self, messages, learnt, max_len, max_src_len) -> list[Sample] | None:
         messages, learnt, gone = drop_turns(self.mode, self.pieces, messages, learnt, max_len, max_src_len)
-        before, first = messages[: learnt[0]], learnt[0]
+        before = messages[: learnt[0]]
         counted, kept = (
             counted_ids(self.mode, self.pieces, before),
             cut_ids(self.mode, self.pieces, before, max_src_len),

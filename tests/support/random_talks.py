@@ -199,7 +199,7 @@ def chatglm3(chance: random.Random, turns: list[Turn], tools: list | None) -> Ta
 
 def written(turn: Turn) -> str:
     """A call as Python code, for a row that has it as text."""
-    words = ", ".join(f"{ascii(key)}: {ascii(one).replace('inf', '1e999')}" for key, one in turn.parameters.items())
+    words = ", ".join(f"{key!a}: {ascii(one).replace('inf', '1e999')}" for key, one in turn.parameters.items())
     return f"```python\ntool_call(**{{{words}}})\n```".replace("<|assistant|>", "\\x3c|assistant|>")
 
 
@@ -246,13 +246,12 @@ def join_calls(chance: random.Random, messages: list[dict]) -> list[dict]:
         before = joined[-2] if len(joined) > 1 else {}
         calls = before.get("tool_calls"), message.get("tool_calls")
         is_learnt = [one.get("loss", one.get("weight", True)) for one in (before, message)]
-        returned = message is not messages[-1]
-        if all(calls) and returned and not message.get("content") and is_learnt[0] == is_learnt[1]:
-            if chance.random() < 0.5 and len(calls[0]) == 1:
-                joined[-1]["tool_call_id"] = calls[0][0]["id"]
-                messages[messages.index(message) + 1]["tool_call_id"] = calls[1][0]["id"]
-                before["tool_calls"] = chance.sample([*calls[0], *calls[1]], 2)
-                continue
+        can = all(calls) and len(calls[0]) == 1 and not message.get("content") and is_learnt[0] == is_learnt[1]
+        if can and message is not messages[-1] and chance.random() < 0.5:
+            joined[-1]["tool_call_id"] = calls[0][0]["id"]
+            messages[messages.index(message) + 1]["tool_call_id"] = calls[1][0]["id"]
+            before["tool_calls"] = chance.sample([*calls[0], *calls[1]], 2)
+            continue
         joined.append(message)
     return joined
 

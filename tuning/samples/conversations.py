@@ -12,7 +12,7 @@ tool returned becomes an observation right behind it.
 import json
 from typing import NamedTuple
 
-from glm_models.tools import ToolCallError, check_name, write_call, write_observation
+from glm_models.tools import ToolCallError, write_call, write_observation
 from tuning.samples.dialogue import Dialogue, Message
 from tuning.samples.flaws import BadRow, has_half_pair, kind_of_value, says_something, shown_key
 
@@ -30,7 +30,7 @@ MESSAGE_KEYS = frozenset(
     {"role", "from", "content", "value", "metadata", "loss", "weight", "name", "parameters", "observation", "tools"}
     | {"tool_calls", "function_call", "tool_call_id"}
 )
-TEXT_ALONE = ("images", "image", "audio", "video", "videos", "input_audio")
+NOT_TEXT = frozenset({"images", "image", "audio", "video", "videos", "input_audio"})
 
 
 class Call(NamedTuple):
@@ -109,22 +109,29 @@ class _Reader:
 
     def __init__(self, key: str, style: str):
         self.key, self.style = key, style
+        self.names = ("from", "value") if style.startswith("ShareGPT") else ("role", "content")
+        self.number = 0  # of the message that is read
         self.messages: list[Message] = []
         self.calls: list[Call] = []  # that wait
         self.tools: tuple | None = None
 
+    @property
+    def where(self) -> str:
+        """The message that is read, for errors."""
+        return f"{self.key}[{self.number}]"
+
     def read(self, number: int, turn) -> None:
         """One more message."""
-        self.where = f"{self.key}[{number}]"
+        self.number = number
         if not isinstance(turn, dict):
             raise BadRow("type", f"{self.where} must be an object with a role and a text, not {kind_of_value(turn)}")
-        who, text = ("from", "value") if self.style.startswith("ShareGPT") else ("role", "content")
+        who, text = self.names
         if who not in turn:
             other = {"from": "role", "role": "from"}[who]
             mixed = f"; it has {other!r}, of another format" if other in turn else ""
             raise BadRow("format", f"{self.where} has no {who!r}, as a row of {self.style} has it{mixed}")
-        for name in TEXT_ALONE:
-            if says_something(turn.get(name)):
+        for name in () if NOT_TEXT.isdisjoint(turn) else NOT_TEXT & turn.keys():
+            if says_something(turn[name]):
                 raise BadRow("keys", f"{self.where} has {shown_key(name)}, but the models read text alone")
         role = ROLES.get(turn[who]) if isinstance(turn[who], str) else None
         if role is None:
@@ -239,7 +246,6 @@ class _Reader:
 
     def _written(self, name, parameters, learn) -> Message:
         try:
-            check_name(name)
             call = write_call(name, parameters)
         except ToolCallError as error:
             raise BadRow("type", f"a tool call of {self.where}: {error}") from None

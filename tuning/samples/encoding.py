@@ -1,5 +1,7 @@
 """From rows to token ids, in parallel; the order is kept."""
 
+import contextlib
+import gc
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -245,6 +247,18 @@ def split_chunks(rows: Iterator[tuple[int, dict, Dialogue]]) -> Iterator[list[tu
         raise
     if chunk:
         yield chunk
+
+
+@contextlib.contextmanager
+def without_garbage_collection():
+    """While rows are encoded: they hold no cycles, and looking for some among all their objects takes half the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def available_cpus() -> int:

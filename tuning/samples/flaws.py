@@ -85,4 +85,8 @@ def holds_text(value) -> bool:
 
 def says_something(value, neutral: tuple = ()) -> bool:
     """Whether a value means anything: it is not empty, and not one of the neutral values."""
+    if value is None:
+        return False
+    if isinstance(value, str):
+        return bool(value.strip())
     return any(one.strip() if isinstance(one, str) else one is not None and one not in neutral for one in leaves(value))

@@ -234,6 +234,9 @@ def to_dialogue(row: dict, train_on: str | None = None) -> Dialogue:
         train_on: which answers are learnt: "all" of those that the row does not except, "last" the last one of them;
             None: all those of a conversation, and with a history the output alone.
     """
+    if row.keys() == KEYS and isinstance(row["output"], str):  # most rows
+        question = Message("user", row["instruction"] + row["input"])
+        return Dialogue((question, Message("assistant", row["output"], "", True)))
     if conversation_key(row):
         dialogue = read_conversation(row)
         return _learn_last(dialogue) if train_on == "last" else dialogue
