@@ -56,13 +56,13 @@ def make_conversations(path: Path, mode: str, count: int = 24) -> Path:
     for i in range(count):
         messages = []
         for turn in range(1 + i % 3):
-            question, answer = TEXT[3 * i + turn], TEXT[3 * i + turn + 1]
+            question, answer = TEXT[3 * i + turn][:24], TEXT[3 * i + turn + 1]
             messages.append({"role": "user", "content": question})
             if mode == "glm3" and (i + turn) % 2:
                 call = {"role": "tool", "name": "find", "parameters": {"text": question[:4], "at": [i, None]}}
-                messages.append(call | {"observation": {"found": turn}, "loss": i % 4 > 1})
+                messages.append(call | {"observation": {"found": turn}, "loss": bool(i % 4)})
             messages.append({"role": "assistant", "content": answer, "loss": turn != 1 or i % 5 > 1})
-        tools = {"tools": [{"name": "find"}]} if mode == "glm3" and i % 2 else {}
+        tools = {"system": "可用工具：", "tools": [{"name": "find"}]} if mode == "glm3" and i % 2 else {}
         rows += [{"conversations": messages, **tools}] + [{"text": TEXT[i] + TEXT[-i]}] * (i % 4 == 0)
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     return path
