@@ -48,9 +48,8 @@ def conversation_key(row: dict) -> str | None:
     return None
 
 
-def style_of(row: dict) -> str:
-    """What the users of a row's form call it."""
-    key = conversation_key(row)
+def style_of(row: dict, key: str) -> str:
+    """What the users of a row's form call it; key is its `conversation_key`."""
     first = row[key][0]
     if isinstance(first, dict) and ("from" in first or "value" in first):
         return f"ShareGPT ({key} with from and value)"
@@ -66,7 +65,7 @@ def read_conversation(row: dict) -> Dialogue:
     key = conversation_key(row)
     if other := [name for name in LISTS if name != key and says_something(row.get(name))]:
         raise BadRow("format", f"a row with {key} and {other[0]}: a row has one conversation")
-    reader = _Reader(key, style_of(row))
+    reader = _Reader(key, style_of(row, key))
     for number, turn in enumerate(row[key]):
         reader.read(number, turn)
     messages, tools = reader.finish(), reader.tools
@@ -91,9 +90,12 @@ def read_conversation(row: dict) -> Dialogue:
     return dialogue
 
 
-def unread_keys(row: dict) -> set[str]:
-    """Keys of a conversation's row and of its messages that nothing reads, those of messages as `messages[].id`."""
-    key = conversation_key(row)
+def unread_keys(row: dict, key: str) -> set[str]:
+    """Keys of a conversation's row and of its messages that nothing reads, those of messages as `messages[].id`.
+
+    Args:
+        key: the row's `conversation_key`.
+    """
     inner = {
         f"{key}[].{name}"
         for turn in row[key]
@@ -137,7 +139,7 @@ class _Reader:
         if role is None:
             wanted = f"must be one of {', '.join(ROLES)}"
             raise BadRow("type", f"the {who} of {self.where} {wanted}, not {_shown(turn[who])}")
-        getattr(self, f"_{role}")(turn, self._learn(turn, role), text)
+        self.READ[role](self, turn, self._learn(turn, role), text)
 
     def finish(self) -> list[Message]:
         """All messages. A call may stand at the end: the model learns to write it."""
@@ -217,11 +219,16 @@ class _Reader:
             name = self.calls[0].message.metadata
             raise BadRow("format", f"before {self.where} stands nothing that the tool {_shown(name)} returned")
 
+    READ = {"system": _system, "user": _user, "assistant": _assistant, "call": _call, "tool": _tool}
+    READ |= {"observation": _observation}
+
     # Parts of a message
 
     def _learn(self, turn, role) -> bool:
         """Whether a message is learnt: `loss`, or OpenAI's `weight` of 0 or 1."""
         answer = role in ("assistant", "call") or (role == "tool" and "parameters" in turn)
+        if "loss" not in turn and "weight" not in turn:
+            return answer
         loss, weight = turn.get("loss"), turn.get("weight")
         if loss is not None and not isinstance(loss, bool):
             raise BadRow("type", f"loss of {self.where} must be true or false, not {_shown(loss)}")
@@ -233,6 +240,8 @@ class _Reader:
 
     def _text(self, turn, key, missing=False) -> str:
         value = turn.get(key)
+        if isinstance(value, str):
+            return value
         if value is None and missing:
             return ""
         if _is_parts(value):
@@ -240,9 +249,7 @@ class _Reader:
                 kind = _shown(other[0].get("type"))
                 raise BadRow("keys", f"{key} of {self.where} has a part of type {kind}, but the models read text alone")
             return "".join(part["text"] for part in value)
-        if not isinstance(value, str):
-            raise BadRow("type", f"{key} of {self.where} must be a string, not {kind_of_value(value)}")
-        return value
+        raise BadRow("type", f"{key} of {self.where} must be a string, not {kind_of_value(value)}")
 
     def _written(self, name, parameters, learn) -> Message:
         try:
