@@ -70,8 +70,12 @@ class Samples(Sequence):
         record = self._record(i)
         end, cut = int(record["end"]), int(record["cut"])
         ids = self.ids[end - int(self.lengths[i]) : end].tolist()
-        spans = tuple(map(tuple, self.spans[self._first_span(i) : int(record["spans_end"])].tolist()))
-        return Sample(ids, spans, bool(cut & PROMPT_CUT), bool(cut & ANSWER_CUT), cut >> TURNS_SHIFT)
+        return Sample(ids, self.spans_of(i), bool(cut & PROMPT_CUT), bool(cut & ANSWER_CUT), cut >> TURNS_SHIFT)
+
+    def spans_of(self, i: int) -> tuple[tuple[int, int], ...]:
+        """The learnt pieces of one sample, as in `Sample`."""
+        pieces = self.spans[self._first_span(i) : int(self._record(i)["spans_end"])]
+        return tuple(map(tuple, pieces.tolist()))
 
     def prompt(self, i: int) -> np.ndarray:
         """Ids before the first learnt piece, int32."""
