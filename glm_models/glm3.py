@@ -251,7 +251,8 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
             counted += sum(map(len, parts[-3:]))
         template = counted - len(parts[-1]) * (len(parts) > 1)
         if max_src_len is not None and max_src_len < template:
-            raise ValueError(f"max_src_len {max_src_len} is less than the {template} ids of the prompt's template")
+            what = "of what stands before the last message" if len(parts) > 4 else "of the prompt's template"
+            raise ValueError(f"max_src_len {max_src_len} is less than the {template} ids {what}")
         cut = max_src_len is not None and counted > max_src_len
         if cut:
             parts[-1] = parts[-1][: max_src_len - template]
