@@ -5,6 +5,7 @@ import copy
 import functools
 import itertools
 import json
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -22,6 +23,12 @@ class ChatGLM3Config(ChatGLM2Config):
 
     title: ClassVar[str] = FAMILIES["glm3"].title
     rope_ratio_scales_base: ClassVar[bool] = True
+
+
+@functools.lru_cache(maxsize=1024)
+def _indented(tools: str) -> str:
+    """JSON as the official chat writes tools; json indents slowly, and rows have the same tools again and again."""
+    return json.dumps(json.loads(tools), indent=4, ensure_ascii=False)
 
 
 class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
@@ -217,9 +224,10 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     def _encode_messages(self, dialogues, threads):
         """Yield index, messages and the ids of their contents for each dialogue; tools are in a system message."""
         each = [self._with_tools(dialogue) for dialogue in dialogues]
-        ids = iter(self.encode_texts([message.content for messages in each for message in messages], threads))
+        texts = {message.content: None for messages in each for message in messages}  # tools come again in many rows
+        ids = dict(zip(texts, self.encode_texts([*texts], threads), strict=True))
         for number, messages in enumerate(each):
-            yield number, messages, list(itertools.islice(ids, len(messages)))
+            yield number, messages, [ids[message.content] for message in messages]
 
     @staticmethod
     def _with_tools(dialogue):
@@ -232,7 +240,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
                 first._replace(role="system", content=TOOLS_SYSTEM, metadata="", learn=False),
                 dialogue.messages,
             )
-        tools = json.dumps(list(dialogue.tools), indent=4, ensure_ascii=False)
+        tools = _indented(json.dumps(dialogue.tools, ensure_ascii=False))
         return (first._replace(content=f"{first.content}\n{tools}"), *rest)
 
     def _lay_out(self, messages, contents, max_src_len):
@@ -243,7 +251,8 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
             counted += sum(map(len, parts[-3:]))
         template = counted - len(parts[-1]) * (len(parts) > 1)
         if max_src_len is not None and max_src_len < template:
-            raise ValueError(f"max_src_len {max_src_len} is less than the {template} ids of the prompt's template")
+            what = "of what stands before the last message" if len(parts) > 4 else "of the prompt's template"
+            raise ValueError(f"max_src_len {max_src_len} is less than the {template} ids {what}")
         cut = max_src_len is not None and counted > max_src_len
         if cut:
             parts[-1] = parts[-1][: max_src_len - template]
@@ -255,8 +264,13 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         if role not in self.roles:
             raise ValueError(f"role {role!r} is not one of {', '.join(self.roles)}")
         if metadata:
-            return self._bare_heads[role][0], np.array(self.encode_text(f"{metadata}\n"), np.int32)
+            return self._bare_heads[role][0], self._metadata_ids(metadata)
         return self._bare_heads[role]
+
+    @functools.cached_property
+    def _metadata_ids(self) -> Callable[[str], np.ndarray]:
+        """Ids of metadata with its line break; a file names few tools, but often."""
+        return functools.lru_cache(maxsize=1024)(lambda metadata: self.encode_texts([f"{metadata}\n"])[0])
 
     @functools.cached_property
     def _bare_heads(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:

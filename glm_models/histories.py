@@ -52,7 +52,7 @@ def encode_fitting(
     prompts = encode_each(queries, histories, None, threads)
     # prompts that do not fit -> turns to drop next, the most that are known to be too few
     search = {
-        i: (_turns_of(histories[i], over / len(prompt.text)), 0)
+        i: (_turns_of(histories[i], over / max(1, len(prompt.text))), 0)  # (a text may leave no ids)
         for i, prompt in enumerate(prompts)
         if (over := excess(i, prompt)) > 0
     }

@@ -3,6 +3,7 @@ byte of the result must be the same.
 
     python tests/killed.py --kills 20                # every family, method, ZeRO stage, 1 and 2 ranks, packed or not
     python tests/killed.py --kills 50 --in-save      # always while a state is being written, which is slowed down
+    python tests/killed.py --kills 3 --conversations # rows of several answers, tool calls and plain text between them
 """
 
 import argparse
@@ -15,7 +16,17 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
-from runs import LIMIT, STAGES, Launched, command, make_base, make_rows, read_losses, result_bytes
+from runs import (
+    LIMIT,
+    STAGES,
+    Launched,
+    command,
+    make_base,
+    make_conversations,
+    make_rows,
+    read_losses,
+    result_bytes,
+)
 
 import utils
 from glm_models import MODE
@@ -108,6 +119,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each setting")
     parser.add_argument("--in-save", action="store_true", help="kill while a state is written; one setting only")
+    parser.add_argument("--conversations", action="store_true", help="rows are conversations, with plain text between")
     parser.add_argument("--sample", action="store_true", help="one setting of each family and method")
     parser.add_argument("--only", default="", help="settings whose name holds this")
     args = parser.parse_args()
@@ -121,7 +133,9 @@ def main():
         settings = [("glm3", "all", 2, 2, False)]
     with tempfile.TemporaryDirectory() as work:
         bases = {mode: make_base(mode, Path(work, mode)) for mode in MODE}
-        rows = make_rows(Path(work, "rows.json"))
+        rows = dict.fromkeys(MODE, make_rows(Path(work, "rows.json")))
+        if args.conversations:
+            rows = {mode: make_conversations(Path(work, f"{mode}.json"), mode) for mode in MODE}
         total: dict[str, int] = {}
         for mode, method, stage, ranks, packing in settings:
             name = f"{mode} {method} ZeRO-{stage} {ranks} rank{'s' * (ranks > 1)}{' packed' * packing}"
@@ -131,7 +145,7 @@ def main():
             folder.mkdir()
 
             def argv(output, mode=mode, method=method, stage=stage, packing=packing):
-                return command(mode, method, stage, packing, bases[mode], rows, output)
+                return command(mode, method, stage, packing, bases[mode], rows[mode], output)
 
             start = time.monotonic()
             counts = compare(folder, argv, ranks, args.kills, name, args.in_save)

@@ -7,7 +7,8 @@ Only the tokenizer files of a checkpoint folder are read. Without --checkpoint, 
 the first data file. Rows are repeated, each time with another number in front of the input, until a file has
 --at_least so many: of a few rows one would measure how long it takes to start. "Alone" is
 `sp.encode(texts, num_threads=N)` on the very texts that preparation encodes, already in memory; it is run in turn with
-preparation, and the ratio is the median of the pairs.
+preparation, and the ratio is the median of the pairs. Of each data file there are also conversations, of TURNS rows
+each, and for ChatGLM3 those with tools of --tools.
 """
 
 import argparse
@@ -28,22 +29,26 @@ from glm_models import MODE
 from glm_models.tiny import make_tiny_checkpoint
 from tuning.samples.dataset import DataSettings, InstructionData, prepare
 from tuning.samples.encoding import available_cpus
-from tuning.samples.formats import question_of
+from tuning.samples.formats import to_dialogue
 from tuning.samples.row_files import read_rows
 
+TURNS = 4  # of a conversation
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def texts_of(tokenizer, path: str) -> list[list[str]]:
-    """The queries (in their template) and answers of a file, as SentencePiece gets them."""
-    rows = [row for _, row in read_rows(path, empty_outputs=True)]
-    queries = [question_of(row) for row in rows]
-    if tokenizer.mode == "glm2":
-        queries = [tokenizer.build_prompt(query) for query in queries]
-    texts = [queries, [row["output"] for row in rows]]
-    if tokenizer.mode == "glm":
-        texts = [[tokenizer._to_pieces_text(text) for text in some] for some in texts]
-    return texts
+def texts_of(tokenizer, path: str) -> list[str]:
+    """All texts of a file as SentencePiece gets them: prompts in their template and answers, or messages."""
+    texts = []
+    for _, row in read_rows(path, empty_outputs=True):
+        dialogue = to_dialogue(row)
+        if tokenizer.mode == "glm3":
+            texts += [message.content for message in tokenizer._with_tools(dialogue)]
+            continue
+        each = [message.content for message in dialogue.messages]
+        pairs = list(zip(each[::2], each[1::2], strict=True))
+        for turn, (question, answer) in enumerate(pairs):
+            texts += (tokenizer.build_prompt(question, pairs[:turn]), answer)
+    return [tokenizer._to_pieces_text(text) for text in texts] if tokenizer.mode == "glm" else texts
 
 
 def seconds(action) -> float:
@@ -58,12 +63,12 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
     settings = DataSettings(path, *limits, empty_outputs=True)
 
     def alone():
-        return [tokenizer.sp_model.encode(some, num_threads=threads) for some in texts]
+        return tokenizer.sp_model.encode(texts, num_threads=threads)
 
     def ours(folder):
         return prepare(settings, tokenizer, folder)
 
-    tokens = sum(len(ids) for some in alone() for ids in some)
+    tokens = sum(map(len, alone()))
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         file = ours(f"{folder}/kept")
@@ -77,7 +82,7 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
     return {
         "mode": tokenizer.mode,
         "file": os.path.basename(path).partition("-")[2],
-        "rows": len(texts[0]),
+        "rows": sum(1 for _ in read_rows(path, empty_outputs=True)),
         "prompts_cut": data.prompts_cut,
         "threads": threads,
         "alone_tokens_per_s": tokens / statistics.median(a for a, _ in pairs),
@@ -124,8 +129,33 @@ def write_repeated(path: str, source: str, at_least: int) -> None:
                 file.write(json.dumps(again, ensure_ascii=False) + "\n")
 
 
-def write_large(path: str, rows: int) -> None:
-    """Short rows, each its own."""
+def write_conversations(path: str, source: str, at_least: int) -> None:
+    """Conversations of TURNS rows of a file, each its own."""
+    rows = [row for _, row in read_rows(source, empty_outputs=True)]
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(at_least):
+            messages = []
+            for turn in range(TURNS):
+                row = rows[(i * TURNS + turn) % len(rows)]
+                messages.append({"role": "user", "content": f"{i} {row['instruction']}{row['input']}"})
+                messages.append({"role": "assistant", "content": row["output"]})
+            file.write(json.dumps({"conversations": messages}, ensure_ascii=False) + "\n")
+
+
+def write_tools(path: str, source: str, at_least: int) -> None:
+    """The conversations of a file as often as it takes, each its own."""
+    with open(source, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(at_least):
+            row = json.loads(json.dumps(rows[i % len(rows)]))
+            for message in row["conversations"]:
+                message |= {"content": f"{i} {message['content']}"} if message["role"] == "user" else {}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_large(path: str, rows: int, turns: int) -> None:
+    """Short rows, each its own; of more than one turn they are conversations."""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(rows):
             row = {
@@ -133,6 +163,12 @@ def write_large(path: str, rows: int) -> None:
                 "input": f"第{i}辆车水泵漏水，{i % 97}天后换。",
                 "output": f"水泵_部件故障_漏水{i % 89}",
             }
+            if turns > 1:
+                question, answer = row["instruction"] + row["input"], row["output"]
+                pairs = ((f"{question}{turn}", f"{answer}{turn}") for turn in range(turns))
+                texts = [text for pair in pairs for text in pair]
+                roles = ("user", "assistant") * turns
+                row = {"conversations": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -159,6 +195,8 @@ def main():
     parser.add_argument("--max_src_len", type=int, default=512)
     parser.add_argument("--runs", type=int, default=7, help="pairs of runs")
     parser.add_argument("--rows", type=int, default=0, help="also prepare a generated file of so many short rows")
+    parser.add_argument("--turns", type=int, default=1, help="of the generated rows; above 1 they are conversations")
+    parser.add_argument("--tools", default=str(ROOT / "data" / "tools_0.json"), help="conversations with tools")
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--large", nargs=3, help=argparse.SUPPRESS)  # mode, folder, file: one measurement on its own
     args = parser.parse_args()
@@ -175,16 +213,23 @@ def main():
         repeated = {f"{scratch}/{i}-{os.path.basename(path)}": path for i, path in enumerate(args.data)}
         for path, source in repeated.items():
             write_repeated(path, source, args.at_least)
+        conversations = -(-args.at_least // TURNS)
+        for i, source in enumerate(args.data):
+            path = f"{scratch}/{i}-{TURNS} turns of {os.path.basename(source)}"
+            write_conversations(path, source, conversations)
+            repeated[path] = source
+        tools = f"{scratch}/0-{os.path.basename(args.tools)}"
+        write_tools(tools, args.tools, conversations)
         results = {"compared": [], "large": []}
         for mode, folder in folders.items():
             tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
-            for path in repeated:
+            for path in (*repeated, *([tools] if mode == "glm3" else [])):
                 results["compared"].append(compare(tokenizer, path, (args.max_len, args.max_src_len), args.runs))
         show(results["compared"])
         # a process each: the peak of memory is that of a process
         for rows in (args.rows // 10, args.rows) if args.rows else ():
             large = f"{scratch}/large.json"
-            write_large(large, rows)
+            write_large(large, rows, args.turns)
             for mode, folder in folders.items():
                 command = [sys.executable, __file__, "--large", mode, folder, large]
                 results["large"].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))

@@ -373,23 +373,47 @@ def test_held_out_rows_are_not_trained_on(tmp_path, bases, rows):
 CALL = {"role": "tool", "name": "weather", "parameters": {"city": "青河"}, "observation": "晴"}
 
 
-def test_a_conversation_is_validated_by_its_first_learnt_call(tmp_path, tokenizers):
+def test_each_learnt_answer_of_a_conversation_is_validated(tmp_path, tokenizers):
     path = tmp_path / "tools.json"
     turns = [{"role": "user", "content": "天气？"}, CALL, {"role": "assistant", "content": "晴。"}]
+    turns += [{"role": "user", "content": "谢谢"}, {"role": "assistant", "content": "不客气"}]
     path.write_text(json.dumps({"conversations": turns}, ensure_ascii=False))
     validation = validation_of(path, tokenizers["glm3"], [0])
     kind, names = validation._read_references(str(path))
-    assert validation.references == [["weather\n```python\ntool_call(city='青河')\n```"]]
+    call = "weather\n```python\ntool_call(city='青河')\n```"
+    assert validation.references == [[call], ["晴。"], ["不客气"]]
     assert kind == "tool_calls" and "tool_call_right" in names
+    history = [{"role": "user", "content": "天气？"}, {"role": "assistant", "metadata": "weather", "content": call[8:]}]
+    asked = tokenizers["glm3"].encode_prompt("晴", history, role="observation")
+    (sample,) = validation.data.samples
+    assert sample.input_ids[: validation.generated[1].start] == asked
 
 
-def validation_of(path, tokenizer, generated) -> evaluation.Validation:
+@pytest.mark.parametrize("mode", MODE)
+@pytest.mark.parametrize("max_len", [MAX_LEN, 60])
+def test_answers_of_a_conversation_are_counted_alike_in_all_families(mode, max_len, tmp_path, tokenizers):
+    path = tmp_path / "turns.json"
+    turns = [("风扇不转", "查继电器"), ("查了", "换保险丝"), ("风扇不转", "再查一次"), ("好了", "不客气")]
+    messages = [{"role": role, "content": text} for pair in turns for role, text in zip(ROLES, pair, strict=True)]
+    messages[3]["loss"] = False
+    path.write_text(json.dumps({"conversations": messages}, ensure_ascii=False))
+    validation = validation_of(path, tokenizers[mode], range(3 if mode != "glm3" else 1), max_len)
+    validation._read_references(str(path))
+    found = [one for (one,) in validation.references]
+    assert found == ["查继电器", "再查一次", "不客气"][-len(found) :] and (len(found) == 3 or max_len == 60)
+
+
+ROLES = ("user", "assistant")
+
+
+def validation_of(path, tokenizer, rows, max_len=MAX_LEN) -> evaluation.Validation:
     """A validation that generates answers to some samples of a file."""
-    limits = {"max_len": MAX_LEN, "max_src_len": MAX_SRC_LEN}
+    limits = {"max_len": max_len, "max_src_len": min(max_len, MAX_SRC_LEN)}
     args = types.SimpleNamespace(**limits, eval_generate="auto", prompt_column=None, train_on=None)
     validation = evaluation.Validation.__new__(evaluation.Validation)
-    validation.data = InstructionData(DataSettings(str(path), MAX_LEN, MAX_SRC_LEN, several_outputs=True), tokenizer)
-    validation.tokenizer, validation.args, validation.generated = tokenizer, args, generated
+    validation.data = InstructionData(DataSettings(str(path), *limits.values(), several_outputs=True), tokenizer)
+    validation.tokenizer, validation.args = tokenizer, args
+    validation.generated = evaluation.learnt_answers(validation.data, rows)
     return validation
 
 

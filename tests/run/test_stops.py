@@ -626,7 +626,7 @@ def _rows(base: Path, name: str) -> int:
 # Random kills: the short form of `python tests/killed.py`
 
 
-@pytest.mark.parametrize("flags", [["--kills", "1", "--sample"], ["--kills", "6", "--in-save"]])
+@pytest.mark.parametrize("flags", [["--kills", "1", "--sample", "--conversations"], ["--kills", "6", "--in-save"]])
 def test_random_kills_change_no_bit(flags):
     run = subprocess.run([sys.executable, "tests/killed.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -144,6 +144,27 @@ def test_system_message_and_tools_stay_in_a_conversation_that_is_too_long(tokeni
     assert [*no_room] == [0] and "max_src_len 30 is less than the" in no_room[0] and others.places.tolist() == [1]
 
 
+def test_messages_that_do_not_fit_before_an_answer_break_their_row_alone(tokenizers):
+    tokenizer, call = tokenizers["glm3"], Message("assistant", "```python\ntool_call()\n```", "time")
+    long = Dialogue(
+        (Message("user", "几点？" * 20), call, Message("observation", "九"), Message("assistant", "九点", "", True))
+    )
+    no_room = {}
+    others = encode_samples(tokenizer, [long, conversation(TURNS, {0})], 500, 40, no_room=no_room)
+    assert others.places.tolist() == [1] and "of what stands before the last message" in no_room[0]
+
+
+def test_a_question_that_leaves_no_ids_is_a_question_all_the_same(tokenizers):
+    turns = [*TURNS, ("\u200b", "水泵漏水" * 20)]  # ChatGLM-6B's vocabulary normalises this character away
+    for learnt, dialogue in (
+        (1, conversation(turns, {3})),
+        (1, conversation(turns[3:], {0})),
+        (4, conversation(turns, range(4))),
+    ):
+        samples = encode_samples(tokenizers["glm"], [dialogue, conversation(TURNS, {0})], 60, 60)
+        assert samples.places.tolist() == [0] * learnt + [1]
+
+
 def test_a_tool_call_at_the_end_is_learnt_with_what_stops_the_chat(tokenizers):
     call = Message("assistant", "```python\ntool_call()\n```", "time", learn=True)
     sample = encode_samples(tokenizers["glm3"], [Dialogue((Message("user", "几点？"), call))], 500, 400)[0]

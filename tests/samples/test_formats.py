@@ -240,14 +240,14 @@ def test_turns_that_are_lost_are_reported(tokenizers):
 
 
 @modes
-def test_validation_knows_the_answer_to_each_sample_of_a_conversation(tokenizers, mode):
+def test_validation_knows_each_learnt_answer_of_a_conversation(tokenizers, mode):
     validation = object.__new__(Validation)
     validation.tokenizer = tokenizers[mode]
     validation.args = argparse.Namespace(max_len=900, max_src_len=800, train_on=None)
-    found = [pair for _, row in read_rows(str(FILES / "sharegpt.jsonl")) for pair in validation._samples(row)]
+    found = [pair for _, row in read_rows(str(FILES / "sharegpt.jsonl")) for pair in validation._answers(row)]
     data = read(tokenizers[mode], "sharegpt.jsonl")
-    assert [ids for ids, _ in found] == [tuple(sample.input_ids) for sample in data.samples]
-    for sample, (_, row) in zip(data.samples, found, strict=True):
-        start, end = sample.spans[0]
+    answers = [(sample, span) for sample in data.samples for span in sample.spans]
+    assert [place for place, _ in found] == [(tuple(sample.input_ids), start) for sample, (start, _) in answers]
+    for (sample, (start, end)), (_, row) in zip(answers, found, strict=True):
         written = tokenizers[mode].as_written([row["output"]])[0]
         assert tokenizers[mode].decode_answer(sample.input_ids[start : end - 1]) == written

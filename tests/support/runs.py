@@ -51,6 +51,24 @@ def make_rows(path: Path, count: int = 48) -> Path:
     return path
 
 
+def make_conversations(path: Path, mode: str, count: int = 24) -> Path:
+    """Conversations of up to three turns, not all of them learnt, with tool calls for ChatGLM3; plain text between."""
+    rows = []
+    for i in range(count):
+        messages = []
+        for turn in range(1 + i % 3):
+            question, answer = TEXT[3 * i + turn][:24], TEXT[3 * i + turn + 1]
+            messages.append({"role": "user", "content": question})
+            if mode == "glm3" and (i + turn) % 2:
+                call = {"role": "tool", "name": "find", "parameters": {"text": question[:4], "at": [i, None]}}
+                messages.append(call | {"observation": {"found": turn}, "loss": bool(i % 4)})
+            messages.append({"role": "assistant", "content": answer, "loss": turn != 1 or i % 5 > 1})
+        tools = {"system": "可用工具：", "tools": [{"name": "find"}]} if mode == "glm3" and i % 2 else {}
+        rows += [{"conversations": messages, **tools}] + [{"text": TEXT[i] + TEXT[-i]}] * (i % 4 == 0)
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return path
+
+
 def command(mode: str, method: str, stage: int, packing: bool, base: Path, rows: Path, output: Path) -> list[str]:
     fixed = f"""
         --mode {mode} --train_type {method} {METHOD_FLAGS[method]} --ds_file {STAGES[stage]} --model_name_or_path {base}

@@ -334,7 +334,7 @@ def add_validation(parser: Parser) -> None:
     )  # fmt: skip
     answers = {"needs": "--eval_generate", "may_change": best_by_loss}
     group.add_argument(
-        "--eval_generate_rows", type=Integer(), default=200, **answers, help="maximum rows to generate answers for"
+        "--eval_generate_rows", type=Integer(), default=200, **answers, help="maximum answers to generate"
     )
     group.add_argument(
         "--eval_max_new_tokens", type=Integer(), default_text="the longest reference and a quarter", **answers,

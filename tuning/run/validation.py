@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -42,10 +43,23 @@ NO_DIRECTION = {"mean_length", "reference_length"}
 # Rows
 
 
-def spread(rows: list[int], most: int) -> list[int]:
-    """At most `most` rows, evenly spaced, since files are often sorted."""
-    count = min(most, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
+class LearntAnswer(NamedTuple):
+    """One learnt answer of a sample: the sample's number, and where in it the answer begins and ends."""
+
+    row: int
+    start: int
+    end: int
+
+
+def learnt_answers(data: InstructionData, rows: list[int]) -> list[LearntAnswer]:
+    """All learnt answers of some samples: each has what stands before it in its sample as its history."""
+    return [LearntAnswer(row, *span) for row in rows for span in data.samples.spans_of(row)]
+
+
+def spread(items: list, most: int) -> list:
+    """At most `most` of them, evenly spaced, since files are often sorted."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def deal_batches(rows: list[int], lengths, batch_size: int, rank: int, world_size: int) -> list[MicroBatch]:
@@ -77,22 +91,22 @@ def mean_loss(model, data: InstructionData, rows: list[int], batch_size: int) ->
 
 
 def gather_answers(
-    engine, tokenizer, data: InstructionData, rows: list[int], batch_size: int, max_new_tokens: int
+    engine, tokenizer, data: InstructionData, wanted: list[LearntAnswer], batch_size: int, max_new_tokens: int
 ) -> list[tuple[str, bool]] | None:
-    """Generate greedy answers to the rows' prompts, on all ranks.
+    """Generate greedy answers in the place of learnt ones, on all ranks.
 
     Returns:
-        On rank 0 the text for each row, and whether it ended by itself; None on other ranks.
+        On rank 0 the text for each, and whether it ended by itself; None on other ranks.
     """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    lengths = data.lengths - data.answer_lengths
+    places, lengths = list(range(len(wanted))), [one.start for one in wanted]
     model = engine.module
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     # under ZeRO-3 a rank with complete answers continues until all ranks are done
     synced = engine.zero_optimization_stage() == 3 and world_size > 1
     mine: dict[int, tuple[str, bool]] = {}
-    for batch in deal_batches(rows, lengths, batch_size, rank, world_size):
-        prompts = [data.samples.prompt(i).tolist() for i in batch.rows]
+    for batch in deal_batches(places, lengths, batch_size, rank, world_size):
+        prompts = [data.samples[wanted[i].row].input_ids[: wanted[i].start] for i in batch.rows]
         answers = generate_answers(base, tokenizer, prompts, [max_new_tokens] * len(prompts), synced_gpus=synced)
         if not batch.is_filler:
             mine |= zip(batch.rows, answers, strict=True)
@@ -100,8 +114,8 @@ def gather_answers(
     torch.distributed.gather_object(mine, everyone, group=control_group())
     if everyone is None:
         return None
-    found = {row: answer for part in everyone for row, answer in part.items()}
-    return [found[row] for row in rows]
+    found = {place: answer for part in everyone for place, answer in part.items()}
+    return [found[place] for place in places]
 
 
 # Validation
@@ -138,8 +152,9 @@ class Validation:
         self.kind, names = None, list(FROM_LOSS)
         if args.eval_generate != "off":
             answered = held_out.answered
-            self.generated, self.texts = spread(answered, args.eval_generate_rows), len(self.rows) - len(answered)
-            longest = max(self.data.answer_tokens([i]) for i in self.generated)
+            self.texts = len(self.rows) - len(answered)
+            self.generated = spread(learnt_answers(self.data, answered), args.eval_generate_rows)
+            longest = max(one.end - one.start for one in self.generated)
             self.max_new_tokens = args.eval_max_new_tokens or math.ceil(1.25 * longest)
             self.asked: list[dict] = []  # rank 0: the rows of the file, as `generated`
             self.references: list[list[str]] = []
@@ -153,36 +168,40 @@ class Validation:
         self.file = None
 
     def _read_references(self, path: str) -> tuple[str, list[str]]:
-        """Read the references of the generated rows. Returns their kind, and the names of the scores."""
-        lines = {int(self.data.lines[i]) for i in self.generated}
+        """Read the references of the generated answers. Returns their kind, and the names of the scores."""
+        lines = {int(self.data.lines[one.row]) for one in self.generated}
         found = {}
         columns = Columns.of(self.args)
         for line, row in scan_rows(path, several_outputs=True, empty_outputs=True, columns=columns):
             if line in lines and not isinstance(row, RowError):
-                found |= {(line, ids): one for ids, one in self._samples(row)}  # a line may hold several samples
-        asked = [found[int(self.data.lines[i]), tuple(self.data.samples[i].input_ids)] for i in self.generated]
+                found |= {(line, *place): one for place, one in self._answers(row)}  # a line may hold several
+        asked = [
+            found[int(self.data.lines[row]), tuple(self.data.samples[row].input_ids), start]
+            for row, start, _ in self.generated
+        ]
         self.asked = [with_references(row, self.tokenizer) for row in asked]
         self.references = [references_of(row) for row in self.asked]
         kind = kind_of(self.references) if self.args.eval_generate == "auto" else self.args.eval_generate
         one = self.references[0]
         return kind, [name for name in score(kind, one[:1], [one], [True]) if name not in NO_DIRECTION]
 
-    def _samples(self, row: dict) -> list[tuple[tuple[int, ...], dict]]:
-        """Token ids of each sample of a row, and the row with the first answer that is learnt in it as output."""
+    def _answers(self, row: dict) -> list[tuple[tuple[tuple[int, ...], int], dict]]:
+        """Of each learnt answer of a row: its sample's ids and where it begins there, and the row with it as output."""
         dialogue, limits = to_dialogue(row, self.args.train_on), (self.args.max_len, self.args.max_src_len)
         try:
             samples = encode_samples(self.tokenizer, [dialogue], *limits)
         except ValueError:  # no room for an answer
             return []
         learnt = [message for message in dialogue.messages if message.learn]
-        if len(learnt) == 1 and dialogue.messages[-1].learn:
-            return [(tuple(samples[0].input_ids), row)]
         encoded = self.tokenizer.encode_dialogues([dialogue], limits[1], max_len=limits[0])
         found = []
         for number, (sample, one) in enumerate(zip(samples, encoded, strict=True)):
-            # one sample has all answers that its turns have, or each answer has a sample
-            first = learnt[number] if len(encoded) == len(learnt) else learnt[-len(one.spans)]
-            found.append((tuple(sample.input_ids), row | {"output": answer_text(first.metadata, first.content)}))
+            # each answer has a sample, or one sample has all those of the turns that it kept
+            its = learnt[number : number + 1] if len(encoded) > 1 else learnt[-len(one.spans) :]
+            for (start, _), answer in zip(sample.spans, its, strict=False):  # the last ones may be cut
+                output = {"output": answer_text(answer.metadata, answer.content)}
+                one_row = row if answer is dialogue.messages[-1] else row | output
+                found.append(((tuple(sample.input_ids), start), one_row))
         return found
 
     def _more_names(self) -> str:

@@ -12,7 +12,7 @@ tool returned becomes an observation right behind it.
 import json
 from typing import NamedTuple
 
-from glm_models.tools import ToolCallError, check_name, write_call, write_observation
+from glm_models.tools import ToolCallError, write_call, write_observation
 from tuning.samples.dialogue import Dialogue, Message
 from tuning.samples.flaws import BadRow, has_half_pair, kind_of_value, says_something, shown_key
 
@@ -30,7 +30,7 @@ MESSAGE_KEYS = frozenset(
     {"role", "from", "content", "value", "metadata", "loss", "weight", "name", "parameters", "observation", "tools"}
     | {"tool_calls", "function_call", "tool_call_id"}
 )
-TEXT_ALONE = ("images", "image", "audio", "video", "videos", "input_audio")
+NOT_TEXT = frozenset({"images", "image", "audio", "video", "videos", "input_audio"})
 
 
 class Call(NamedTuple):
@@ -48,9 +48,8 @@ def conversation_key(row: dict) -> str | None:
     return None
 
 
-def style_of(row: dict) -> str:
-    """What the users of a row's form call it."""
-    key = conversation_key(row)
+def style_of(row: dict, key: str) -> str:
+    """What the users of a row's form call it; key is its `conversation_key`."""
     first = row[key][0]
     if isinstance(first, dict) and ("from" in first or "value" in first):
         return f"ShareGPT ({key} with from and value)"
@@ -66,7 +65,7 @@ def read_conversation(row: dict) -> Dialogue:
     key = conversation_key(row)
     if other := [name for name in LISTS if name != key and says_something(row.get(name))]:
         raise BadRow("format", f"a row with {key} and {other[0]}: a row has one conversation")
-    reader = _Reader(key, style_of(row))
+    reader = _Reader(key, style_of(row, key))
     for number, turn in enumerate(row[key]):
         reader.read(number, turn)
     messages, tools = reader.finish(), reader.tools
@@ -91,9 +90,12 @@ def read_conversation(row: dict) -> Dialogue:
     return dialogue
 
 
-def unread_keys(row: dict) -> set[str]:
-    """Keys of a conversation's row and of its messages that nothing reads, those of messages as `messages[].id`."""
-    key = conversation_key(row)
+def unread_keys(row: dict, key: str) -> set[str]:
+    """Keys of a conversation's row and of its messages that nothing reads, those of messages as `messages[].id`.
+
+    Args:
+        key: the row's `conversation_key`.
+    """
     inner = {
         f"{key}[].{name}"
         for turn in row[key]
@@ -109,28 +111,35 @@ class _Reader:
 
     def __init__(self, key: str, style: str):
         self.key, self.style = key, style
+        self.names = ("from", "value") if style.startswith("ShareGPT") else ("role", "content")
+        self.number = 0  # of the message that is read
         self.messages: list[Message] = []
         self.calls: list[Call] = []  # that wait
         self.tools: tuple | None = None
 
+    @property
+    def where(self) -> str:
+        """The message that is read, for errors."""
+        return f"{self.key}[{self.number}]"
+
     def read(self, number: int, turn) -> None:
         """One more message."""
-        self.where = f"{self.key}[{number}]"
+        self.number = number
         if not isinstance(turn, dict):
             raise BadRow("type", f"{self.where} must be an object with a role and a text, not {kind_of_value(turn)}")
-        who, text = ("from", "value") if self.style.startswith("ShareGPT") else ("role", "content")
+        who, text = self.names
         if who not in turn:
             other = {"from": "role", "role": "from"}[who]
             mixed = f"; it has {other!r}, of another format" if other in turn else ""
             raise BadRow("format", f"{self.where} has no {who!r}, as a row of {self.style} has it{mixed}")
-        for name in TEXT_ALONE:
-            if says_something(turn.get(name)):
+        for name in () if NOT_TEXT.isdisjoint(turn) else NOT_TEXT & turn.keys():
+            if says_something(turn[name]):
                 raise BadRow("keys", f"{self.where} has {shown_key(name)}, but the models read text alone")
         role = ROLES.get(turn[who]) if isinstance(turn[who], str) else None
         if role is None:
             wanted = f"must be one of {', '.join(ROLES)}"
             raise BadRow("type", f"the {who} of {self.where} {wanted}, not {_shown(turn[who])}")
-        getattr(self, f"_{role}")(turn, self._learn(turn, role), text)
+        self.READ[role](self, turn, self._learn(turn, role), text)
 
     def finish(self) -> list[Message]:
         """All messages. A call may stand at the end: the model learns to write it."""
@@ -210,11 +219,16 @@ class _Reader:
             name = self.calls[0].message.metadata
             raise BadRow("format", f"before {self.where} stands nothing that the tool {_shown(name)} returned")
 
+    READ = {"system": _system, "user": _user, "assistant": _assistant, "call": _call, "tool": _tool}
+    READ |= {"observation": _observation}
+
     # Parts of a message
 
     def _learn(self, turn, role) -> bool:
         """Whether a message is learnt: `loss`, or OpenAI's `weight` of 0 or 1."""
         answer = role in ("assistant", "call") or (role == "tool" and "parameters" in turn)
+        if "loss" not in turn and "weight" not in turn:
+            return answer
         loss, weight = turn.get("loss"), turn.get("weight")
         if loss is not None and not isinstance(loss, bool):
             raise BadRow("type", f"loss of {self.where} must be true or false, not {_shown(loss)}")
@@ -226,6 +240,8 @@ class _Reader:
 
     def _text(self, turn, key, missing=False) -> str:
         value = turn.get(key)
+        if isinstance(value, str):
+            return value
         if value is None and missing:
             return ""
         if _is_parts(value):
@@ -233,13 +249,10 @@ class _Reader:
                 kind = _shown(other[0].get("type"))
                 raise BadRow("keys", f"{key} of {self.where} has a part of type {kind}, but the models read text alone")
             return "".join(part["text"] for part in value)
-        if not isinstance(value, str):
-            raise BadRow("type", f"{key} of {self.where} must be a string, not {kind_of_value(value)}")
-        return value
+        raise BadRow("type", f"{key} of {self.where} must be a string, not {kind_of_value(value)}")
 
     def _written(self, name, parameters, learn) -> Message:
         try:
-            check_name(name)
             call = write_call(name, parameters)
         except ToolCallError as error:
             raise BadRow("type", f"a tool call of {self.where}: {error}") from None

@@ -28,6 +28,7 @@ from tuning.samples.encoding import (
     encode_samples,
     raise_first_error,
     split_chunks,
+    without_garbage_collection,
 )
 from tuning.samples.file_kinds import path_problem
 from tuning.samples.findings import BROKEN, FIRST, WARNINGS, Findings, lines_text
@@ -116,7 +117,8 @@ def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, pro
     with tqdm(total=line_breaks + 1, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
         chunks = _kept_chunks(settings, encode_file(settings, tokenizer, leave_out), findings, counts, bar)
         try:
-            cache.write_cache(file, chunks, counts)
+            with without_garbage_collection():
+                cache.write_cache(file, chunks, counts)
         except OSError as error:
             where = f"cannot write the data cache in {os.path.dirname(file)}: {error.strerror}"
             if os.path.isdir(file):

@@ -68,4 +68,4 @@ class Dialogue(NamedTuple):
         asked = self.asked
         if len(asked) == 1 and asked[0].role == "user" and self.tools is None:
             return asked[0].content
-        return *((message.role, message.metadata, message.content) for message in asked), repr(self.tools)
+        return *(message[:3] for message in asked), repr(self.tools)  # without `learn`

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 EACH = "(arrays[], objects)"  # jq: each row, of JSON lines or of an array
+NESTING = (dict, list)  # (a tuple: `dict | list` would be made anew each time)
 SHOWN_CHARACTERS = 24  # of a key in a message
 
 
@@ -72,7 +73,7 @@ def leaves(value) -> Iterator:
     waiting = [value]  # not recursive: values may be nested as deep as the interpreter's stack
     while waiting:
         value = waiting.pop()
-        if isinstance(value, dict | list):
+        if isinstance(value, NESTING):
             waiting += value.values() if isinstance(value, dict) else value
         else:
             yield value
@@ -85,4 +86,6 @@ def holds_text(value) -> bool:
 
 def says_something(value, neutral: tuple = ()) -> bool:
     """Whether a value means anything: it is not empty, and not one of the neutral values."""
-    return any(one.strip() if isinstance(one, str) else one is not None and one not in neutral for one in leaves(value))
+    if not isinstance(value, NESTING):  # asked many times a row
+        return bool(value.strip()) if isinstance(value, str) else value is not None and value not in neutral
+    return any(says_something(one, neutral) for one in leaves(value))

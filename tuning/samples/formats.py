@@ -88,8 +88,8 @@ def find_flaw(
     if columns is not None and (flaw := _name_columns(row, columns)):
         return flaw
     if row.keys() != KEYS:
-        if conversation_key(row):
-            return _flaw_of_conversation(row, empty_outputs, missing_outputs)
+        if key := conversation_key(row):
+            return _flaw_of_conversation(row, key, empty_outputs, missing_outputs)
         if flaw := _name_fields(row, missing_outputs):
             return flaw
     if missing_outputs and row.get("output", "") is None:
@@ -145,17 +145,17 @@ def _flaw_of_earlier(row: dict) -> Flaw | None:
     return None
 
 
-def _flaw_of_conversation(row: dict, empty_outputs: bool, missing_outputs: bool) -> Flaw | None:
-    style = style_of(row)
-    beside = [key for key in ("instruction", "input", "history", KEY) if says_something(row.get(key))]
-    if beside or any(holds_text(row.get(one)) and holds_text(row.get(other)) for one, other in FLAT):
+def _flaw_of_conversation(row: dict, key: str, empty_outputs: bool, missing_outputs: bool) -> Flaw | None:
+    style = style_of(row, key)
+    beside = [name for name in ("instruction", "input", "history", KEY) if says_something(row.get(name))]
+    if beside or any(one in row and holds_text(row[one]) and holds_text(row.get(other)) for one, other in FLAT):
         return Flaw(
             "format", f"a row that mixes two formats: {style}, and {names_text(beside) or 'question and answer'}"
         )
-    for key in _sort_keys(tuple(row)).lost:
-        lost = LOST[plain_name(key)]
-        if key not in conversations.READ and says_something(row[key], lost.neutral):
-            return _lost(key, lost)
+    for name in _sort_keys(tuple(row)).lost:
+        lost = LOST[plain_name(name)]
+        if name not in conversations.READ and says_something(row[name], lost.neutral):
+            return _lost(name, lost)
     try:
         dialogue = read_conversation(row)
     except BadRow as error:
@@ -234,6 +234,9 @@ def to_dialogue(row: dict, train_on: str | None = None) -> Dialogue:
         train_on: which answers are learnt: "all" of those that the row does not except, "last" the last one of them;
             None: all those of a conversation, and with a history the output alone.
     """
+    if row.keys() == KEYS and isinstance(row["output"], str):  # most rows
+        question = Message("user", row["instruction"] + row["input"])
+        return Dialogue((question, Message("assistant", row["output"], "", True)))
     if conversation_key(row):
         dialogue = read_conversation(row)
         return _learn_last(dialogue) if train_on == "last" else dialogue
@@ -261,8 +264,8 @@ def _learn_last(dialogue: Dialogue) -> Dialogue:
 
 def format_of(row: dict) -> str:
     """The name of a valid row's format, after `find_flaw`."""
-    if conversation_key(row):
-        return style_of(row)
+    if key := conversation_key(row):
+        return style_of(row, key)
     if is_text(row, KEYS):
         return "plain text"
     more = [key for key in sorted(OPTIONAL) if says_something(row.get(key))]
@@ -391,11 +394,12 @@ def _lost(key: str, lost: Lost, inside: str = "") -> Flaw:
 def count_unused(rows: Iterable[dict], counts: collections.Counter, read: frozenset[str] = KEYS) -> None:
     """For each key that is not read, count the rows that have it."""
     for row in rows:
-        if is_text(row, KEYS) and not conversation_key(row):
-            counts.update(row.keys() - {KEY})
-        elif len(row) > len(KEYS) or not row.keys() <= KEYS:
-            unread = conversations.unread_keys(row) if conversation_key(row) else row.keys() - OPTIONAL
-            counts.update(unread - read)
+        if row.keys() <= KEYS:
+            continue
+        if key := conversation_key(row):
+            counts.update(conversations.unread_keys(row, key) - read)
+        else:
+            counts.update(row.keys() - {KEY} if is_text(row, KEYS) else row.keys() - OPTIONAL - read)
 
 
 def unused_keys(rows: Iterable[dict], read: frozenset[str] = KEYS) -> str:
