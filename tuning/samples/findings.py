@@ -17,8 +17,9 @@ FIRST = 3  # lines that are named for each kind
 
 # Kinds of findings. Rows with one of the kinds in BROKEN cannot be trained.
 BROKEN = {
-    "encoding": "not UTF-8 text",
+    "encoding": "not text in the file's encoding",
     "json": "not valid JSON",
+    "table": "not a row of the table",
     "format": "rows of another format",
     "keys": "keys that mean something and are not read",
     "type": "a key missing or of a wrong type",
