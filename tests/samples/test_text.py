@@ -211,7 +211,7 @@ def test_the_blocks_of_a_text_are_on_one_side(tokenizers, write):
 
 def test_check_data_counts_texts_apart(tokenizers, write, tmp_path):
     path, said = write({"text": LONG}, ROW, {"text": "短"}), []
-    check_data(DataSettings(path, 200, 100), tokenizers["glm"], None, str(tmp_path), said.append)
+    check_data([DataSettings(path, 200, 100)], tokenizers["glm"], None, str(tmp_path), said.append)
     data = InstructionData(DataSettings(path, 200, 100), tokenizers["glm"])
     blocks = data.lengths[data.texts > 0]
     line = f"plain text: 2 rows in {len(blocks)} blocks of at most --max_len 200, {blocks.sum()} tokens; none is cut"
@@ -219,7 +219,7 @@ def test_check_data_counts_texts_apart(tokenizers, write, tmp_path):
     assert line in said and f"{path}: 3 rows, 3 of them usable" in said
     assert any(one.startswith(f"tokens: {data.lengths[data.texts == 0].sum()} (prompts ") for one in said)
     said = []
-    check_data(DataSettings(write({"text": LONG}), 200, 100), tokenizers["glm"], None, str(tmp_path), said.append)
+    check_data([DataSettings(write({"text": LONG}), 200, 100)], tokenizers["glm"], None, str(tmp_path), said.append)
     assert not any(one.startswith("tokens: ") for one in said)
 
 

@@ -92,7 +92,7 @@ def gather_answers(
     synced = engine.zero_optimization_stage() == 3 and world_size > 1
     mine: dict[int, tuple[str, bool]] = {}
     for batch in deal_batches(rows, lengths, batch_size, rank, world_size):
-        prompts = [data.samples.prompt(i).tolist() for i in batch.rows]
+        prompts = [data.prompt(i).tolist() for i in batch.rows]
         answers = generate_answers(base, tokenizer, prompts, [max_new_tokens] * len(prompts), synced_gpus=synced)
         if not batch.is_filler:
             mine |= zip(batch.rows, answers, strict=True)
@@ -143,7 +143,7 @@ class Validation:
             self.max_new_tokens = args.eval_max_new_tokens or math.ceil(1.25 * longest)
             self.asked: list[dict] = []  # rank 0: the rows of the file, as `generated`
             self.references: list[list[str]] = []
-            self.kind, more = on_rank_0(lambda: self._read_references(held_out.path))
+            self.kind, more = on_rank_0(lambda: self._read_references())
             names += more
         if args.best_metric not in names:
             raise UserError(f"--best_metric {args.best_metric}: there are {', '.join(names)}; {self._more_names()}")
@@ -152,15 +152,21 @@ class Validation:
         self.stale = 0  # validations since the best
         self.file = None
 
-    def _read_references(self, path: str) -> tuple[str, list[str]]:
+    def _read_references(self) -> tuple[str, list[str]]:
         """Read the references of the generated rows. Returns their kind, and the names of the scores."""
-        lines = {int(self.data.lines[i]) for i in self.generated}
+        places = [self.data.place(i) for i in self.generated]
         found = {}
         columns = Columns.of(self.args)
-        for line, row in scan_rows(path, several_outputs=True, empty_outputs=True, columns=columns):
-            if line in lines and not isinstance(row, RowError):
-                found |= {(line, ids): one for ids, one in self._samples(row)}  # a line may hold several samples
-        asked = [found[int(self.data.lines[i]), tuple(self.data.samples[i].input_ids)] for i in self.generated]
+        wanted = set(places)
+        for path in dict.fromkeys(path for path, _ in places):
+            for line, row in scan_rows(path, several_outputs=True, empty_outputs=True, columns=columns):
+                if (path, line) in wanted and not isinstance(row, RowError):
+                    # a line may hold several samples
+                    found |= {(path, line, ids): one for ids, one in self._samples(row)}
+        asked = [
+            found[*place, tuple(self.data.samples[i].input_ids)]
+            for i, place in zip(self.generated, places, strict=True)
+        ]
         self.asked = [with_references(row, self.tokenizer) for row in asked]
         self.references = [references_of(row) for row in self.asked]
         kind = kind_of(self.references) if self.args.eval_generate == "auto" else self.args.eval_generate

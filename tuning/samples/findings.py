@@ -137,11 +137,11 @@ class Findings:
                     self.note(kind, int(lines[i]), earlier_line=int(lines[first[i]]))
         return self.tally
 
-    def prompts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of all rows so far: lines, and the hashes of their `prompt_key`."""
+    def hashed(self, whole: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Of all rows so far: lines, and the hashes of their `prompt_key`, or of the whole rows."""
         if not self.lines:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        return np.concatenate(self.lines), np.concatenate(self.hashes)[:, 0]
+        return np.concatenate(self.lines), np.concatenate(self.hashes)[:, int(whole)]
 
 
 class Changed:
