@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 from tuning.arguments.other_names import LAUNCHER, OTHER_NAMES
 from tuning.errors import UserError
-from tuning.samples.data_files import find_files
 from tuning.samples.file_kinds import path_problem
 
 LARGEST = 2**31 - 1
@@ -130,18 +129,6 @@ class File:
         if any(os.path.isfile(part.strip()) for part in text.split(",")):
             raise ValueError("one file is needed, not a list; join the files into one first")
         raise ValueError(path_problem(text))
-
-
-@dataclass(frozen=True)
-class DataPath:
-    """A data file or a folder with some, and with `weights` also PATH:WEIGHT; the value is the text itself."""
-
-    weights: bool = False
-    metavar: ClassVar[str] = "PATH"
-
-    def __call__(self, text: str) -> str:
-        find_files([text], self.weights)
-        return text
 
 
 class Folder:

@@ -4,7 +4,7 @@ import argparse
 import os
 
 from glm_models import MODE
-from tuning.arguments.columns import add_columns
+from tuning.arguments.data import add_columns
 from tuning.arguments.parser import SWITCH, File, Folder, Integer, NewPath, Number, Parser, Text
 from tuning.metrics import HEADLINE, missing
 

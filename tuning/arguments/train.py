@@ -6,11 +6,10 @@ Each flag says with `may_change` whether it may differ when a run is resumed; se
 import argparse
 
 from glm_models import MODE
-from tuning.arguments.columns import add_columns
+from tuning.arguments.data import DataPath, add_columns
 from tuning.arguments.parser import (
     LARGEST,
     SWITCH,
-    DataPath,
     File,
     Folder,
     GiB,

@@ -1,6 +1,22 @@
-"""The flags that name the columns of a data file, of every script that has them."""
+"""What the flags about data files have in common, in every script: their paths, the names of their columns."""
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 from tuning.arguments.parser import Group, Text
+from tuning.samples.data_files import find_files
+
+
+@dataclass(frozen=True)
+class DataPath:
+    """A data file or a folder with some, and with `weights` also PATH:WEIGHT; the value is the text itself."""
+
+    weights: bool = False
+    metavar: ClassVar[str] = "PATH"
+
+    def __call__(self, text: str) -> str:
+        find_files([text], self.weights)
+        return text
 
 
 def add_columns(group: Group, answers_needed: bool = True, **more) -> None:
