@@ -378,7 +378,7 @@ def test_a_conversation_is_validated_by_its_first_learnt_call(tmp_path, tokenize
     turns = [{"role": "user", "content": "天气？"}, CALL, {"role": "assistant", "content": "晴。"}]
     path.write_text(json.dumps({"conversations": turns}, ensure_ascii=False))
     validation = validation_of(path, tokenizers["glm3"], [0])
-    kind, names = validation._read_references(str(path))
+    kind, names = validation._read_references()
     assert validation.references == [["weather\n```python\ntool_call(city='青河')\n```"]]
     assert kind == "tool_calls" and "tool_call_right" in names
 
@@ -399,7 +399,7 @@ def test_rows_of_one_line_find_their_references(tmp_path, tokenizers):
     path.write_text(json.dumps(rows, ensure_ascii=False))
     validation = validation_of(path, tokenizers["glm3"], [3, 1])
     assert set(validation.data.lines.tolist()) == {1}
-    kind, names = validation._read_references(str(path))
+    kind, names = validation._read_references()
     assert validation.references == [["3", "3!"], ["1", "1!"]] and kind == "text" and "exact_match" in names
 
 

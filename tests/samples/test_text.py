@@ -261,7 +261,7 @@ def allow_bf16():
 
 @pytest.mark.parametrize(("mode", "method", "stage"), [("glm", "all", 2), ("glm3", "lora", 3)])
 def test_texts_train_on_two_ranks_and_go_on_from_a_state(tmp_path, mode, method, stage):
-    """Texts and conversations, and a packed table with a weight, packed, with replay of text and answers to what asks."""
+    """Texts, conversations and a table with a weight, packed, with replay of text and answers to what asks."""
     rows, table, general = tmp_path / "rows.json", tmp_path / "table.csv.gz", tmp_path / "general.json"
     some = [
         {"text": LONG[:1500]},
