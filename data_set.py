@@ -102,10 +102,8 @@ def describe_data(title: str, data: InstructionData, columns: Columns | None, na
     """
     if is_rank_0():
         ((path, _),) = data.files
-        if kind := describe_file(path, columns):
-            print_rank_0(f"{path}: {kind}")
         where = f"{path}: " if named else ""
-        print_rank_0("\n".join((f"{title}: {where}{data.summary()}", *data.warnings())))
+        print_rank_0("\n".join((*describe_file(path, columns), f"{title}: {where}{data.summary()}", *data.warnings())))
 
 
 class Sources(NamedTuple):
@@ -146,9 +144,8 @@ def load_sources(args, tokenizer) -> Sources:
     general = load_data(args, tokenizer, args.replay_path, columns=False)
     general_packs = pack(general, np.arange(len(general)))
     mixture, text = add_replay(task, general, general_packs, args.replay_ratio, longest, args.seed)
-    if is_rank_0() and (kind := describe_file(args.replay_path)):
-        print_rank_0(f"{args.replay_path}: {kind}")
-    print_rank_0("\n".join((f"replay: {text}", *general.warnings())))
+    if is_rank_0():
+        print_rank_0("\n".join((*describe_file(args.replay_path), f"replay: {text}", *general.warnings())))
     if any(general.content == one.content for one in task.parts):
         print_rank_0("warning: --replay_path has the very rows of --train_path")
     return Sources(mixture, mixture.epoch_packs, held_out, contents | more | {"--replay_path": general.content})

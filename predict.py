@@ -70,8 +70,8 @@ def predict_file(args) -> None:
     columns = Columns.of(args)
     how = {"several_outputs": True, "empty_outputs": True, "missing_outputs": True}
     numbered = list(read_rows(args.predict_path, **how, columns=columns))
-    if kind := describe_file(args.predict_path, columns):
-        print(f"{args.predict_path}: {kind}")
+    for line in describe_file(args.predict_path, columns):
+        print(line)
     if unused := unused_keys((row for _, row in numbered), KEYS | ADDED | {AS_WRITTEN}):
         print(f"{args.predict_path}: {unused}")
     base = find_base(args.model_path, args.ori_model_dir)

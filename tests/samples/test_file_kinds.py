@@ -84,7 +84,8 @@ def test_files_of_every_kind_have_the_same_rows(write, kind, encoding, said):
         assert [line for line, _ in found] == lines_of(kind)
         name = {"csv": "a CSV table", "tsv": "a TSV table", "semicolons": "a CSV table"}.get(kind, "")
         packing = {"": "", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}[ending]
-        assert describe_file(path) == ", ".join(filter(None, (name, packing, said)))
+        words = ", ".join(filter(None, (name, packing, said)))
+        assert describe_file(path) == ([f"{path}: {words}"] if words else [])
 
 
 def test_they_give_the_same_samples(write, tokenizers):
@@ -221,7 +222,7 @@ def test_lines_of_utf_8_in_a_file_of_gb18030_are_not_taken_for_it(write):
     found = dict(scan_rows(path))
     assert [line for line, row in found.items() if isinstance(row, RowError)] == [1501]
     few = write(b"\n".join(line.encode("utf-8" if i != 3 else "gb18030") for i, line in enumerate(lines[:5])))
-    assert describe_file(few) == ""
+    assert describe_file(few) == []
     assert [line for line, row in scan_rows(few) if isinstance(row, RowError)] == [4]
 
 
@@ -252,7 +253,7 @@ def test_what_is_not_certainly_chinese_is_not_taken_for_gb18030(write, text, enc
 def test_gb18030_below_rows_of_ascii(write):
     rows = [{"instruction": "a", "input": "b" * 90, "output": "c"}] * 2000
     path = write(text_of("lines", rows).encode() + text_of("lines").encode("gb18030"))
-    assert describe_file(path) == "GB18030 text"
+    assert describe_file(path) == [f"{path}: GB18030 text"]
     assert [row for _, row in read_rows(path)][2000:] == ROWS
 
 

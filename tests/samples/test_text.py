@@ -287,7 +287,7 @@ def test_texts_train_on_two_ranks_and_go_on_from_a_state(tmp_path, mode, method,
     (whole, results, said), (resumed, resumed_results, _) = found
     assert len(whole) > 3 and resumed == whole[2:] and resumed_results == results
     assert "of them are blocks of plain text, from 13 rows" in said and "blocks of plain text, from 20 rows" in said
-    assert f"{table}: a CSV table, gzip" in said and f"{table} x 1.5" in said
+    assert f"{table}: a CSV table, gzip, GB18030 text" in said and f"{table} x 1.5" in said
     assert " blocks of plain text" in said[said.index("validation: ") :].splitlines()[0]
     answered = (output / "validation-predictions.jsonl").read_text().splitlines()
     assert answered and all(json.loads(line).keys() & {"instruction", "messages"} for line in answered)

@@ -204,8 +204,8 @@ def check_data(
 def _say(one: Checked, tokenizer, say: Callable[[str], None]) -> None:
     """Print what was found in a file."""
     settings, findings, lengths = one.settings, one.findings, one.lengths
-    if kind := describe_file(settings.path, settings.columns):
-        say(f"{settings.path}: {kind}")
+    for line in describe_file(settings.path, settings.columns):
+        say(line)
     say(f"{settings.path}: {lengths.rows + _count_broken(findings)} rows, {lengths.rows} of them usable")
     if one.formats.count:
         say("formats: " + "; ".join(f"{name}: {lines_text(*some)}" for name, some in one.formats.count.items()))

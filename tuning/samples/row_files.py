@@ -87,8 +87,8 @@ def _parse(path: str, text: TextFile, columns: Columns | None) -> tuple[Iterator
     return (array_rows if is_array else line_rows)(text.file, text.encoding), False
 
 
-def describe_file(path: str, columns: Columns | None = None) -> str:
-    """What a data file is, if it is not JSON in UTF-8, such as "a CSV table, gzip, GB18030 text"; else "".
+def describe_file(path: str, columns: Columns | None = None) -> list[str]:
+    """A line on what a data file is, such as "rows.csv.gz: a CSV table, gzip, GB18030 text"; none for JSON in UTF-8.
 
     Raises:
         DataError: as `scan_rows`, as far as the start of the file shows it.
@@ -96,4 +96,5 @@ def describe_file(path: str, columns: Columns | None = None) -> str:
     with open_text(path) as text:
         delimiter = find_delimiter(path, text.head, columns)
         table = [f"a {DELIMITERS[delimiter]} table"] if delimiter else []
-        return ", ".join(table + text.describe())
+        words = ", ".join(table + text.describe())
+    return [f"{path}: {words}"] if words else []
