@@ -44,10 +44,10 @@ def test_paths_weights_and_folders(tmp_path):
     (folder / "inner").mkdir()
     (tmp_path / "x:2").write_text("{}")
     (tmp_path / "x").write_text("{}")
-    found, notes = find_files([f"{folder}:0.5", "x:2", "x:.25", "x"], True, base=str(tmp_path))
+    found, notes = find_files([f"{folder}:0.5", "x:2", "x:.25", "x:2:3"], True, base=str(tmp_path))
     where = [(os.path.relpath(path, tmp_path), weight) for path, weight in found]
     names = ["a.csv.gz", "b.json", "c.JSONL"]
-    assert where == [*((f"data/{name}", 0.5) for name in names), ("x:2", 1), ("x", 0.25), ("x", 1)]
+    assert where == [*((f"data/{name}", 0.5) for name in names), ("x:2", 1), ("x", 0.25), ("x:2", 3)]
     assert notes == [f"{folder}: not read: README.md, inner"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "results").mkdir()
@@ -60,7 +60,7 @@ def test_paths_weights_and_folders(tmp_path):
         (f"{x}:-1", "the weight '-1' must be"),
         (f"{x}:nan", "the weight 'nan' must be"),
         (f"{x}:1e9", "the weight '1e9' must be"),
-        (f"{x}:2:3", "no such file"),
+        (tmp_path / "none:2", "no such file"),
         (tmp_path / "none", "no such file"),
     ]:
         with pytest.raises(UserError, match=f"--train_path {path}: .*{says}"):

@@ -168,7 +168,7 @@ def shared_samples(files: Sequence[InstructionData]) -> list[str]:
         ends = 4 * data.samples.records["end"]
         starts = ends - 4 * data.lengths
         spans = zip(starts.tolist(), ends.tolist(), strict=True)
-        mine = np.fromiter((hash(content[start:end]) for start, end in spans), np.int64, len(data))
+        mine = np.fromiter((hash(bytes(content[start:end])) for start, end in spans), np.int64, len(data))
         for other, theirs in zip(files, hashes, strict=False):
             path, before = data.files[0][0], other.files[0][0]
             if data.content == other.content:
