@@ -17,11 +17,13 @@ from torch.utils.data import DataLoader
 from tuning.errors import DataError
 from tuning.samples import cache
 from tuning.samples.batches import Batch
+from tuning.samples.data_files import DataFile, find_files
 from tuning.samples.dataset import DataSettings, HeldOut, InstructionData, prepare, split_rows
 from tuning.samples.dump import dump_samples
 from tuning.samples.epochs import BatchShape, EpochPlan, Packs, RankBatches, RunLength, pack_rows, plan_epoch
 from tuning.samples.formats import Columns
-from tuning.samples.mixture import Mixture
+from tuning.samples.mixture import Mixture, add_replay, shared_samples, weigh
+from tuning.samples.row_files import describe_file
 from utils import data_parallel_rank, data_parallel_size, is_rank_0, on_rank_0, once_per_node, print_rank_0
 
 # Batches
@@ -71,12 +73,37 @@ def load_data(args, tokenizer, path: str, several_outputs: bool = False, columns
 
 def dump(args, tokenizer) -> None:
     """--dump_samples: write the samples that would be trained, before packing. Needs no other processes."""
-    settings, folder = data_settings(args, args.train_path), cache_folder(args)
-    prepared = prepare(settings, tokenizer, folder, progress=True) if folder else None
-    data = InstructionData(settings, tokenizer, prepared)
+    paths, folder = name_files(args.train_path, weights=True), cache_folder(args)
+    files = []
+    for path, _ in paths:
+        settings = data_settings(args, path)
+        prepared = prepare(settings, tokenizer, folder, progress=True) if folder else None
+        files.append(InstructionData(settings, tokenizer, prepared))
+        describe_data("data", files[-1], settings.columns, len(paths) > 1)
+    data = Mixture(files)
     rows = range(len(data)) if args.eval_ratio is None else split_rows(data, args.eval_ratio)[0].tolist()
     dump_samples(data, rows, args.dump_samples)
-    print("\n".join((f"data: {data.summary()}", *data.warnings(), f"{len(rows)} samples: {args.dump_samples}")))
+    print(f"{len(rows)} samples: {args.dump_samples}")
+
+
+def name_files(texts: list[str], weights: bool = False) -> list[DataFile]:
+    """The files that the values of a flag name; what a folder holds besides is printed."""
+    files, notes = find_files(texts, weights)
+    for line in notes:
+        print_rank_0(line)
+    return files
+
+
+def describe_data(title: str, data: InstructionData, columns: Columns | None, named: bool) -> None:
+    """Print on rank 0 what was read of a file, and what kind of file it is.
+
+    Args:
+        named: with its path.
+    """
+    if is_rank_0():
+        ((path, _),) = data.files
+        where = f"{path}: " if named else ""
+        print_rank_0("\n".join((*describe_file(path, columns), f"{title}: {where}{data.summary()}", *data.warnings())))
 
 
 class Sources(NamedTuple):
@@ -91,51 +118,76 @@ class Sources(NamedTuple):
     data: InstructionData
     packs: Callable[[int], Packs]
     held_out: HeldOut | None
-    contents: dict[str, str]
+    contents: dict
 
 
 def load_sources(args, tokenizer) -> Sources:
     """All files that flags name."""
-    task = load_data(args, tokenizer, args.train_path)
-    print_rank_0("\n".join((f"data: {task.summary()}", *task.warnings())))
-    contents = {"--train_path": task.content}
-    rows, held_out = np.arange(len(task)), None
-    if args.eval_ratio is not None:
-        rows, held_out_rows = split_rows(task, args.eval_ratio)
-        held_out = HeldOut(task, held_out_rows.tolist(), args.train_path)
-        print_rank_0(
-            f"{len(rows)} of them to train on, {len(held_out.rows)} to validate on (--eval_ratio {args.eval_ratio:g})"
-        )
-    elif args.eval_path:
-        data = load_data(args, tokenizer, args.eval_path, several_outputs=True)
-        held_out, contents["--eval_path"] = HeldOut(data, list(range(len(data))), args.eval_path), data.content
-        print_rank_0("\n".join((f"validation data: {data.summary()}", *data.warnings())))
-        if data.content == task.content:
-            print_rank_0(
-                "warning: --eval_path has the very rows of --train_path: its scores say nothing of unseen rows"
-            )
-
-    if held_out and args.eval_generate != "off" and not held_out.answered:
-        raise DataError(
-            f"--eval_generate: the rows of {held_out.path} to validate on are all plain text, which has no answers; "
-            "without the flag their loss is measured"
-        )
+    files = on_rank_0(lambda: name_files(args.train_path, weights=True))  # a folder is listed once
+    weights = [weight for _, weight in files]
+    task, contents = _load_files(args, tokenizer, "--train_path", [path for path, _ in files])
+    if any(weight != 1 for weight in weights):
+        contents["weights of --train_path"] = weights
+    rows, held_out, more = _hold_out(args, tokenizer, task)
 
     def pack(data, rows):
         return pack_rows(data, args.max_len, args.seed, rows) if args.packing else Packs(rows)
 
-    packs = pack(task, rows)
-    if not args.replay_path:
-        return Sources(task, lambda epoch: packs, held_out, contents)
-    general = load_data(args, tokenizer, args.replay_path, columns=False)
-    contents["--replay_path"] = general.content
-    general_packs = pack(general, np.arange(len(general)))
     longest = args.per_device_train_batch_size
-    mixture = Mixture(task, packs, general, general_packs, args.replay_ratio, longest, args.seed)
-    print_rank_0("\n".join((f"replay: {mixture.summary()}", *general.warnings())))
-    if general.content == task.content:
+    weigh(task, weights, rows, lambda some: pack(task, some), longest, args.seed)
+    if len(files) > 1 or weights != [1]:
+        about = "about " * (args.packing and weights != [1] * len(weights))
+        each = ", ".join(f"{path} x {weight:g}" for path, weight in files)
+        print_rank_0(f"an epoch: {about}{task.rows:.0f} rows, of {each}")
+    if not args.replay_path:
+        return Sources(task, task.epoch_packs, held_out, contents | more)
+    general = load_data(args, tokenizer, args.replay_path, columns=False)
+    general_packs = pack(general, np.arange(len(general)))
+    mixture, text = add_replay(task, general, general_packs, args.replay_ratio, longest, args.seed)
+    if is_rank_0():
+        print_rank_0("\n".join((*describe_file(args.replay_path), f"replay: {text}", *general.warnings())))
+    if any(general.content == one.content for one in task.parts):
         print_rank_0("warning: --replay_path has the very rows of --train_path")
-    return Sources(mixture, mixture.epoch_packs, held_out, contents)
+    return Sources(mixture, mixture.epoch_packs, held_out, contents | more | {"--replay_path": general.content})
+
+
+def _load_files(args, tokenizer, flag: str, paths: list[str], several_outputs: bool = False) -> tuple[Mixture, dict]:
+    """The samples of the files of a flag, and what a resumed run is compared by: SHA-256 of each file."""
+    title = {"--train_path": "data", "--eval_path": "validation data"}[flag]
+    parts = []
+    for path in paths:
+        parts.append(load_data(args, tokenizer, path, several_outputs))
+        describe_data(title, parts[-1], Columns.of(args), len(paths) > 1)
+    if is_rank_0():
+        for line in shared_samples(parts):
+            print_rank_0(line)
+    several = {f"file {number}": one.content for number, one in enumerate(parts, 1)}
+    return Mixture(parts), {flag: several if len(parts) > 1 else parts[0].content}
+
+
+def _hold_out(args, tokenizer, task: Mixture) -> tuple[np.ndarray, HeldOut | None, dict]:
+    """Rows to train on, those to validate on, and SHA-256 of the files of --eval_path."""
+    rows, held_out, contents = np.arange(len(task)), None, {}
+    if args.eval_ratio is not None:
+        rows, held_out_rows = split_rows(task, args.eval_ratio)
+        held_out = HeldOut(task, held_out_rows.tolist(), "--train_path")
+        print_rank_0(
+            f"{len(rows)} of them to train on, {len(held_out.rows)} to validate on (--eval_ratio {args.eval_ratio:g})"
+        )
+    elif args.eval_path:
+        paths = [path for path, _ in on_rank_0(lambda: name_files(args.eval_path))]
+        data, contents = _load_files(args, tokenizer, "--eval_path", paths, several_outputs=True)
+        held_out = HeldOut(data, list(range(len(data))), "--eval_path")
+        if {one.content for one in data.parts} & {one.content for one in task.parts}:
+            print_rank_0(
+                "warning: --eval_path has the very rows of --train_path: its scores say nothing of unseen rows"
+            )
+    if held_out and args.eval_generate != "off" and not held_out.answered:
+        raise DataError(
+            f"--eval_generate: the rows of {held_out.name} to validate on are all plain text, which has no answers; "
+            "without the flag their loss is measured"
+        )
+    return rows, held_out, contents
 
 
 def batch_shape(args) -> BatchShape:

@@ -37,8 +37,8 @@ from tuning.lora.adapter import find_base
 from tuning.metrics import ADDED, AS_WRITTEN, references_of, with_references
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.findings import FIRST, lines_text
-from tuning.samples.formats import KEYS, to_dialogue, unused_keys
-from tuning.samples.row_files import read_rows
+from tuning.samples.formats import KEYS, Columns, to_dialogue, unused_keys
+from tuning.samples.row_files import describe_file, read_rows
 from tuning.terminal import visible
 from utils import set_seed, silence_libraries
 
@@ -67,7 +67,11 @@ def predict_file(args) -> None:
 
     All input is checked before the model is loaded, which takes minutes.
     """
-    numbered = list(read_rows(args.predict_path, several_outputs=True, empty_outputs=True, missing_outputs=True))
+    columns = Columns.of(args)
+    how = {"several_outputs": True, "empty_outputs": True, "missing_outputs": True}
+    numbered = list(read_rows(args.predict_path, **how, columns=columns))
+    for line in describe_file(args.predict_path, columns):
+        print(line)
     if unused := unused_keys((row for _, row in numbered), KEYS | ADDED | {AS_WRITTEN}):
         print(f"{args.predict_path}: {unused}")
     base = find_base(args.model_path, args.ori_model_dir)
@@ -110,6 +114,7 @@ def describe_run(args, rows: int, base: str, tokenizer) -> Made:
     """Everything that the answers to a file depend on; --batch_size is not part of it."""
     names = ["mode", "max_length", "max_src_len", "num_beams", "repetition_penalty", "do_sample"]
     names += ["top_p", "temperature", "seed"] if args.do_sample else []
+    names += [f"{name}_column" for name in Columns._fields] if args.prompt_column else []
     settings = {f"--{name}": getattr(args, name) for name in names}
     settings["SHA-256 of --predict_path"] = file_hash(args.predict_path)
     settings["type of numbers"] = str(choose_dtype(base, args.device)[0])

@@ -25,7 +25,7 @@ use_large_pages()
 import deepspeed
 import torch
 
-from data_set import Sources, batch_shape, data_settings, dump, load_sources, training_steps
+from data_set import Sources, batch_shape, data_settings, dump, load_sources, name_files, training_steps
 from glm_models import MODE
 from glm_models.ops import TiledMLP
 from tuning.engine import patches
@@ -220,7 +220,8 @@ def finish(args, model, result: str, log: RunLog, validation: Validation | None)
 
 def check(args, tokenizer) -> None:
     """--check_data: needs the tokenizer, and neither other processes nor the model."""
-    check_data(data_settings(args, args.train_path), tokenizer, args.test_path, args.output_dir)
+    files = [data_settings(args, path) for path, _ in name_files(args.train_path, weights=True)]
+    check_data(files, tokenizer, args.test_path, args.output_dir)
 
 
 def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from process import forget_peak, status
 
 from tuning.samples.epochs import BatchShape, Packs, pack_rows, plan_epoch
-from tuning.samples.mixture import Mixture
+from tuning.samples.mixture import Mixture, add_replay, weigh
 
 MAX_LEN = 1024
 SHAPE = BatchShape(rows=4, accumulation=4, data_parallel=4)
@@ -68,7 +68,9 @@ def packed_epoch(data: Data) -> None:
 
 
 def mixture(data: Data) -> None:
-    mixed = Mixture(data, singly(len(data)), data, singly(len(data)), 0.3, 4, 1)
+    files = Mixture([data])
+    weigh(files, [1], np.arange(len(data)), Packs, 4, 1)
+    mixed, _ = add_replay(files, data, singly(len(data)), 0.3, 4, 1)
     plan_epoch(mixed, mixed.epoch_packs(2), SHAPE, 1, 2)
 
 

@@ -128,7 +128,9 @@ def run_trainer(argv: list[str]) -> dict:
     args = train.parse_args(argv)
     family = MODE[args.mode]
     tokenizer = family.tokenizer.from_pretrained(args.model_name_or_path)
-    data = InstructionData(DataSettings(args.train_path, args.max_len, args.max_src_len, empty_outputs=True), tokenizer)
+    data = InstructionData(
+        DataSettings(args.train_path[0], args.max_len, args.max_src_len, empty_outputs=True), tokenizer
+    )
     plan = plan_epoch(data, Packs(np.arange(len(data))), BatchShape(BATCH), args.seed, 1)
 
     def padded(rows):

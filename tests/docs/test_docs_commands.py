@@ -202,7 +202,7 @@ def test_the_readmes_script_starts_a_training_with_its_variables(places, launche
     assert cards == f"cards={variables['GPUS']}"
     args = train_arguments.parse_args(told)
     assert (args.mode, args.train_type, args.num_train_epochs) == ("glm2", "lora", 3)
-    assert (args.model_name_or_path, args.train_path) == (places["ChatGLM2-6B/"], places["my.json"])
+    assert (args.model_name_or_path, args.train_path) == (places["ChatGLM2-6B/"], [places["my.json"]])
     assert args.output_dir == variables["OUTPUT"]
 
 
@@ -226,6 +226,6 @@ def test_the_readmes_tables_are_the_twelve_scripts(name, places, launched):
             train_type = method[1]
             method = [*method, "--ds_file", ds_files[0 if mode == "glm" else -1]]
             typed = train_arguments.parse_args([*words[:at], *model, *method])
-            variables = {"MODEL": typed.model_name_or_path, "DATA": typed.train_path, "OUTPUT": typed.output_dir}
+            variables = {"MODEL": typed.model_name_or_path, "DATA": typed.train_path[0], "OUTPUT": typed.output_dir}
             _, told = launched(f"scripts/{mode}/{train_type}.sh", [], variables)
             assert vars(train_arguments.parse_args(told)) == vars(typed)

@@ -379,7 +379,7 @@ def test_each_learnt_answer_of_a_conversation_is_validated(tmp_path, tokenizers)
     turns += [{"role": "user", "content": "谢谢"}, {"role": "assistant", "content": "不客气"}]
     path.write_text(json.dumps({"conversations": turns}, ensure_ascii=False))
     validation = validation_of(path, tokenizers["glm3"], [0])
-    kind, names = validation._read_references(str(path))
+    kind, names = validation._read_references()
     call = "weather\n```python\ntool_call(city='青河')\n```"
     assert validation.references == [[call], ["晴。"], ["不客气"]]
     assert kind == "tool_calls" and "tool_call_right" in names
@@ -398,7 +398,7 @@ def test_answers_of_a_conversation_are_counted_alike_in_all_families(mode, max_l
     messages[3]["loss"] = False
     path.write_text(json.dumps({"conversations": messages}, ensure_ascii=False))
     validation = validation_of(path, tokenizers[mode], range(3 if mode != "glm3" else 1), max_len)
-    validation._read_references(str(path))
+    validation._read_references()
     found = [one for (one,) in validation.references]
     assert found == ["查继电器", "再查一次", "不客气"][-len(found) :] and (len(found) == 3 or max_len == 60)
 
@@ -423,7 +423,7 @@ def test_rows_of_one_line_find_their_references(tmp_path, tokenizers):
     path.write_text(json.dumps(rows, ensure_ascii=False))
     validation = validation_of(path, tokenizers["glm3"], [3, 1])
     assert set(validation.data.lines.tolist()) == {1}
-    kind, names = validation._read_references(str(path))
+    kind, names = validation._read_references()
     assert validation.references == [["3", "3!"], ["1", "1!"]] and kind == "text" and "exact_match" in names
 
 

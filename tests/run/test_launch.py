@@ -405,7 +405,7 @@ def test_the_last_lines_are_commands_that_are_accepted(tmp_path, monkeypatch, be
     base, rows = tmp_path / "my base", tmp_path / "测试.json"
     base.mkdir()
     rows.write_text("")
-    args = SimpleNamespace(output_dir="out put", mode="glm3", eval_path=str(rows), max_src_len=96, train_type="lora",
+    args = SimpleNamespace(output_dir="out put", mode="glm3", eval_path=[str(rows)], max_src_len=96, train_type="lora",
                            model_name_or_path=str(base))  # fmt: skip
     result = tmp_path / "out put" / ("best" if best else "epoch-1-step-4")
     result.mkdir(parents=True)

@@ -138,7 +138,7 @@ def findings_of(folder) -> dict[str, list[int]]:
 def check(path, tokenizer, output, said=None, max_len=MAX_LEN, max_src_len=MAX_SRC_LEN, skip_bad=True, **more):
     test_path = more.pop("test_path", None)
     settings = DataSettings(str(path), max_len, max_src_len, skip_bad=skip_bad, **more)
-    check_data(settings, tokenizer, test_path, str(output), (said if said is not None else []).append)
+    check_data([settings], tokenizer, test_path, str(output), (said if said is not None else []).append)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from tuning.samples.batches import MicroBatch
 from tuning.samples.epochs import BatchShape, Packs, RankBatches, pack_rows, plan_epoch, stable_order
-from tuning.samples.mixture import Mixture
+from tuning.samples.mixture import Mixture, add_replay, weigh
 from tuning.samples.shuffle import Shuffler
 
 # The plain way, with lists
@@ -69,13 +69,27 @@ def plain_plan(lengths, learnt, packs, shape, seed, epoch, by_length):
     return steps
 
 
-def plain_mixture(lengths, task_packs, general_packs, tasks, drawn, longest, seed, epoch):
-    packs = sorted(([row + tasks for row in some] for some in general_packs), key=lambda p: sum(lengths[i] for i in p))
-    rng = random.Random(f"replay {seed} {epoch}")
-    whole, some = divmod(drawn, len(packs))
-    first = longest if epoch == 1 and not whole else 0
-    rest = len(packs) - first
-    return task_packs + packs * whole + packs[rest:] + rng.sample(packs[:rest], some - first)
+def plain_share(packs, count, lengths, longest, seed, epochs):
+    """What each epoch has of some packs: all of them `whole` times, and the next ones of a queue, shuffled anew when it
+    is empty."""
+    whole, some = divmod(count, len(packs))
+    queue, cycle, found = [], 0, []
+    for _ in range(epochs):
+        taken, queue = queue[:some], queue[some:]
+        if len(taken) < some:
+            cycle += 1
+            numbers = list(range(len(packs)))
+            random.Random(f"{seed} {cycle}").shuffle(numbers)
+            first = []
+            if cycle == 1 and not whole:
+                by_length = sorted(range(len(packs)), key=lambda i: sum(lengths[row] for row in packs[i]))
+                first = by_length[len(packs) - min(longest, count // 2) :]
+            others = [i for i in numbers if i not in first and i not in taken]
+            numbers = first + others + [i for i in numbers if i in taken]
+            missing = some - len(taken)
+            taken, queue = taken + numbers[:missing], numbers[missing:]
+        found.append(packs * whole + [packs[i] for i in taken])
+    return found
 
 
 class Data:
@@ -86,7 +100,7 @@ class Data:
     def __init__(self, rng, count):
         self.lengths = rng.integers(2, rng.integers(4, 150), count)
         self.answer_lengths = rng.integers(1, self.lengths)
-        self.samples = list(range(count))
+        self.samples, self.texts = list(range(count)), np.zeros(count, np.int32)
 
     def __len__(self):
         return len(self.lengths)
@@ -128,11 +142,35 @@ def test_mixtures_are_those_of_the_plain_way(ratio, packing):
         task, general = Data(rng, tasks), Data(rng, generals)
         lengths = [*task.lengths.tolist(), *general.lengths.tolist()]
         both = [pack_rows(d, 200, 3) if packing else Packs(np.arange(len(d))) for d in (task, general)]
-        mixture = Mixture(task, both[0], general, both[1], ratio, 4, seed=3)
-        for epoch in (1, 2, 3):
-            given = (mixture.drawn, mixture.longest, 3, epoch)
-            expected = plain_mixture(lengths, list(both[0]), list(both[1]), tasks, *given)
-            assert list(mixture.epoch_packs(epoch)) == expected
+        files = Mixture([task])
+        weigh(files, [1], np.arange(tasks), lambda rows, packs=both[0]: packs, 4, 3)
+        mixture, _ = add_replay(files, general, both[1], ratio, 4, seed=3)
+        packs = [[row + tasks for row in pack] for pack in both[1]]
+        expected = plain_share(packs, mixture.shares[1].count, lengths, 4, "replay 3", 9)
+        for epoch in (1, 2, 3, 9, 4):
+            assert list(mixture.epoch_packs(epoch)) == list(both[0]) + expected[epoch - 1]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_weights_say_how_often_the_rows_of_a_file_come(packing):
+    rng = np.random.default_rng(7)
+    files = [Data(rng, count) for count in (30, 20, 40, 25)]
+    weights = [1, 0.5, 2, 0.3]
+    mixture = Mixture(files)
+    rows = np.array([row for row in range(len(mixture)) if row % 7])  # as --eval_ratio leaves them
+    weigh(mixture, weights, rows, lambda some: pack_rows(mixture, 200, 3, some) if packing else Packs(some), 4, 1)
+    file = np.repeat(range(4), [len(one) for one in files])
+    epochs = [[row for pack in mixture.epoch_packs(epoch) for row in pack] for epoch in range(1, 41)]
+    assert len({len(mixture.epoch_packs(epoch)) for epoch in range(1, 41)}) == 1
+    counts = np.array([np.bincount(some, minlength=len(file)) for some in epochs])
+    assert not counts[:, 0::7].any()
+    for number, weight in enumerate(weights):
+        mine = counts[:, (file == number) & np.isin(np.arange(len(file)), rows)]
+        assert (mine.max(1) <= max(1, weight)).all() and (weight < 1 or (mine == weight).all())
+        total = np.cumsum(mine, axis=0)
+        assert (total.max(1) - total.min(1) <= 1).all()  # none twice before each once
+        assert packing or (mine.sum(1) == round(weight * mine.shape[1])).all()
+    assert packing or mixture.rows == len(epochs[0])
 
 
 @pytest.mark.parametrize("seed", ["1 1", 1234])
@@ -142,8 +180,6 @@ def test_the_shuffler_draws_what_random_draws(seed):
         order = list(range(count))
         plain.shuffle(order)
         assert ours.order(count).tolist() == order
-        for size in {0, count // 50, count // 2, count}:
-            assert ours.sample(count, size).tolist() == plain.sample(range(count), size)
 
 
 def test_packs_are_lists_of_numbers():

@@ -107,7 +107,7 @@ def test_check_data_says_which_format_each_row_has(tokenizers, tmp_path):
     names = ("instruction", "openai", "sharegpt")
     path.write_text("".join((FILES / f"{name}.jsonl").read_text(encoding="utf-8") for name in names), encoding="utf-8")
     said = []
-    check_data(DataSettings(str(path), 900, 800), tokenizers["glm3"], None, str(tmp_path), said.append)
+    check_data([DataSettings(str(path), 900, 800)], tokenizers["glm3"], None, str(tmp_path), said.append)
     assert (
         "formats: question and answer, history: 1 row (line 1); question and answer: 1 row (line 2); "
         "OpenAI messages: 2 rows (lines 3, 4); ShareGPT (conversations with from and value): 2 rows (lines 5, 6)"

@@ -16,7 +16,7 @@ from tuning.arguments.train import parse_args
 from tuning.errors import UserError
 from tuning.samples.dataset import DataSettings, InstructionData
 from tuning.samples.epochs import BatchShape, Packs, pack_rows, plan_epoch
-from tuning.samples.mixture import Mixture
+from tuning.samples.mixture import Mixture, add_replay, weigh
 
 # What an epoch takes
 
@@ -26,7 +26,14 @@ def single_rows(data):
 
 
 def mix(task, general, ratio, pack, longest, seed):
-    return Mixture(task, pack(task), general, pack(general), ratio, longest, seed)
+    return mixed(task, general, ratio, pack, longest, seed)[0]
+
+
+def mixed(task, general, ratio, pack, longest, seed):
+    """The mixture, and the line about it."""
+    files = Mixture([task])
+    weigh(files, [1], np.arange(len(task)), lambda rows: pack(task), longest, seed)
+    return add_replay(files, general, pack(general), ratio, longest, seed)
 
 
 def write_rows(path: Path, count: int, first: int) -> str:
@@ -108,8 +115,8 @@ def test_epochs_have_as_many_steps_each_and_batches_the_rows_of_both_files(parts
 
 
 def test_the_summary_says_what_an_epoch_has(parts):
-    assert "10 rows an epoch, 20.0% of all, of 30 samples" in mix(*parts, 0.2, single_rows, 2, 1).summary()
-    assert mix(*parts, 0.2, packing, 2, 1).summary().startswith("about ")
+    assert "10 rows an epoch, 20.0% of all, of 30 samples" in mixed(*parts, 0.2, single_rows, 2, 1)[1]
+    assert mixed(*parts, 0.2, packing, 2, 1)[1].startswith("about ")
 
 
 def test_flags_that_cannot_be_meant_are_refused(files):

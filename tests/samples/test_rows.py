@@ -237,17 +237,19 @@ def test_answers_that_are_the_references_have_full_scores(tokenizers, mode):
 TEXT = (json.dumps(GOOD, ensure_ascii=False) + "\n") * 3
 
 
-@pytest.mark.parametrize(
-    ("encoding", "named"),
-    [("gbk", "GB18030"), ("gb18030", "GB18030"), ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE")]
-    + [("utf-16-be", "UTF-16BE"), ("utf-32", "UTF-32"), ("utf-32-be", "UTF-32BE")],
-)
+@pytest.mark.parametrize(("encoding", "named"), [("utf-32", "UTF-32"), ("utf-32-be", "UTF-32BE"), ("big5", "BIG5")])
 def test_other_encodings_are_named_and_can_be_converted(write, encoding, named):
-    for text in (TEXT, json.dumps([GOOD] * 3, ensure_ascii=False)):
+    row = (
+        GOOD
+        if named != "BIG5"
+        else {"instruction": "請寫一首詩", "input": "關於春天的風和花", "output": "春風吹過山與海"}
+    )
+    lines = (json.dumps(row, ensure_ascii=False) + "\n") * 3
+    for text in (lines, json.dumps([row] * 3, ensure_ascii=False)):
         path = write(text.encode(encoding))
         message = refusal(path)
         assert f"convert it: iconv -f {named} -t UTF-8 FILE > NEW" in message
-        assert [row for _, row in read_rows(str(write(path.read_bytes().decode(named).encode())))] == [GOOD] * 3
+        assert [row for _, row in read_rows(str(write(path.read_bytes().decode(named).encode())))] == [row] * 3
 
 
 def test_utf_8_with_a_mark_and_lines_of_windows(write):
@@ -255,22 +257,12 @@ def test_utf_8_with_a_mark_and_lines_of_windows(write):
     assert list(read_rows(str(path))) == [(line, GOOD) for line in (1, 2, 3)]
 
 
-@pytest.mark.parametrize(("encoding", "delimiter"), [("utf-8", ","), ("utf-8-sig", ";"), ("gbk", ","), ("utf-8", "\t")])
-def test_tables_are_named_and_can_be_converted(write, encoding, delimiter):
-    rows = [[*GOOD], ['写"诗"', "一行\n又一行", "a,b;c"]]
-    lines = [delimiter.join('"' + cell.replace('"', '""') + '"' for cell in row) for row in rows]
-    path = write("\r\n".join(lines).encode(encoding), name="rows.csv")
-    message = refusal(path)
-    assert ("is a TSV table" if delimiter == "\t" else "is a CSV table") in message
-    assert list(read_rows(str(convert(path, message)))) == [(1, dict(zip(*rows, strict=True)))]
-
-
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 10\n", "is a pointer of git-lfs.*git lfs"),
         (b"\n<!DOCTYPE html><html>404</html>", "is a web page or XML"),
-        (b"\x1f\x8b" + bytes(20), "is compressed with gzip; unpack it: gzip -dc FILE > NEW"),
+        (b"\x28\xb5\x2f\xfd" + bytes(20), "is compressed with zstd; unpack it: zstd -dc FILE > NEW"),
         (b"PAR1" + bytes(20), "is a Parquet file; convert it"),
         (b"PK\x03\x04" + bytes(26) + b"xl/workbook.xml", "is an Excel workbook; save it as CSV"),
         (bytes(4096), "NUL bytes alone"),

@@ -1,5 +1,7 @@
 """Plain text: cut into blocks without loss, learnt whole as a plain computation says, and trained beside other rows."""
 
+import csv
+import gzip
 import json
 import random
 from pathlib import Path
@@ -211,7 +213,7 @@ def test_the_blocks_of_a_text_are_on_one_side(tokenizers, write):
 
 def test_check_data_counts_texts_apart(tokenizers, write, tmp_path):
     path, said = write({"text": LONG}, ROW, {"text": "短"}), []
-    check_data(DataSettings(path, 200, 100), tokenizers["glm"], None, str(tmp_path), said.append)
+    check_data([DataSettings(path, 200, 100)], tokenizers["glm"], None, str(tmp_path), said.append)
     data = InstructionData(DataSettings(path, 200, 100), tokenizers["glm"])
     blocks = data.lengths[data.texts > 0]
     line = f"plain text: 2 rows in {len(blocks)} blocks of at most --max_len 200, {blocks.sum()} tokens; none is cut"
@@ -219,7 +221,7 @@ def test_check_data_counts_texts_apart(tokenizers, write, tmp_path):
     assert line in said and f"{path}: 3 rows, 3 of them usable" in said
     assert any(one.startswith(f"tokens: {data.lengths[data.texts == 0].sum()} (prompts ") for one in said)
     said = []
-    check_data(DataSettings(write({"text": LONG}), 200, 100), tokenizers["glm"], None, str(tmp_path), said.append)
+    check_data([DataSettings(write({"text": LONG}), 200, 100)], tokenizers["glm"], None, str(tmp_path), said.append)
     assert not any(one.startswith("tokens: ") for one in said)
 
 
@@ -259,20 +261,22 @@ def allow_bf16():
 
 @pytest.mark.parametrize(("mode", "method", "stage"), [("glm", "all", 2), ("glm3", "lora", 3)])
 def test_texts_train_on_two_ranks_and_go_on_from_a_state(tmp_path, mode, method, stage):
-    """Texts, instruction rows and conversations in one file, packed, with replay of text and answers to what asks."""
-    rows, general = tmp_path / "rows.json", tmp_path / "general.json"
+    """Texts, conversations and a table with a weight, packed, with replay of text and answers to what asks."""
+    rows, table, general = tmp_path / "rows.json", tmp_path / "table.csv.gz", tmp_path / "general.json"
     some = [
         {"text": LONG[:1500]},
         *({"text": line} for line in TEXT[:12]),
-        *(ROW | {"input": line} for line in TEXT[:12]),
         *(ROW | {"input": line, "history": [["你好", "你好！"]]} for line in TEXT[12:16]),
         *({"messages": conversation(line)} for line in TEXT[16:20]),
     ]
     rows.write_text("\n".join(map(json.dumps, some)))
     general.write_text("\n".join(json.dumps({"text": line}) for line in TEXT[20:40]))
+    with gzip.open(table, "wt", encoding="gb18030", newline="") as file:
+        csv.writer(file).writerows([[*ROW], *((ROW | {"input": line}).values() for line in TEXT[:12])])
     base, output = make_base(mode, tmp_path / "base"), tmp_path / "output"
     argv = command(mode, method, stage, True, base, rows, output)
-    more = f"""--ds_file {in_bf16(tmp_path, stage)} --replay_path {general} --replay_ratio 0.2 --eval_ratio 0.4
+    more = f"""--train_path {rows} {table}:1.5
+        --ds_file {in_bf16(tmp_path, stage)} --replay_path {general} --replay_ratio 0.2 --eval_ratio 0.4
         --eval_generate text --eval_max_new_tokens 4 --num_train_epochs 2"""
     found = []
     for number, flags in enumerate(([], ["--resume_from_checkpoint", str(output / "states/step-00000002")])):
@@ -283,6 +287,7 @@ def test_texts_train_on_two_ranks_and_go_on_from_a_state(tmp_path, mode, method,
     (whole, results, said), (resumed, resumed_results, _) = found
     assert len(whole) > 3 and resumed == whole[2:] and resumed_results == results
     assert "of them are blocks of plain text, from 13 rows" in said and "blocks of plain text, from 20 rows" in said
+    assert f"{table}: a CSV table, gzip, GB18030 text" in said and f"{table} x 1.5" in said
     assert " blocks of plain text" in said[said.index("validation: ") :].splitlines()[0]
     answered = (output / "validation-predictions.jsonl").read_text().splitlines()
     assert answered and all(json.loads(line).keys() & {"instruction", "messages"} for line in answered)

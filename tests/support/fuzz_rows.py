@@ -2,10 +2,13 @@
 and programs. Each broken row is refused on its line, each whole one comes out, and a key that is not read is named.
 """
 
-import codecs
+import bz2
 import collections
+import csv
 import gzip
+import io
 import json
+import lzma
 import random
 import re
 from pathlib import Path
@@ -101,9 +104,26 @@ CONVERSATIONS = [
 ]
 NO_STRINGS = [3, 2.5, True, ["一", "二"], [], {"a": "一"}, [["问", "答"]]]
 
-# Encodings that are no UTF-8 -> what the message has to say
-ENCODINGS = {"gbk": "GB18030", "gb18030": "GB18030", "utf-16": "UTF-16", "utf-16-le": "UTF-16LE"}
-ENCODINGS |= {"utf-16-be": "UTF-16BE", "utf-32": "UTF-32", "utf-32-le": "UTF-32LE"}
+# Encodings that are not read -> what the message has to say; those that are
+ENCODINGS = {"utf-32": "UTF-32", "utf-32-le": "UTF-32LE", "utf-32-be": "UTF-32BE"}
+READ_ENCODINGS = ("utf-8", "utf-8-sig", "gb18030", "gbk", "utf-16", "utf-16-le", "utf-16-be")
+PACK = (gzip.compress, bz2.compress, lzma.compress)
+
+
+def write_table(chance: random.Random, rows: list[dict]) -> str:
+    """Rows as a table of a random dialect, with the columns in a random order."""
+    names, text = [*rows[0]], io.StringIO()
+    chance.shuffle(names)
+    end, quoting = (
+        chance.choice(("\n", "\r\n")),
+        chance.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)),
+    )
+    writer = csv.writer(text, delimiter=chance.choice(",\t;"), lineterminator=end, quoting=quoting)
+    writer.writerow(names)
+    for row in rows:
+        text.write(end * chance.choice((0, 0, 0, 1)))
+        writer.writerow([row[name] for name in names])
+    return text.getvalue()
 
 
 def misspell(chance: random.Random, name: str) -> str:
@@ -389,23 +409,20 @@ class RowKinds:
     @staticmethod
     def other_file(chance: random.Random, rows: list[dict], text: str) -> tuple[bytes, str]:
         """The bytes of a file, and a word of the message; "" if the file is to be read."""
-        way = chance.choice(("utf-8", "utf-8", "encoding", "encoding", "table", "pointer", "packed", "nul", "other"))
-        if way == "utf-8":
-            content = text.replace("\n", chance.choice(("\n", "\r\n"))).encode()
-            return codecs.BOM_UTF8 * chance.randrange(2) + b"\n" * chance.randrange(2) + content, ""
+        way = chance.choice(("read", "read", "read", "cut", "encoding", "pointer", "nul", "other"))
+        if way in ("read", "cut"):
+            text = write_table(chance, rows) if chance.random() < 0.5 else "\n" * chance.randrange(2) + text
+            content = text.encode(chance.choice(READ_ENCODINGS))
+            if way == "read":
+                return (chance.choice(PACK)(content) if chance.random() < 0.5 else content), ""
+            packed = chance.choice(PACK)(content)
+            return packed[: chance.randrange(20, len(packed) - 1)], "is cut off or damaged"
         if way == "encoding":
             encoding = chance.choice(list(ENCODINGS))
             return text.encode(encoding), ENCODINGS[encoding]
-        if way == "table":
-            comma, name = chance.choice(((",", "CSV"), ("\t", "TSV"), (";", "CSV")))
-            lines = [comma.join(("instruction", "input", "output"))]
-            lines += [comma.join(f'"{value}"' for value in row.values()) for row in rows]
-            return "\n".join(lines).encode(chance.choice(("utf-8", "utf-8-sig", "gbk"))), name
         if way == "pointer":
             oid = chance.randbytes(32).hex()
             return f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 10\n".encode(), "git lfs pull"
-        if way == "packed":
-            return gzip.compress(text.encode()), "gzip"
         if way == "nul":
             return (b"\0" * 4096, "NUL") if chance.random() < 0.5 else ((text.rstrip() + "\0" * 9).encode(), "NUL")
         return chance.choice(

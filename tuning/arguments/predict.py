@@ -4,6 +4,7 @@ import argparse
 import os
 
 from glm_models import MODE
+from tuning.arguments.data import add_columns
 from tuning.arguments.parser import SWITCH, File, Folder, Integer, NewPath, Number, Parser, Text
 from tuning.metrics import HEADLINE, missing
 
@@ -74,6 +75,7 @@ def make_parser() -> Parser:
         "--output_path", type=NewPath(), default_text="predictions-NAME.jsonl in the model folder",
         help="file for the answers",
     )  # fmt: skip
+    add_columns(group, answers_needed=False)
     group.add_argument("--overwrite", **SWITCH, help="remove the answers in output_path, and start again")
     group.add_argument("--batch_size", type=Integer(), default=8, help="rows per batch")
     group.add_argument(

@@ -6,6 +6,7 @@ Each flag says with `may_change` whether it may differ when a run is resumed; se
 import argparse
 
 from glm_models import MODE
+from tuning.arguments.data import DataPath, add_columns
 from tuning.arguments.parser import (
     LARGEST,
     SWITCH,
@@ -140,19 +141,10 @@ def add_data(parser: Parser) -> None:
         "--model_name_or_path", type=Folder(), required=True, may_change=True, help="folder of the base model"
     )
     group.add_argument(
-        "--train_path", type=File(), required=True, may_change=True, help="training data: instruction, input, output"
-    )
-    column = {"type": Text(), "may_change": False}
-    group.add_argument(
-        "--prompt_column", **column, needs="--response_column", help="name of the key or column with the question"
-    )
-    group.add_argument(
-        "--response_column", **column, needs="--prompt_column", help="name of the key or column with the answer"
-    )
-    group.add_argument(
-        "--history_column", **column, default_text="history", needs="--prompt_column",
-        help="name of the key or column with earlier turns, [[question, answer], ...]",
+        "--train_path", type=DataPath(weights=True), nargs="+", required=True, may_change=True,
+        metavar="PATH[:WEIGHT]", help="training data: files, or folders of them; with weight 2 each row comes twice",
     )  # fmt: skip
+    add_columns(group, may_change=False)
     group.add_argument(
         "--train_on", choices=("all", "last"), default_text="all of a conversation; with a history, the output",
         help="answers to learn: all, those of a history too, or the last of each row",
@@ -315,7 +307,9 @@ def add_results(parser: Parser) -> None:
 
 def add_validation(parser: Parser) -> None:
     group = parser.group("validation")
-    group.add_argument("--eval_path", type=File(), may_change=True, help="validation data")
+    group.add_argument(
+        "--eval_path", type=DataPath(), nargs="+", may_change=True, help="validation data: files or folders"
+    )
     group.add_argument(
         "--eval_ratio", type=SHARE, help="share of the training data held out for validation, such as 0.1"
     )

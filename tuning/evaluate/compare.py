@@ -34,7 +34,7 @@ from tuning.evaluate.inputs import read_curves
 from tuning.exits import exit_on_user_errors
 from tuning.folders import file_hash, write_errors, write_file
 from tuning.samples.formats import question_of, unused_keys
-from tuning.samples.row_files import read_rows
+from tuning.samples.row_files import describe_file, read_rows
 
 # Data
 
@@ -49,6 +49,8 @@ def split_rows(args) -> dict[str, str]:
     """
     rows = [row for _, row in read_rows(args.train_path, empty_outputs=True)]
     test = {question_of(row) for _, row in read_rows(args.test_path, several_outputs=True, empty_outputs=True)}
+    for line in (*describe_file(args.train_path), *describe_file(args.test_path)):
+        print(line)
     if unused := unused_keys(rows):
         print(f"{args.train_path}: {unused}")
     if both := sum(question_of(row) in test for row in rows):

@@ -84,7 +84,7 @@ from tuning.folders import check_space, file_hash, write_errors, write_file
 from tuning.samples.batches import MicroBatch, collate
 from tuning.samples.encoding import Sample, encode_sample
 from tuning.samples.formats import KEYS, question_of, unused_keys
-from tuning.samples.row_files import read_rows
+from tuning.samples.row_files import describe_file, read_rows
 from utils import silence_libraries
 
 SHOWN = ("forgetting", "nll_base", "nll_tuned", "kl", "agree", "agree_prefix")
@@ -100,6 +100,8 @@ def read_suite(path: str) -> tuple[list[int], list[dict]]:
         DataError: see `read_rows`; or a category is missing.
     """
     lines, rows = zip(*read_rows(path), strict=True)
+    for line in describe_file(path):
+        print(line)
     if unused := unused_keys(rows, KEYS | {"category"}):
         print(f"{path}: {unused}")
     for line, row in zip(lines, rows, strict=True):

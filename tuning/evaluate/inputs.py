@@ -11,6 +11,7 @@ from tuning.evaluate.answers import read_record
 from tuning.metrics import AS_WRITTEN, references_of
 from tuning.run.record import read_starts
 from tuning.samples.conversations import conversation_key
+from tuning.samples.data_files import find_files
 from tuning.samples.formats import Columns, find_flaw, to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
 
@@ -164,23 +165,24 @@ def read_commands(training: str) -> dict[str, str]:
 
 
 def count_seen(training: str, answers: str) -> int | None:
-    """Number of answered rows whose question is also in the training file; None if that file cannot be read.
+    """Number of answered rows whose question is also in the training files; None if one of them cannot be read.
 
     Args:
-        training: output_dir of the training; its run.json names the training file.
+        training: output_dir of the training; its run.json names the training files.
         answers: a file of predict.py.
     """
     starts = read_starts(training)
     try:
         flags = starts[-1]["flags"]
         names = [flags.get(f"{name}_column") for name in Columns._fields]
-        read = scan_rows(
-            os.path.join(starts[-1]["folder"], flags["train_path"]),
-            empty_outputs=True,
-            columns=Columns(*names) if names[0] else None,
-        )
-        rows = [row for _, row in read if not isinstance(row, RowError)]
-    except (DataError, IndexError, KeyError, TypeError):
+        columns = Columns(*names) if names[0] else None
+        texts = [flags["train_path"]] if isinstance(flags["train_path"], str) else flags["train_path"]
+        asked = {
+            to_dialogue(row).prompt_key
+            for file in find_files(texts, weights=True, base=starts[-1]["folder"])[0]
+            for _, row in scan_rows(file.path, empty_outputs=True, columns=columns)
+            if not isinstance(row, RowError)
+        }
+    except (DataError, IndexError, KeyError, TypeError, ValueError):
         return None
-    asked = {to_dialogue(row).prompt_key for row in rows}
     return sum(to_dialogue(row).prompt_key in asked for row in read_answers(answers)[0])

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from tuning import ROOT
 from tuning.folders import write_errors, write_file
 from tuning.run.flops import Flops
+from tuning.samples.data_files import find_files
 from tuning.samples.epochs import RunLength
 from utils import control_group, is_rank_0, print_rank_0
 
@@ -278,7 +279,7 @@ def next_steps(args, last: str, best: str | None) -> list[str]:
     folder = os.path.join(args.output_dir, "best") if best else last
     here = os.path.relpath(ROOT)
     result = ["--mode", args.mode, "--model_path", folder]
-    answers = args.eval_path or "FILE"
+    answers = find_files(args.eval_path)[0][0].path if args.eval_path else "FILE"
     commands = [["predict.py", *result, "--predict_path", answers, "--max_src_len", str(args.max_src_len)]]
     if args.train_type == "lora":
         model = ["--ori_model_dir", args.model_name_or_path, "--model_dir", folder]

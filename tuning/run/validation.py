@@ -53,7 +53,7 @@ class LearntAnswer(NamedTuple):
 
 def learnt_answers(data: InstructionData, rows: list[int]) -> list[LearntAnswer]:
     """All learnt answers of some samples: each has what stands before it in its sample as its history."""
-    return [LearntAnswer(row, *span) for row in rows for span in data.samples.spans_of(row)]
+    return [LearntAnswer(row, *span) for row in rows for span in data.samples[row].spans]
 
 
 def spread(items: list, most: int) -> list:
@@ -158,7 +158,7 @@ class Validation:
             self.max_new_tokens = args.eval_max_new_tokens or math.ceil(1.25 * longest)
             self.asked: list[dict] = []  # rank 0: the rows of the file, as `generated`
             self.references: list[list[str]] = []
-            self.kind, more = on_rank_0(lambda: self._read_references(held_out.path))
+            self.kind, more = on_rank_0(lambda: self._read_references())
             names += more
         if args.best_metric not in names:
             raise UserError(f"--best_metric {args.best_metric}: there are {', '.join(names)}; {self._more_names()}")
@@ -167,17 +167,19 @@ class Validation:
         self.stale = 0  # validations since the best
         self.file = None
 
-    def _read_references(self, path: str) -> tuple[str, list[str]]:
+    def _read_references(self) -> tuple[str, list[str]]:
         """Read the references of the generated answers. Returns their kind, and the names of the scores."""
-        lines = {int(self.data.lines[one.row]) for one in self.generated}
-        found = {}
+        places = [self.data.place(one.row) for one in self.generated]
+        wanted, found = set(places), {}
         columns = Columns.of(self.args)
-        for line, row in scan_rows(path, several_outputs=True, empty_outputs=True, columns=columns):
-            if line in lines and not isinstance(row, RowError):
-                found |= {(line, *place): one for place, one in self._answers(row)}  # a line may hold several
+        for path in dict.fromkeys(path for path, _ in places):
+            for line, row in scan_rows(path, several_outputs=True, empty_outputs=True, columns=columns):
+                if (path, line) in wanted and not isinstance(row, RowError):
+                    # a line may hold several answers
+                    found |= {(path, line, *answer): one for answer, one in self._answers(row)}
         asked = [
-            found[int(self.data.lines[row]), tuple(self.data.samples[row].input_ids), start]
-            for row, start, _ in self.generated
+            found[*place, tuple(self.data.samples[one.row].input_ids), one.start]
+            for one, place in zip(self.generated, places, strict=True)
         ]
         self.asked = [with_references(row, self.tokenizer) for row in asked]
         self.references = [references_of(row) for row in self.asked]

@@ -1,4 +1,4 @@
-"""`train.py --check_data`: one pass over a data file that reports everything wrong or unusual in it, row by row.
+"""`train.py --check_data`: one pass over the data files that reports everything wrong or unusual in it, row by row.
 
 The terminal shows counts and the first lines; every finding is a line of JSON in FILE. findings.py has what is also
 counted before each training.
@@ -8,7 +8,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from tuning.samples.dataset import Chunk, DataSettings, encode_file
 from tuning.samples.encoding import ANSWER_CUT, IGNORE_INDEX, PROMPT_CUT, TURNS_SHIFT, Sample, encode_samples
 from tuning.samples.findings import BROKEN, CHANGED, FIRST, WARNINGS, Findings, lines_text
 from tuning.samples.formats import few_unused, format_of, to_dialogue, unused_text
-from tuning.samples.row_files import RowError, scan_rows
+from tuning.samples.row_files import RowError, describe_file, scan_rows
 from tuning.samples.text import FIRST_BLOCK
 
 FILE = "data_check.jsonl"
@@ -27,6 +28,7 @@ LENGTHS = {  # kinds of findings that only --check_data counts, and their titles
     "prompt_cut": "queries that lose their end to --max_src_len",
     "answer_cut": "answers that lose their end and the end token to --max_len",
 }
+OTHERS = {"other_file": "rows that stand in an earlier file too"}
 TEST = {
     "test_broken": "test rows that are broken (lines of the test file)",
     "test_in_training": "test prompts that stand in the training file (lines of the test file)",
@@ -144,54 +146,87 @@ def sample_lines(tokenizer, sample: Sample) -> list[str]:
     return lines
 
 
+class Checked(NamedTuple):
+    """What was found in a file. first: line and sample of the first usable row; ends: the error that ended the file."""
+
+    settings: DataSettings
+    findings: Findings
+    lengths: Lengths
+    formats: Formats
+    first: tuple[int, Sample] | None
+    ends: RowError | None
+
+
 def check_data(
-    settings: DataSettings,
+    files: Sequence[DataSettings],
     tokenizer,
     test_path: str | None,
     output_dir: str,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Read the whole file, print what was found, and write each finding to FILE in `output_dir`.
+    """Read whole files, print what was found in each, and write each finding to FILE in `output_dir`.
 
     Args:
         test_path: a file whose prompts should not be in the data; its rows may have several outputs, or an empty one.
 
     Raises:
-        DataError: a training would not start with this file: it cannot be read, a row is broken and `skip_bad` is
-            false, or none is left; or the report cannot be written. All but the last are raised after the report.
+        DataError: a training would not start with one of the files: it cannot be read, a row is broken and `skip_bad`
+            is false, or none is left; or the report cannot be written. All but the last are raised after the report.
     """
     report = os.path.join(output_dir, FILE)
+    checked: list[Checked] = []
     try:
         os.makedirs(output_dir, exist_ok=True)
         sweep(output_dir, re.escape(FILE))
         with whole_file(report, "x", encoding="utf-8") as file:
+            for settings in files:
+                where = {"file": settings.path} if len(files) > 1 else {}
 
-            def record(kind, line, details):
-                file.write(json.dumps({"line": line, "kind": kind, **details}, ensure_ascii=False) + "\n")
+                def record(kind, line, details, where=where):
+                    found = where | {"line": line, "kind": kind, **details}
+                    file.write(json.dumps(found, ensure_ascii=False) + "\n")
 
-            findings, lengths = Findings(tokenizer, record, changed=True), Lengths()
-            formats = Formats(record)
-            first, ends = _read(settings, tokenizer, findings, lengths, formats)
-            formats.end()
-            findings.finish()
-            if test_path:
-                _find_test_rows(test_path, findings, settings.columns)
+                one = _read(settings, tokenizer, record)
+                _find_shared_rows(one, checked)
+                if test_path:
+                    _find_test_rows(test_path, one.findings, settings.columns)
+                checked.append(one)
     except OSError as error:
         raise DataError(f"cannot write {report}: {error.strerror}; --output_dir names another folder") from None
 
-    broken = sum(findings.tally[kind][0] for kind in BROKEN if kind in findings.tally)
-    say(f"{settings.path}: {lengths.rows + broken} rows, {lengths.rows} of them usable")
-    if formats.count:
-        say("formats: " + "; ".join(f"{name}: {lines_text(*some)}" for name, some in formats.count.items()))
+    for one in checked:
+        _say(one, tokenizer, say)
+    say(f"all findings: {report}")
+    for one in checked:
+        _raise_for(one)
+
+
+def _say(one: Checked, tokenizer, say: Callable[[str], None]) -> None:
+    """Print what was found in a file."""
+    settings, findings, lengths = one.settings, one.findings, one.lengths
+    for line in describe_file(settings.path, settings.columns):
+        say(line)
+    say(f"{settings.path}: {lengths.rows + _count_broken(findings)} rows, {lengths.rows} of them usable")
+    if one.formats.count:
+        say("formats: " + "; ".join(f"{name}: {lines_text(*some)}" for name, some in one.formats.count.items()))
     for line in (*_finding_lines(findings), *_token_lines(settings, findings, lengths)):
         say(line)
-    if first:
-        say("\n".join((f"first sample (line {first[0]}), token by token:", *sample_lines(tokenizer, first[1]))))
-    say(f"all findings: {report}")
+    if one.first:
+        line, sample = one.first
+        say("\n".join((f"first sample (line {line}), token by token:", *sample_lines(tokenizer, sample))))
+
+
+def _count_broken(findings: Findings) -> int:
+    return sum(findings.tally[kind][0] for kind in BROKEN if kind in findings.tally)
+
+
+def _raise_for(one: Checked) -> None:
+    """Raise a DataError if a training would not start with the file."""
+    settings, lengths, broken = one.settings, one.lengths, _count_broken(one.findings)
     if not lengths.rows:
         raise DataError(f"{settings.path}: every row is broken")
-    if ends:
-        raise DataError(str(ends))
+    if one.ends:
+        raise DataError(str(one.ends))
     if broken and not settings.skip_bad:
         raise DataError(
             f"{settings.path}: {broken} rows are broken; fix them, or train without them: --on_bad_row skip"
@@ -203,7 +238,7 @@ def check_data(
 def _finding_lines(findings: Findings) -> Iterator[str]:
     """Counts and first lines of each kind of finding."""
     tally = findings.tally
-    for kinds, title in ((BROKEN, "broken"), (LENGTHS | WARNINGS, "to look at"), (TEST, "test file")):
+    for kinds, title in ((BROKEN, "broken"), (LENGTHS | WARNINGS | OTHERS, "to look at"), (TEST, "test file")):
         there = [kind for kind in kinds if kind in tally]
         if there:
             yield f"{title}:"
@@ -243,12 +278,9 @@ def _token_lines(settings: DataSettings, findings: Findings, lengths: Lengths) -
     yield "\n".join(("tokens of both:", *histogram(prompts + answers, settings.max_len, "--max_len")))
 
 
-def _read(settings, tokenizer, findings, lengths, formats):
-    """Fill findings, lengths and formats.
-
-    Returns:
-        Line and sample of the first usable row, and the error that ended the file.
-    """
+def _read(settings: DataSettings, tokenizer, record: Callable[[str, int, dict], None]) -> Checked:
+    """Look at all rows of a file; `record` gets each finding."""
+    findings, lengths, formats = Findings(tokenizer, record, changed=True), Lengths(), Formats(record)
     first = ends = None
 
     def leave_out(error: RowError):
@@ -263,12 +295,22 @@ def _read(settings, tokenizer, findings, lengths, formats):
         formats.feed(chunk)
         if len(chunk.samples) and not first:
             first = int(chunk.samples.records["line"][0]), chunk.samples[0]
-    return first, ends
+    formats.end()
+    findings.finish()
+    return Checked(settings, findings, lengths, formats, first, ends)
+
+
+def _find_shared_rows(one: Checked, others: Sequence[Checked]) -> None:
+    """Note the rows that stand in an earlier file too."""
+    lines, rows = one.findings.hashed(whole=True)
+    for other in others:
+        for line in lines[np.isin(rows, other.findings.hashed(whole=True)[1])].tolist():
+            one.findings.note("other_file", line, file_too=other.settings.path)
 
 
 def _find_test_rows(path, findings, columns):
     """Note the rows of a test file whose prompts are among those that `findings` was given."""
-    lines, prompts = findings.prompts()
+    lines, prompts = findings.hashed()
     order = np.argsort(prompts, kind="stable")
     prompts, lines = prompts[order], lines[order]
     for line, row in scan_rows(path, several_outputs=True, empty_outputs=True, columns=columns):

@@ -79,7 +79,7 @@ class DataSettings:
 def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, progress: bool = False) -> str:
     """Encode a data file into a cache file, unless that is there already.
 
-    Memory is that of a few chunks, for files of any size; but a JSON array is read as a whole.
+    Memory is that of a few chunks, for files of any size.
 
     Args:
         cache_dir: where cache files are kept; with None it is a temporary file, for the caller to delete.
@@ -125,7 +125,7 @@ def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, pro
                 where = f"cannot write the data cache: {file} is a folder; remove it"
             raise DataError(f"{where}; --data_cache names another folder") from None
         except MemoryError as error:
-            error.add_note(f"while {path} was encoded (an array is read as a whole; JSON lines need little memory)")
+            error.add_note(f"while {path} was encoded")
             raise
     after = os.stat(path)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -290,6 +290,18 @@ class InstructionData(Dataset):
                 lines.append(f"warning: {self.files[0][0]}: {count} of {len(self)} {what} {flag}; is it too small?")
         return lines
 
+    def place(self, row: int) -> tuple[str, int]:
+        """File and line that a sample is from."""
+        for path, lines in self.files:
+            if row < len(lines):
+                return path, int(lines[row])
+            row -= len(lines)
+        raise IndexError(row)
+
+    def prompts(self) -> Iterator[memoryview]:
+        """See Samples."""
+        return self.samples.prompts()
+
     def length(self, row: int) -> int:
         """Tokens of one sample."""
         return int(self.lengths[row])
@@ -313,12 +325,12 @@ class HeldOut:
     Args:
         data: has them, and may have others.
         rows: their numbers in `data`, at least one.
-        path: the file they are from.
+        name: what they are from, for messages.
     """
 
     data: InstructionData
     rows: list[int]
-    path: str
+    name: str
 
     @property
     def answered(self) -> list[int]:
@@ -337,7 +349,7 @@ def split_rows(data: InstructionData, ratio: float) -> tuple[np.ndarray, np.ndar
         DataError: one side is empty.
     """
     held_out = np.zeros(len(data), bool)
-    for i, prompt in enumerate(data.samples.prompts()):
+    for i, prompt in enumerate(data.prompts()):
         digest = hashlib.blake2b(prompt, digest_size=8).digest()
         held_out[i] = int.from_bytes(digest, "big") < ratio * 2**64
     sides = np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -20,13 +20,15 @@ def dump_samples(data: InstructionData, rows: Iterable[int], path: str) -> None:
     """
     if os.path.exists(path):
         raise DataError(f"--dump_samples {path}: the file is there already; name a new one, or remove it")
-    (source, lines), *_ = data.files
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with whole_file(path, "x", encoding="utf-8") as file:
             for row in rows:
                 sample = data.samples[row]
-                where = {"file": source, "line": int(lines[row])}
-                file.write(json.dumps(where | {"input_ids": sample.input_ids, "labels": sample.labels}) + "\n")
+                path, line = data.place(row)
+                file.write(
+                    json.dumps({"file": path, "line": line, "input_ids": sample.input_ids, "labels": sample.labels})
+                    + "\n"
+                )
     except OSError as error:
         raise DataError(f"--dump_samples {path}: cannot be written: {error.strerror}") from None

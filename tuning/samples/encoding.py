@@ -77,13 +77,8 @@ class Samples(Sequence):
         pieces = self.spans[self._first_span(i) : int(self._record(i)["spans_end"])]
         return tuple(map(tuple, pieces.tolist()))
 
-    def prompt(self, i: int) -> np.ndarray:
-        """Ids before the first learnt piece, int32."""
-        start = int(self._record(i)["end"]) - int(self.lengths[i])
-        return self.ids[start : start + int(self.spans[self._first_span(i), 0])]
-
     def prompts(self) -> Iterator[memoryview]:
-        """The bytes of each `prompt`, in order; a million in about a second.
+        """The bytes of the ids before the first learnt piece of each sample, in order; a million in about a second.
 
         Plain text has no prompt: here the first block of a text takes its place, for all blocks of this text.
         """

@@ -17,8 +17,9 @@ FIRST = 3  # lines that are named for each kind
 
 # Kinds of findings. Rows with one of the kinds in BROKEN cannot be trained.
 BROKEN = {
-    "encoding": "not UTF-8 text",
+    "encoding": "not text in the file's encoding",
     "json": "not valid JSON",
+    "table": "not a row of the table",
     "format": "rows of another format",
     "keys": "keys that mean something and are not read",
     "type": "a key missing or of a wrong type",
@@ -136,11 +137,11 @@ class Findings:
                     self.note(kind, int(lines[i]), earlier_line=int(lines[first[i]]))
         return self.tally
 
-    def prompts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of all rows so far: lines, and the hashes of their `prompt_key`."""
+    def hashed(self, whole: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Of all rows so far: lines, and the hashes of their `prompt_key`, or of the whole rows."""
         if not self.lines:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        return np.concatenate(self.lines), np.concatenate(self.hashes)[:, 0]
+        return np.concatenate(self.lines), np.concatenate(self.hashes)[:, int(whole)]
 
 
 class Changed:

@@ -47,7 +47,7 @@ from tuning.samples.foreign import (
 )
 from tuning.samples.text import KEY, is_text, text_dialogue, text_problem
 
-ROW_FORMAT = 3  # part of a cache file's key: increase it when other rows are accepted, or read in another way
+ROW_FORMAT = 4  # part of a cache file's key: increase it when other rows are accepted, or read in another way
 SHOWN_KEYS = 8  # that are not used
 DEEPEST = 100  # maximum nesting of objects and lists
 # keys that may hold the input's text where there is no input
@@ -58,12 +58,12 @@ class Columns(NamedTuple):
     """Names of the keys of a file's rows, by --prompt_column, --response_column and --history_column."""
 
     prompt: str
-    response: str
+    response: str | None = None
     history: str | None = None
 
     @classmethod
     def of(cls, args) -> "Columns | None":
-        """What the flags of train.py name; None if they name nothing."""
+        """What the flags of a script name; None if they name nothing."""
         return cls(args.prompt_column, args.response_column, args.history_column) if args.prompt_column else None
 
 
@@ -85,7 +85,7 @@ def find_flaw(
     """
     if not isinstance(row, dict):
         return Flaw("type", f"a row must be an object with instruction, input and output, not {kind_of_value(row)}")
-    if columns is not None and (flaw := _name_columns(row, columns)):
+    if columns is not None and (flaw := _name_columns(row, columns, missing_outputs)):
         return flaw
     if row.keys() != KEYS:
         if key := conversation_key(row):
@@ -175,9 +175,11 @@ def _flaw_of_conversation(row: dict, key: str, empty_outputs: bool, missing_outp
     return None
 
 
-def _name_columns(row: dict, columns: Columns) -> Flaw | None:
+def _name_columns(row: dict, columns: Columns, missing_outputs: bool) -> Flaw | None:
     """Give our names to the columns that flags name."""
     for flag, name in (("--prompt_column", columns.prompt), ("--response_column", columns.response)):
+        if missing_outputs and name != columns.prompt and row.get(name) is None:
+            continue
         if name not in row:
             there = ", ".join(map(shown_key, [*row][:SHOWN_KEYS]))
             return Flaw("type", f"there is no {shown_key(name)} ({flag}); the row has {there or 'nothing'}")
@@ -186,7 +188,7 @@ def _name_columns(row: dict, columns: Columns) -> Flaw | None:
     others = {key: value for key, value in row.items() if key not in columns}
     if beside := [key for key in ("instruction", "input", "output") if says_something(others.get(key))]:
         return Flaw("format", f"a row that mixes two formats: the columns of the flags, and {names_text(beside)}")
-    _set_fields(row, others, row[columns.prompt], row[columns.response], row.get(columns.history or "history"))
+    _set_fields(row, others, row[columns.prompt], row.get(columns.response), row.get(columns.history or "history"))
     return None
 
 

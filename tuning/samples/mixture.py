@@ -1,7 +1,10 @@
-"""Replay: rows of a general file are mixed into the training data, so that the model forgets less of what it could do.
+"""Several data files as one: their samples are numbered one after another, and each epoch has a share of each.
 
-Each epoch has all rows of the training file and some of the replay file, different ones each time.
+A file may come more than once in an epoch, or with some of its rows only, other ones each time. Replay is a share too:
+rows of a general file, so that the model forgets less of what it could do.
 """
+
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import ConcatDataset
@@ -11,57 +14,158 @@ from tuning.samples.epochs import Packs, stable_order
 from tuning.samples.shuffle import Shuffler
 
 
-class Mixture(InstructionData):
-    """The samples of two files, numbered one after another, and the choice of them for each epoch.
+class Share:
+    """Packs of which each epoch has the same number; none comes again before each of them came.
 
     Args:
-        task: every epoch has its rows that are in task_packs.
-        general: every epoch has some of its rows: whole general_packs are drawn.
-        ratio: share of general rows among all rows of an epoch, above 0 and below 1; on average over epochs where
-            packs hold several rows.
+        packs: all of them.
+        count: how many an epoch has; more than there are makes some or all come several times.
+        lengths: tokens of each sample.
         longest: so many of the longest packs are in the first epoch, so that a lack of memory shows at once; but at
-            most half of what it draws.
-        seed: of the random draw, together with the epoch.
+            most half of what is drawn.
+        seed: of the random draw.
     """
 
-    def __init__(
-        self,
-        task: InstructionData,
-        task_packs: Packs,
-        general: InstructionData,
-        general_packs: Packs,
-        ratio: float,
-        longest: int,
-        seed: int,
-    ):
-        self.context_length = task.context_length
-        self.samples = ConcatDataset([task.samples, general.samples])
-        self.lengths = np.concatenate((task.lengths, general.lengths))
-        self.answer_lengths = np.concatenate((task.answer_lengths, general.answer_lengths))
-        self.files = task.files + general.files
-        self.task_packs = task_packs
-        general_packs = general_packs.moved(len(task))
-        self.packs = general_packs.select(stable_order(general_packs.sums(self.lengths)))  # the longest last
-        task_rows = len(task_packs.samples)
-        general_rows = task_rows * ratio / (1 - ratio)  # per epoch
-        self.drawn = max(1, round(general_rows * len(self.packs) / len(general)))  # general packs per epoch
-        self.longest, self.seed = min(longest, self.drawn // 2), seed
-        rows = self.drawn * len(general) / len(self.packs)
-        about = "" if len(self.packs) == len(general) else "about "
-        self.text = f"{about}{rows:.0f} rows an epoch, {rows / (rows + task_rows):.1%} of all, of {general.summary()}"
+    def __init__(self, packs: Packs, count: int, lengths: np.ndarray, longest: int = 0, seed: str = ""):
+        self.packs, self.count, self.seed = packs, count, seed
+        self.whole, self.some = divmod(count, len(packs))
+        self.first = np.zeros(0, np.int64)  # packs that come first of all
+        if self.some and not self.whole:
+            self.first = stable_order(packs.sums(lengths))[len(packs) - min(longest, count // 2) :]
+        self.cycle, self.order = -1, np.zeros(0, np.int64)  # see _draw_cycle
 
-    def summary(self) -> str:
-        """One line: the replay file, and how much of it is in an epoch."""
-        return self.text
+    @property
+    def rows(self) -> float:
+        """Samples in an epoch, on average."""
+        return self.count * len(self.packs.samples) / len(self.packs)
 
     def epoch_packs(self, epoch: int) -> Packs:
-        """All packs of the task and some general ones: the same number in each epoch; epochs count from 1.
+        """The packs of an epoch, from 1 on."""
+        every = np.tile(np.arange(len(self.packs)), self.whole)
+        return self.packs.select(np.concatenate((every, self._drawn(epoch))))
 
-        None is drawn twice before each was drawn once.
-        """
-        whole, some = divmod(self.drawn, len(self.packs))
-        first = self.longest if epoch == 1 and not whole else 0
-        rest = len(self.packs) - first
-        drawn = Shuffler(f"replay {self.seed} {epoch}").sample(rest, some - first)
-        every = np.tile(np.arange(len(self.packs)), whole)
-        return self.task_packs + self.packs.select(np.concatenate((every, np.arange(rest, len(self.packs)), drawn)))
+    def _drawn(self, epoch: int) -> np.ndarray:
+        """What an epoch has besides all packs, `whole` times: the next `some` of the cycles."""
+        start, end = (epoch - 1) * self.some, epoch * self.some
+        parts = [np.zeros(0, np.int64)]
+        while start < end:
+            cycle, place = divmod(start, len(self.packs))
+            parts.append(self._draw_cycle(cycle)[place : place + end - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+    def _draw_cycle(self, cycle: int) -> np.ndarray:
+        """All packs in the order in which they come in a cycle. Each begins with others than the last one ended with,
+        so that an epoch in which two meet has none twice."""
+        if cycle < self.cycle:
+            self.cycle = -1
+        while self.cycle < cycle:
+            self.cycle += 1
+            order = Shuffler(f"{self.seed} {self.cycle + 1}").order(len(self.packs))
+            before = (
+                self.order[len(self.order) - self.cycle * len(self.packs) % self.some :] if self.cycle else order[:0]
+            )
+            ahead, behind = (self.first, order[:0]) if not self.cycle else (order[:0], before)
+            others = order[~np.isin(order, np.concatenate((ahead, behind)))]
+            self.order = np.concatenate((ahead, others, order[np.isin(order, behind)]))
+        return self.order
+
+
+class Mixture(InstructionData):
+    """The samples of several files, and what an epoch has of them.
+
+    Args:
+        parts: their samples are numbered one after another.
+        shares: of packs, in these numbers.
+    """
+
+    def __init__(self, parts: Sequence[InstructionData], shares: Sequence[Share] = ()):
+        self.context_length = parts[0].context_length
+        self.samples = ConcatDataset([one.samples for one in parts])
+        self.lengths = np.concatenate([one.lengths for one in parts])
+        self.answer_lengths = np.concatenate([one.answer_lengths for one in parts])
+        self.texts = np.concatenate([one.texts for one in parts])
+        self.files = [where for one in parts for where in one.files]
+        self.parts, self.shares = parts, shares
+
+    def prompts(self) -> Iterator[memoryview]:
+        """See InstructionData."""
+        for one in self.parts:
+            yield from one.prompts()
+
+    @property
+    def rows(self) -> float:
+        """Samples in an epoch, on average."""
+        return sum(share.rows for share in self.shares)
+
+    def epoch_packs(self, epoch: int) -> Packs:
+        """The packs of an epoch, from 1 on; each epoch has as many."""
+        first, *others = (share.epoch_packs(epoch) for share in self.shares)
+        return sum(others, start=first)
+
+
+def weigh(
+    task: Mixture,
+    weights: Sequence[float],
+    rows: np.ndarray,
+    pack: Callable[[np.ndarray], Packs],
+    longest: int,
+    seed: int,
+) -> None:
+    """Give an epoch each row as often as the weight of its file says, on average.
+
+    Args:
+        weights: of the parts.
+        rows: numbers of the samples to train on, ascending.
+        pack: puts some of them into packs: all those with weight 1 together, those of any other file by themselves.
+        longest: see Share.
+    """
+    file = np.repeat(np.arange(len(weights)), [len(one) for one in task.parts])[rows]
+    weight = np.array(weights)[file]
+    groups = [("", 1.0, rows[weight == 1])]
+    groups += [(f"file {i + 1}", one, rows[file == i]) for i, one in enumerate(weights) if one != 1]
+    task.shares = []
+    for name, one, some in groups:
+        if len(some):
+            packs = pack(some)
+            count = max(1, round(one * len(packs)))
+            task.shares.append(Share(packs, count, task.lengths, longest, f"{name} {seed}"))
+
+
+def add_replay(
+    task: Mixture, general: InstructionData, packs: Packs, ratio: float, longest: int, seed: int
+) -> tuple[Mixture, str]:
+    """The task, with some rows of a general file in each epoch; and a line about these.
+
+    Args:
+        packs: of the general file.
+        ratio: share of general rows among all rows of an epoch, above 0 and below 1; on average over epochs where
+            packs hold several rows.
+        longest: see Share.
+    """
+    both = Mixture([task, general])
+    count = max(1, round(task.rows * ratio / (1 - ratio) * len(packs) / len(general)))
+    share = Share(packs.moved(len(task)), count, both.lengths, longest, f"replay {seed}")
+    both.shares = [*task.shares, share]
+    about = "" if len(packs) == len(general) else "about "
+    part = f"{share.rows / both.rows:.1%} of all"
+    return both, f"{about}{share.rows:.0f} rows an epoch, {part}, of {general.summary()}"
+
+
+def shared_samples(files: Sequence[InstructionData]) -> list[str]:
+    """A warning for each file that has samples which an earlier one has too."""
+    warnings, hashes = [], []
+    for data in files if len(files) > 1 else ():
+        content = memoryview(data.samples.ids).cast("B")
+        ends = 4 * data.samples.records["end"]
+        starts = ends - 4 * data.lengths
+        spans = zip(starts.tolist(), ends.tolist(), strict=True)
+        mine = np.fromiter((hash(bytes(content[start:end])) for start, end in spans), np.int64, len(data))
+        for other, theirs in zip(files, hashes, strict=False):
+            path, before = data.files[0][0], other.files[0][0]
+            if data.content == other.content:
+                warnings.append(f"warning: {path} has the very rows of {before}: they come from both")
+            elif count := int(np.count_nonzero(np.isin(mine, theirs))):
+                warnings.append(f"warning: {count} samples of {path} are in {before} too")
+        hashes.append(mine)
+    return warnings

@@ -1,6 +1,5 @@
 """What `random.Random` draws, many numbers at a time: the same bit for bit, in a fraction of the time."""
 
-import math
 import random
 
 import numpy as np
@@ -32,19 +31,6 @@ class Shuffler:
         partners = np.zeros(count, np.int64)  # place -> the one it is swapped with
         partners[1:] = self._below(np.arange(count, 1, -1))[::-1]
         return apply_swaps(partners)
-
-    def sample(self, count: int, size: int) -> np.ndarray:
-        """`sample(range(count), size)`: int64 [size]."""
-        if count <= 21 + (4 ** math.ceil(math.log(size * 3, 4)) if size > 5 else 0):  # as in random.sample
-            # the last places of a shuffle that ends when they are there
-            partners = np.arange(count)
-            partners[count - size :] = self._below(np.arange(count, count - size, -1))[::-1]
-            return apply_swaps(partners)[::-1][:size]
-        numbers = np.zeros(0, np.int64)
-        while len(numbers) < size:  # those that came before are drawn again
-            numbers = np.concatenate((numbers, self._below(np.full(size - len(numbers), count))))
-            numbers = numbers[np.sort(np.unique(numbers, return_index=True)[1])]
-        return numbers
 
     def _below(self, bounds: np.ndarray) -> np.ndarray:
         """A number below each bound, as `randrange` draws them one after another.
