@@ -1,5 +1,5 @@
 # Sourced by quickstart.sh: conversations with tools. The base is so small that it must learn to copy first: words to repeat
-# and questions whose answers name tool and parameters in words. One row in six of these has a call as in data/tools_0.json.
+# and questions whose answers name tool and parameters in words. One row in three of these calls as in data/tools_0.json.
 work=${WORK:-output-quickstart-chat}
 base=$work/base
 common=(--mode glm3 --max_len 512 --max_src_len 400 --packing --per_device_train_batch_size 3 --weight_decay 0.01
@@ -32,10 +32,10 @@ answer base "$base"
 echo "== 3/5 LoRA on data/tools_0.json"
 rm -rf "$work/lora" "$work/merged"
 "${launcher[@]}" train.py "${common[@]}" "${lora[@]}" --model_name_or_path "$base" --train_path data/tools_0.json \
-  --num_train_epochs 4 --learning_rate 2e-3 --output_dir "$work/lora"
+  --num_train_epochs 3 --learning_rate 2e-3 --output_dir "$work/lora"
 
 echo "== 4/5 merge"
-adapter=$(echo "$work"/lora/epoch-4-step-*)
+adapter=$(echo "$work"/lora/epoch-3-step-*)
 python merge_lora.py --mode glm3 --ori_model_dir "$base" --model_dir "$adapter" --output_dir "$work/merged"
 
 echo "== 5/5 data/tools_1.json and data/tools_2.json again"

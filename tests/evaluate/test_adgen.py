@@ -1,4 +1,4 @@
-"""scripts/adgen.sh: what it gives to train.py, the cut of the summaries, and its table; a launcher that trains nothing."""
+"""scripts/adgen.sh: what it gives to train.py, the cut of the summaries, its table; the launcher trains nothing."""
 
 import json
 import os
@@ -27,7 +27,7 @@ mkdir -p "$output" && cp -r "$model" "$output/epoch-1-step-$steps"
 
 @pytest.fixture
 def adgen(tiny, tmp_path):
-    """adgen(method, variables, words): the finished script, in tmp_path."""
+    """adgen(method, *words, VARIABLE=value): the finished script, in tmp_path."""
     (tmp_path / "deepspeed").write_text(LAUNCHER)
     (tmp_path / "deepspeed").chmod(0o755)
     for name in ("train", "dev"):
@@ -36,7 +36,7 @@ def adgen(tiny, tmp_path):
     paths |= {name.upper(): f"{tmp_path}/{name}.json" for name in ("train", "dev")}
     paths |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
-    def run(method: str, variables: dict[str, str] = {}, words: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    def run(method: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
         environ = os.environ | paths | {"METHODS": method} | variables
         command = ["bash", "scripts/adgen.sh", *words]
         return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
@@ -46,7 +46,7 @@ def adgen(tiny, tmp_path):
 
 @pytest.mark.skipif(bool(missing("text")), reason=missing("text"))
 def test_a_run_has_the_official_settings_cuts_and_table(adgen, tmp_path, tiny):
-    done = adgen("ptuning", {"STEPS": "7", "NUM_GPUS": "2"}, ("--show_loss_step", "5"))
+    done = adgen("ptuning", "--show_loss_step", "5", STEPS="7", NUM_GPUS="2")
     assert done.returncode == 0, done.stderr[-3000:]
     words = (tmp_path / "noted").read_text().splitlines()
     args = parse_args(words[words.index("train.py") + 1 :])
@@ -78,7 +78,7 @@ def test_other_methods_train_with_their_settings(adgen, tmp_path, method, rate):
     words = (tmp_path / "noted").read_text().splitlines()
     args = parse_args(words[words.index("train.py") + 1 :])
     assert (args.train_type, args.learning_rate, args.max_steps) == (method, rate, 3000)
-    assert method != "lora" or (args.lora_dim, args.lora_alpha, args.lora_module_name) == (8, 32, ["query_key_value"])
+    assert method != "lora" or (args.lora_dim, args.lora_alpha, args.lora_module_name) == (8, 32, "query_key_value")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,6 @@ def test_other_methods_train_with_their_settings(adgen, tmp_path, method, rate):
     [("freeze", {}, "METHODS freeze is none"), ("all", {"NUM_GPUS": "3"}, "must divide 16")],
 )
 def test_wrong_variables_are_answered_at_once(adgen, tmp_path, method, variables, message):
-    done = adgen(method, variables)
+    done = adgen(method, **variables)
     assert done.returncode == 2 and message in done.stderr
     assert not (tmp_path / "out").exists()
