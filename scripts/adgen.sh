@@ -14,6 +14,7 @@
 #   PORT     of the launcher                  (default 29522)
 #
 # Flags are passed to train.py and override the settings here. The same command goes on where it was stopped.
+# Never run with the official weights or on a GPU: only with a small random model, on a CPU.
 #
 # The same as the official: steps of 16 rows, learning rates, AdamW with betas 0.9 and 0.999, linear decay without
 # warm-up, no weight decay, prefix of 128 without projection, questions cut at 63 tokens (62 in the test) and answers at
@@ -43,7 +44,7 @@ done
 
 # The summaries' first 62 tokens, as the official preprocessing has them in training and test; it ends cut ones like whole
 # ones. A limit of train.py would not do: --max_len counts question and answer together.
-cut_summaries() { # file, output file
+cut_summaries() { # folder for train.json and dev.json, the two files
   python - "$model" "$@" <<'PYTHON'
 import json
 import sys
@@ -53,16 +54,18 @@ from tuning.exits import exit_on_user_errors
 from tuning.samples.row_files import read_rows
 
 with exit_on_user_errors():
-    model, path, output = sys.argv[1:]
-    tokenizer, cut = load_tokenizer("glm", model), 0
-    with open(output, "w", encoding="utf-8") as file:
-        for _, row in read_rows(path):
-            ids = tokenizer.encode_texts([row["output"]])[0]
+    model, folder, *paths = sys.argv[1:]
+    tokenizer = load_tokenizer("glm", model)
+    for name, path in zip(("train", "dev"), paths, strict=True):
+        rows = [row for _, row in read_rows(path)]
+        cut = 0
+        for row, ids in zip(rows, tokenizer.encode_texts([row["output"] for row in rows]), strict=True):
             if len(ids) > 62:
                 cut += 1
                 row["output"] = tokenizer.decode(ids[:62].tolist())
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-print(f"{path}: {cut} summaries cut to 62 tokens")
+        with open(f"{folder}/{name}.json", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        print(f"{path}: {cut} of {len(rows)} summaries cut to 62 tokens")
 PYTHON
 }
 
@@ -79,11 +82,7 @@ train() { # method, flags of the method ..., flags of the caller
 }
 
 mkdir -p "$work"
-for part in train dev; do
-  path=${TRAIN:-AdvertiseGen/train.json}
-  [ "$part" = train ] || path=${DEV:-AdvertiseGen/dev.json}
-  cut_summaries "$path" "$work/$part.json"
-done
+cut_summaries "$work" "${TRAIN:-AdvertiseGen/train.json}" "${DEV:-AdvertiseGen/dev.json}"
 for stage in 2 3; do
   sed 's/"betas": \[0.9, 0.95\]/"betas": [0.9, 0.999]/' "ds_zero${stage}_no_offload.json" >"$work/ds_zero$stage.json"
 done
