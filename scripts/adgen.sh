@@ -29,11 +29,18 @@ case ${1:-} in -h | --help)
   exit 0
   ;;
 esac
-model=${MODEL:-ChatGLM-6B} work=${OUTPUT:-output-adgen} steps=${STEPS:-3000} batch=${BATCH:-4} gpus=${NUM_GPUS:-1}
+model=${MODEL:-ChatGLM-6B} train=${TRAIN:-AdvertiseGen/train.json} dev=${DEV:-AdvertiseGen/dev.json}
+work=${OUTPUT:-output-adgen} steps=${STEPS:-3000} batch=${BATCH:-4} gpus=${NUM_GPUS:-1}
 if [ $((16 % (batch * gpus))) -ne 0 ]; then
   echo "error: BATCH $batch times NUM_GPUS $gpus must divide 16, the rows of a step" >&2
   exit 2
 fi
+for path in "$model" "$train" "$dev"; do
+  if [ ! -e "$path" ]; then
+    echo "error: $path is not there; MODEL, TRAIN and DEV name the model's folder and the two files" >&2
+    exit 2
+  fi
+done
 for method in ${METHODS:=ptuning lora all}; do
   case $method in ptuning | lora | all) ;; *)
     echo "error: METHODS $method is none of ptuning, lora, all" >&2
@@ -50,10 +57,14 @@ import json
 import sys
 
 from tuning.engine.loading import load_tokenizer
+from tuning.errors import UserError
 from tuning.exits import exit_on_user_errors
+from tuning.metrics import missing
 from tuning.samples.row_files import read_rows
 
 with exit_on_user_errors():
+    if packages := missing("text"):  # better now than after the training
+        raise UserError(f"the scores need more packages: {packages}")
     model, folder, *paths = sys.argv[1:]
     tokenizer = load_tokenizer("glm", model)
     for name, path in zip(("train", "dev"), paths, strict=True):
@@ -82,7 +93,7 @@ train() { # method, flags of the method ..., flags of the caller
 }
 
 mkdir -p "$work"
-cut_summaries "$work" "${TRAIN:-AdvertiseGen/train.json}" "${DEV:-AdvertiseGen/dev.json}"
+cut_summaries "$work" "$train" "$dev"
 for stage in 2 3; do
   sed 's/"betas": \[0.9, 0.95\]/"betas": [0.9, 0.999]/' "ds_zero${stage}_no_offload.json" >"$work/ds_zero$stage.json"
 done

@@ -90,7 +90,11 @@ def test_other_methods_train_with_their_settings(adgen, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "variables", "message"),
-    [("freeze", {}, "METHODS freeze is none"), ("all", {"NUM_GPUS": "3"}, "must divide 16")],
+    [
+        ("freeze", {}, "METHODS freeze is none"),
+        ("all", {"NUM_GPUS": "3"}, "must divide 16"),
+        ("all", {"DEV": "missing.json"}, "missing.json is not there"),
+    ],
 )
 def test_wrong_variables_are_answered_at_once(adgen, tmp_path, method, variables, message):
     done = adgen(method, **variables)
