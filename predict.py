@@ -58,7 +58,8 @@ def answer(model, tokenizer, questions: list[Dialogue], args) -> list[tuple[str,
     if args.do_sample:
         sampling = {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature}
     options = {"repetition_penalty": args.repetition_penalty, "num_beams": args.num_beams, **sampling}
-    limits = [max(1, args.max_length - len(prompt)) for prompt in prompts]
+    most = args.max_new_tokens or args.max_length
+    limits = [min(most, max(1, args.max_length - len(prompt))) for prompt in prompts]
     return generate_answers(model, tokenizer, prompts, limits, **options)
 
 
@@ -86,8 +87,10 @@ def predict_file(args) -> None:
             answer_rows(file, args)
         done = file.done
 
+    limit = f"--max_length {args.max_length}"
+    limit += f" or --max_new_tokens {args.max_new_tokens}" if args.max_new_tokens else ""
     unended = sum(not row["ended"] for row in done)
-    print(f"answers: {args.output_path}" + (f" ({unended} cut at --max_length {args.max_length})" if unended else ""))
+    print(f"answers: {args.output_path}" + (f" ({unended} cut at {limit})" if unended else ""))
     references = [references_of(row) if "output" in row else [] for row in rows]
     predictions, ended = [row["prediction"] for row in done], [row["ended"] for row in done]
     print(*describe_scores(args.metrics, predictions, references, ended), sep="\n")
@@ -115,6 +118,7 @@ def describe_run(args, rows: int, base: str, tokenizer) -> Made:
     names = ["mode", "max_length", "max_src_len", "num_beams", "repetition_penalty", "do_sample"]
     names += ["top_p", "temperature", "seed"] if args.do_sample else []
     names += [f"{name}_column" for name in Columns._fields] if args.prompt_column else []
+    names += ["max_new_tokens"] if args.max_new_tokens else []
     settings = {f"--{name}": getattr(args, name) for name in names}
     settings["SHA-256 of --predict_path"] = file_hash(args.predict_path)
     settings["type of numbers"] = str(choose_dtype(base, args.device)[0])

@@ -1,17 +1,19 @@
-"""Make tools_0.json and tools_1.json: conversations in which a tool is called and the answer tells what it returned.
+"""Make tools_0.json, tools_1.json and tools_2.json: a tool is called, and the answer tells what it returned.
 
-    python data/make_tools.py                  # rewrites both files, byte for byte the same
-    python data/make_tools.py --check          # only checks the files that are there
-    python data/make_tools.py --more 3000 FILE # writes more training rows, none of their calls in tools_1
-    python data/make_tools.py --repeat 8000 FILE # writes names and numbers to repeat: a small base learns to copy first
-    python data/make_tools.py --text FILE      # writes what a model reads in tools_0, to train a tokenizer on
+    python data/make_tools.py                    # rewrites the three files, byte for byte the same
+    python data/make_tools.py --check            # only checks the files that are there
+    python data/make_tools.py --base 3000 FILE   # writes rows that a small base learns tools from, in another form
+    python data/make_tools.py --repeat 5000 FILE # writes words to repeat: a small base learns to copy first
+    python data/make_tools.py --text FILE        # writes what a model reads in tools_0, to train a tokenizer on
 
 The rows have the official form of ChatGLM3: `tools`, and `conversations` with user, tool and assistant messages, a tool
 message holding name, parameters and observation. All text is put together from the lists below with a fixed seed;
-places, people, orders and number plates are invented. Calls of tools_1 are new: no call occurs in both files, and none
+places, people, orders and number plates are invented. tools_0 is for training. A row of tools_1 ends with the call that
+is wanted, the row of tools_2 on the same line goes on to the answer. Their calls are new: none is in tools_0, and none
 of their places and people is one of tools_0. Only the standard library and the project's own modules are used.
 """
 
+import itertools
 import json
 import random
 import sys
@@ -20,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from glm_models.tools import write_observation, write_parameters  # noqa: E402
+from glm_models.tools import read_parameters, write_call, write_observation, write_parameters  # noqa: E402
 from tuning.arguments.parser import SWITCH, Integer, Parser, answer_early  # noqa: E402
 
 SEED = 20230408
@@ -41,6 +43,7 @@ SKIES = ("晴", "多云", "阴", "小雨", "大雨", "小雪", "大风")
 OPERATIONS = {"加": lambda a, b: a + b, "减": lambda a, b: a - b, "乘": lambda a, b: a * b}
 STATES = ("运输中", "已发货", "派送中", "已签收")
 SYSTEMS = ("发动机", "变速箱", "空调", "气囊", "转向", "制动")
+WORDS = (*DAYS, *SKIES, *OPERATIONS, *STATES, *SYSTEMS)
 
 # Tools as the model sees them: name -> description, parameters with what each is. The official form leaves open how a
 # tool is described; here it is one line, so that the small model of the quick start has little to read.
@@ -116,7 +119,11 @@ class Values:
         )
 
     def number(self, digits: int) -> int:
-        return self.rng.randrange(10 ** (digits - 1), 10**digits)
+        """A number in which no digit occurs twice: a small model finds the next digit by the one before it."""
+        first, *rest = self.rng.sample("0123456789", digits)
+        if first == "0" and rest:
+            first, rest[0] = rest[0], first
+        return int("".join((first, *rest)))
 
     def draw(self, name: str) -> dict:
         """The parameters of one call."""
@@ -216,32 +223,65 @@ class Maker:
         return {"tools": tools, "conversations": messages}
 
 
-def make_tools(train: int = TRAIN, test: int = TEST) -> tuple[list[dict], list[dict]]:
-    """(train, test) rows."""
+def make_tools(train: int = TRAIN, test: int = TEST) -> tuple[list[dict], list[dict], list[dict]]:
+    """Rows to train on, rows that end with a new call, and the same rows up to the answer."""
     held_out = Maker(SEED + 1, test=True)
-    test_rows = [held_out.row() for _ in range(test)]
+    answers = list(itertools.islice((part for _ in itertools.count() for part in answers_in(held_out.row())), test))
     maker = Maker(SEED, test=False, taken=held_out.seen)
-    return [maker.row() for _ in range(train)], test_rows
+    return [maker.row() for _ in range(train)], [up_to_call(row) for row in answers], answers
 
 
-def make_more(count: int) -> list[dict]:
-    """Any number of further training rows: no call of theirs is in tools_1; some are in tools_0, some occur twice."""
-    maker = Maker(SEED + 2, test=False, taken=calls_of(read_rows("tools_1.json")), unique=False)
-    return [maker.row() for _ in range(count)]
+def answers_in(row: dict) -> list[dict]:
+    """The row up to each answer that follows a call; none if no tool is called."""
+    messages = row["conversations"]
+    ends = [i + 2 for i, message in enumerate(messages) if message["role"] == "tool"]
+    return [row | {"conversations": messages[:end]} for end in ends]
+
+
+def up_to_call(row: dict) -> dict:
+    """A row of `answers_in` up to its last call, which becomes the message that a model has to write."""
+    *before, call, _ = row["conversations"]
+    return row | {"conversations": [*before, write_call(call["name"], call["parameters"])]}
+
+
+def make_base(count: int) -> list[dict]:
+    """Rows from which a small base learns to read questions and tools, without a call of tools_1.
+
+    In two rows of three it says in words what it would call, in the third it calls as in tools_0: so the base knows the
+    task a little, as a real base does. Some calls are in tools_0 too, some occur twice.
+    """
+    maker = Maker(SEED + 2, test=False, taken=calls_of(read_rows("tools_2.json")), unique=False)
+    rows = [maker.row() for _ in range(count)]
+    return [in_words(row) if i % 3 else row for i, row in enumerate(rows)]
+
+
+def in_words(row: dict) -> dict:
+    """The row with an answer in words in place of its first call and all that follows."""
+    messages = row["conversations"]
+    place = next((i for i, message in enumerate(messages) if message["role"] == "tool"), None)
+    if place is None:
+        return row
+    said = "，".join(f"{key} {value}" for key, value in messages[place]["parameters"].items())
+    answer = {"role": "assistant", "content": f"{messages[place]['name']}：{said}"}
+    return row | {"conversations": [*messages[:place], answer]}
 
 
 def make_repeats(count: int) -> list[dict]:
-    """Rows that ask to repeat places, people and numbers, none of tools_1: what a small base must know before tools.
+    """Rows that ask to repeat places, people, numbers and words; no place or person of tools_1.
 
     A random model learns the form of a call in minutes, but to copy from the question only after many more: rows that
     are nothing but copying teach it that in fewer.
     """
     rng = random.Random(SEED + 3)
     values = Values(rng, test=False)
+    draws = (
+        lambda: rng.choice(values.places),
+        lambda: rng.choice(values.people),
+        lambda: rng.choice(WORDS),
+        *[lambda: str(values.number(rng.randint(1, 4)))] * 3,
+    )
     rows = []
     for _ in range(count):
-        draws = (lambda: rng.choice(values.places), lambda: rng.choice(values.people))
-        draws += (lambda: str(values.number(rng.randint(2, 4))),)
         text = "，".join(rng.choice(draws)() for _ in range(rng.randint(2, 5)))
         messages = [{"role": "user", "content": REPEAT + text}, {"role": "assistant", "content": text}]
         rows.append({"conversations": messages})
@@ -260,62 +300,79 @@ def lines_of(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def call_in(message: dict) -> tuple[str, dict]:
+    """Name and parameters of the call in a message; the name is "" if there is none."""
+    if message["role"] == "tool":
+        return message["name"], message["parameters"]
+    name = message.get("metadata", "")
+    return name, read_parameters(message["content"]) if name else {}
+
+
 def calls_of(rows: list[dict]) -> set[str]:
-    messages = (message for row in rows for message in row["conversations"] if message["role"] == "tool")
-    return {call_key(message["name"], message["parameters"]) for message in messages}
+    calls = (call_in(message) for row in rows for message in row["conversations"])
+    return {call_key(name, parameters) for name, parameters in calls if name}
 
 
 def tokenizer_text(rows: list[dict]) -> str:
     """What a model reads of these rows, a text to train a tokenizer on.
 
-    The digit 0 stands for every place and person, since a digit is always a piece of its own: their characters get
-    pieces (by the last line) but are never merged, or new names would be cut in another way than known ones.
+    The digit 0 stands for all that is copied from a question or an observation, since a digit is always a piece of its
+    own: the characters get pieces (by the last line) but are never merged, or a new name would be cut in another way
+    than known ones.
     """
-    lines = [REPEAT] * 20
+    copied = {*WORDS}
+    for message in (message for row in rows for message in row["conversations"] if message["role"] == "tool"):
+        values = [*message["parameters"].values()]
+        values += message["observation"].values() if isinstance(message["observation"], dict) else []
+        copied |= {value for value in values if isinstance(value, str)}
+    texts = [REPEAT] * 20
     for row in rows:
-        texts, names = [SYSTEM, json.dumps(row["tools"], indent=4, ensure_ascii=False)], set()
+        texts += [SYSTEM, json.dumps(row["tools"], indent=4, ensure_ascii=False)]
         for message in row["conversations"]:
             if message["role"] == "tool":
                 texts += [message["name"], write_parameters(message["parameters"])]
                 texts.append(write_observation(message["observation"]))
-                names |= {message["parameters"].get("city"), message["parameters"].get("name")}
-                names |= {message["observation"]["位置"]} if message["name"] == "track_order" else set()
             else:
                 texts.append(message["content"])
-        for name in sorted(names - {None}, key=lambda name: (-len(name), name)):
-            texts = [text.replace(name, "0") for text in texts]
-        lines += texts
-    return "\n".join([*lines, "0".join(PLACE_FIRST + PLACE_LAST + SURNAMES + GIVEN_FIRST + GIVEN_LAST)]) + "\n"
+    text = "\n".join(texts)
+    for word in sorted(copied, key=lambda word: (-len(word), word)):
+        text = text.replace(word, "0")
+    characters = PLACE_FIRST + PLACE_LAST + SURNAMES + GIVEN_FIRST + GIVEN_LAST + "".join(WORDS)
+    return f"{text}\n{'0'.join(dict.fromkeys(characters))}\n"
 
 
 def check() -> None:
     """Fail loudly if the files break a promise of the README; print their statistics."""
-    files = {name: read_rows(f"{name}.json") for name in ("tools_0", "tools_1")}
-    assert not calls_of(files["tools_0"]) & calls_of(files["tools_1"]), "a test call is in the training file"
-    train_text = lines_of(files["tools_0"])
-    for message in (m for row in files["tools_1"] for m in row["conversations"] if m["role"] == "tool"):
+    train, calls, answers = (read_rows(f"tools_{part}.json") for part in range(3))
+    assert calls == [up_to_call(row) for row in answers], "tools_1 and tools_2 are not of the same conversations"
+    assert not calls_of(train) & calls_of(answers), "a test call is in the training file"
+    train_text = lines_of(train)
+    for message in (m for row in answers for m in row["conversations"] if m["role"] == "tool"):
         for key in ("city", "name"):
             name = message["parameters"].get(key)
             assert name is None or f'"{key}": "{name}"' not in train_text, name
-    for name, rows in files.items():
+    for part, rows in enumerate((train, calls, answers)):
+        name = f"tools_{part}"
         assert (HERE / f"{name}.json").stat().st_size < 1_000_000, name
         counts = dict.fromkeys(TOOLS, 0)
         for row in rows:
             offered = {tool["name"] for tool in row["tools"]}
-            for message in row["conversations"]:
-                if message["role"] == "tool":
-                    assert message["name"] in offered, row
-                    assert message["parameters"].keys() == TOOLS[message["name"]][1].keys(), row
-                    counts[message["name"]] += 1
+            for tool, parameters in map(call_in, row["conversations"]):
+                if tool:
+                    assert tool in offered, row
+                    assert parameters.keys() == TOOLS[tool][1].keys(), row
+                    counts[tool] += 1
         print(f"{name}: {len(rows)} rows, {sum(counts.values())} calls {counts}")
 
 
 def parse_args(argv=None):
     """The flags. Raises UserError: see Parser.parse_args."""
     parser = Parser(__doc__, contradictions)
-    group = parser.group("what is made (default: tools_0.json and tools_1.json)")
+    group = parser.group("what is made (default: the three files)")
     group.add_argument("--check", **SWITCH, help="check the files that are there and write nothing")
-    group.add_argument("--more", nargs="+", metavar="COUNT FILE", help="write more rows, no call of tools_1 in them")
+    group.add_argument(
+        "--base", nargs="+", metavar="COUNT FILE", help="write rows for a small base, no call of tools_1 in them"
+    )
     group.add_argument("--repeat", nargs="+", metavar="COUNT FILE", help="write rows that ask to repeat a text")
     group.add_argument("--text", metavar="FILE", help="write the texts of tools_0, to train a tokenizer on")
     return parser.parse_args(argv)
@@ -323,9 +380,9 @@ def parse_args(argv=None):
 
 def contradictions(args) -> list[str]:
     """What is wrong with the flags; see Parser."""
-    given = [flag for flag in ("check", "more", "repeat", "text") if getattr(args, flag)]
+    given = [flag for flag in ("check", "base", "repeat", "text") if getattr(args, flag)]
     wrong = [f"--{' and --'.join(given)} exclude each other"] if len(given) > 1 else []
-    for flag in ("more", "repeat"):
+    for flag in ("base", "repeat"):
         if (values := getattr(args, flag)) is None:
             continue
         if len(values) != 2:
@@ -346,8 +403,8 @@ def main():
     answer_early(parse_args)
     args = parse_args()
     try:
-        if args.more:
-            write(Path(args.more[1]), lines_of(make_more(int(args.more[0]))))
+        if args.base:
+            write(Path(args.base[1]), lines_of(make_base(int(args.base[0]))))
         elif args.repeat:
             write(Path(args.repeat[1]), lines_of(make_repeats(int(args.repeat[0]))))
         elif args.text:

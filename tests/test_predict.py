@@ -92,6 +92,16 @@ def test_answers_of_a_real_model_go_on_after_a_stop(work, capsys):
     assert "holds 2 of 5 answers; continuing from there" in capsys.readouterr().out
 
 
+def test_an_answer_has_a_limit_of_its_own(work, models, capsys):
+    work.predict()
+    tokenizer = predict.load_tokenizer("glm3", str(models / "a"))
+    whole = [tokenizer.encode_texts([row["prediction"]])[0].tolist() for row in work.lines()]
+    assert max(map(len, whole)) > 9
+    work.predict("--max_new_tokens", "2", "--overwrite")
+    assert all(len(row["prediction"]) <= 40 and not row["ended"] for row in work.lines())
+    assert "5 cut at --max_length 100 or --max_new_tokens 2" in capsys.readouterr().out
+
+
 def test_drawn_answers_are_those_of_a_run_without_a_stop(work):
     flags = ("--do_sample", "--temperature", "3", "--batch_size", "2", "--max_length", "60")
     work.predict(*flags)
@@ -115,6 +125,7 @@ def test_a_whole_file_needs_no_model(work, echo):
         (("--max_src_len", "50"), "a", "--max_src_len (84 before, 50 now)"),
         (("--do_sample",), "a", "--do_sample (False before, True now); --seed (None before, 1234 now)"),
         (("--num_beams", "2"), "a", "--num_beams (1 before, 2 now)"),
+        (("--max_new_tokens", "9"), "a", "--max_new_tokens (None before, 9 now)"),
         (("--repetition_penalty", "1.1"), "a", "--repetition_penalty (1.0 before, 1.1 now)"),
     ],
 )

@@ -42,6 +42,7 @@ CHINESE = {
     "the longest reference and a quarter": "最长参考答案再加四分之一",
     "the adapter's with -merged appended": "LoRA 目录名加 -merged",
     "what the adapter's config names": "LoRA 配置中记录的目录",
+    "no limit of its own": "不另设上限",
     "the accelerator, else cpu": "有加速卡用加速卡，否则 cpu",
     "predictions-NAME.jsonl in the model folder": "模型目录下的 predictions-NAME.jsonl",
 }

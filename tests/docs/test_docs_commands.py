@@ -137,6 +137,7 @@ def in_child(main: Callable, words: list[str], log: Path) -> str:
 
 NOT_RUN = {  # each makes an environment with pip, which takes minutes and a network
     "bash scripts/quickstart.sh",
+    "bash scripts/quickstart.sh chat",
     "bash scripts/test.sh",
     "python3 -m venv .venv && . .venv/bin/activate",
     "pip install -r requirements.txt",
@@ -168,6 +169,13 @@ def test_the_readmes_commands_run(places, tmp_path):
             assert made[flag](log), f"{command}\n{log}"
             seen.add(flag)
     assert seen == made.keys()
+
+
+@pytest.mark.parametrize("words, code", [(["--help"], 0), (["chats"], 2), (["chat", "chat"], 2), (["notes"], 2)])
+def test_the_quick_start_starts_nothing_at_a_typing_error(words, code):
+    run = subprocess.run(["bash", "scripts/quickstart.sh", *words], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == code and "VENV" in run.stdout
+    assert ("error: quickstart.sh takes chat or nothing" in run.stderr) == bool(code)
 
 
 def table_rows(text: str, first: str) -> list[list[str]]:

@@ -27,6 +27,7 @@ from glm_models.tools import (
 )
 from tuning.errors import UserError
 from tuning.metrics.tool_calls import NAMES, same_json, tool_rows, tool_scores
+from tuning.samples.formats import find_flaw, to_dialogue
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -361,15 +362,18 @@ def test_example_data_is_what_the_script_makes(make_tools, capsys):
         assert (ROOT / "data" / f"tools_{part}.json").read_text(encoding="utf-8") == make_tools.lines_of(rows)
     make_tools.check()
     assert "tools_1: 100 rows" in capsys.readouterr().out
-    more = make_tools.make_more(300)
-    assert not make_tools.calls_of(more) & make_tools.calls_of(make_tools.read_rows("tools_1.json"))
+    test = make_tools.read_rows("tools_1.json")
+    assert len(make_tools.calls_of(test)) >= 100
+    base = make_tools.make_base(300)
+    assert not make_tools.calls_of(base) & make_tools.calls_of(test)
+    assert 80 <= len([row for row in base if make_tools.calls_of([row])]) <= 100  # a third; the others use words
 
 
 def test_flags_of_the_script_that_makes_them(make_tools):
     for flags, message in (
         (["--check", "--text", "x"], "--check and --text exclude each other"),
-        (["--more", "3"], "--more takes a count and a file"),
-        (["--more", "many", "x"], "--more many"),
+        (["--base", "3"], "--base takes a count and a file"),
+        (["--base", "many", "x"], "--base many"),
         (["--repeat", "0", "x", "y"], "--repeat takes a count and a file"),
     ):
         with pytest.raises(UserError, match=message):
@@ -377,19 +381,28 @@ def test_flags_of_the_script_that_makes_them(make_tools):
     for row in make_tools.make_repeats(50):
         question, answer = (message["content"] for message in row["conversations"])
         assert question == make_tools.REPEAT + answer
-    rows = make_tools.read_rows("tools_1.json")
+    rows = make_tools.read_rows("tools_2.json")
     text = make_tools.tokenizer_text(rows)
-    assert "tool_call(city='0', day=" in text and make_tools.SYSTEM in text
+    assert "tool_call(city='0', day='0')" in text and make_tools.SYSTEM in text
     for message in (m for row in rows for m in row["conversations"] if m["role"] == "tool"):
-        for key in ("city", "name"):
+        for key in ("city", "name", "system"):
             assert message["parameters"].get(key, "\0") not in text
 
 
 def test_every_example_call_can_be_written(make_tools):
-    for message in (m for row in make_tools.read_rows("tools_1.json") for m in row["conversations"]):
+    for message in (m for row in make_tools.read_rows("tools_2.json") for m in row["conversations"]):
         if message["role"] == "tool":
             check_name(message["name"])
             assert official_call(message["parameters"]) == message["parameters"]
+
+
+def test_the_rows_of_both_test_files_end_with_a_call_and_with_its_answer(make_tools):
+    for call, answer in zip(*map(make_tools.read_rows, ("tools_1.json", "tools_2.json")), strict=True):
+        assert find_flaw(call) is find_flaw(answer) is None
+        wanted = answer["conversations"][-2]
+        assert read_answer(to_dialogue(call).answer) == (wanted["name"], wanted["parameters"])
+        assert to_dialogue(call).messages == to_dialogue(answer).messages[:-2]
+        assert read_answer(to_dialogue(answer).answer) is None
 
 
 def test_example_conversations_are_whole():

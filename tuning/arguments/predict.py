@@ -17,7 +17,6 @@ DESCRIPTION = """Answer with a trained model: a whole file, one sample, or a cha
 HINTS = {
     "checkpoint": "the folder of the model goes to --model_path",
     "quantization_bit": "models are not quantised here",
-    "max_new_tokens": "--max_length limits prompt and answer together",
     "top_k": "--top_p and --temperature are what sampling has here",
 }
 
@@ -100,6 +99,9 @@ def make_parser() -> Parser:
         "--max_src_len", type=Integer(), default_text="max_length - 16",
         help="maximum tokens per prompt; best as in training",
     )  # fmt: skip
+    group.add_argument(
+        "--max_new_tokens", type=Integer(), default_text="no limit of its own", help="maximum tokens of an answer"
+    )
     group.add_argument("--num_beams", type=Integer(), default=1, help="number of beams of beam search")
     group.add_argument("--repetition_penalty", type=Number(above=0), default=1.0, help="above 1: discourage repetition")
     return parser
