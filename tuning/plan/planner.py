@@ -326,7 +326,7 @@ def plan_setup(args, gpus: int) -> Setup:
 
     with torch.device("meta"):
         model = build_model(args, load).to(dtype).train()
-    groups = parameter_groups(model, args.weight_decay)
+    groups = parameter_groups(model, args)
     fit_buckets(ds_config, sum(p.numel() for group in groups for p in group["params"]))
     return Setup(model, longest_batch(args, config), ds_config, groups)
 
