@@ -43,7 +43,7 @@ from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import record_base
 from tuning.lora.earlier import start_from_adapter
 from tuning.lora.starts import make_start
-from tuning.methods import build_model, check_method, count_parameters, parameter_groups
+from tuning.methods import build_model, check_method, check_zero3, count_parameters, parameter_groups
 from tuning.plan import planner
 from tuning.plan.planner import memory_advice, plan_setup
 from tuning.run.flops import matmul_peak, needed_flops
@@ -184,7 +184,8 @@ def read_data(args) -> Data:
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     ds_config = load_training_config(args, 1, config.hidden_size)
-    check_method(args, ds_config["zero_optimization"]["stage"])
+    check_zero3(args, ds_config["zero_optimization"]["stage"])
+    check_method(args)
     print_rank_0(describe_devices(compute_dtype(ds_config)))
     sources = load_sources(args, tokenizer)
     epoch_steps = batch_shape(args).count_steps(len(sources.packs(1)))
@@ -213,6 +214,8 @@ def start_engine(args, ds_config: dict, more: dict):
     fit_buckets(ds_config, trained)
     ds_config |= more
     groups = parameter_groups(model, args)
+    if args.loraplus_lr_ratio:
+        print_rank_0(f"LoRA+: B learns at {args.loraplus_lr_ratio:g} times the rate of A, which is the one in the log")
     fit_schedule(ds_config, groups)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     engine.lr_scheduler.step(1)  # DeepSpeed's schedulers count from -1: the first two steps would have lr 0

@@ -167,18 +167,22 @@ def zero3_problem(args) -> str | None:
     return None
 
 
-def check_method(args, stage: int) -> None:
-    """Apply the method to a model without weights, so that wrong names are found before weights are read.
-
-    Args:
-        stage: of ZeRO.
+def check_zero3(args, stage: int) -> None:
+    """Refuse a method that cannot train under this ZeRO stage.
 
     Raises:
-        UserError: see the methods, and zero3_problem.
+        UserError: see zero3_problem.
     """
-    problem = zero3_problem(args) if stage == 3 else None
-    if problem:
+    if stage == 3 and (problem := zero3_problem(args)):
         raise UserError(problem)
+
+
+def check_method(args) -> None:
+    """Apply the method to a model without weights, so that wrong names are found before weights are read.
+
+    Raises:
+        UserError: see the methods.
+    """
 
     def load(**changes):
         family = MODE[args.mode]
