@@ -11,7 +11,7 @@ from transformers import initialization as init
 from glm_models import MODE
 from tuning.arguments.lora import LORA, changes_base
 from tuning.arguments.parser import split_names
-from tuning.engine.partitioned import peft_gathers
+from tuning.engine.partitioned import peft_gathers, register_reads
 from tuning.errors import UserError
 from tuning.lora.earlier import copy_weights, read_start, target_modules
 from tuning.lora.layers import use_own_layers
@@ -89,6 +89,7 @@ def lora(args, load):
     # in the model's dtype: DeepSpeed keeps float32 masters, and ZeRO-3 does not cast parameters of another dtype
     with peft_gathers(model):
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    register_reads(model)
     if earlier:
         copy_weights(model, earlier)
     return model

@@ -37,8 +37,8 @@ SETTINGS = {
     "all-plain": "--mode glm2 --train_type all --gradient_accumulation_steps 2",
     "freeze": "--mode glm --train_type freeze --gradient_accumulation_steps 2",
     "lora": "--mode glm3 --train_type lora --gradient_checkpointing",
-    "dora": "--mode glm3 --train_type lora --use_dora --lora_module_name dense_4h_to_h --gradient_checkpointing",
-    "whole": "--mode glm2 --train_type lora --modules_to_save word_embeddings,output_layer --neftune_noise_alpha 5",
+    "variants": "--mode glm3 --train_type lora --use_dora --lora_module_name dense_4h_to_h --gradient_checkpointing "
+    "--modules_to_save word_embeddings,output_layer --neftune_noise_alpha 5",
     "ptuning": "--mode glm2 --train_type ptuning --gradient_accumulation_steps 2 --gradient_checkpointing",
     # gradients that are larger than a bucket, and some that are not
     "large": "--mode glm2 --train_type freeze --gradient_accumulation_steps 2 --gradient_checkpointing "

@@ -195,6 +195,7 @@ def fit_schedule(ds_config: dict, groups: list[dict]) -> None:
 
     WarmupLR and WarmupDecayLR take one rate for all groups, or a list. WarmupCosineLR multiplies each group's own.
     """
-    rates = [group["lr"] for group in groups if "lr" in group]
-    if rates and ds_config["scheduler"]["type"] != "WarmupCosineLR":
-        ds_config["scheduler"]["params"]["warmup_max_lr"] = rates
+    rates, section = [group["lr"] for group in groups if "lr" in group], ds_config["scheduler"]
+    if rates and section["type"] != "WarmupCosineLR":
+        # a new section: the old one is part of what describes the run
+        ds_config["scheduler"] = section | {"params": section["params"] | {"warmup_max_lr": rates}}

@@ -4,6 +4,7 @@ from collections import deque
 
 import torch
 
+from tuning.lora.targets import read_elsewhere
 from tuning.plan.trace import Event
 from tuning.plan.zero import Zero12Simulator
 
@@ -31,6 +32,7 @@ class Zero3Simulator(Zero12Simulator):
         if offload_param and pin_param:  # loaded one by one before flattening; torch keeps pinned memory
             for parameter in self.trained:
                 self.count_host(part[parameter] * item, pin_param)
+        self.elsewhere = read_elsewhere(self.setup.model)
         self.always = {p for p in self.parameters if p.numel() <= threshold or gpus == 1}
         if gpus > 1:
             for parameter in self.always:
@@ -76,10 +78,14 @@ class Zero3Simulator(Zero12Simulator):
 
     def replay(self, trace: list[Event]) -> None:
         # DeepSpeed recorded the order of modules in the first step
-        self.order = [list(e.key.parameters(recurse=False)) for e in trace if e.what in ("forward", "backward")]
+        self.order = [self.parameters_of(e.key) for e in trace if e.what in ("forward", "backward")]
         self.queue = deque((i, p) for i, parameters in enumerate(self.order) for p in parameters)
         self.fetched_for: dict = {}
         super().replay(trace)
+
+    def parameters_of(self, module) -> list:
+        """What is gathered for a module."""
+        return [*module.parameters(recurse=False), *self.elsewhere.get(module, [])]
 
     def on_module(self, event: Event) -> None:
         if event.what == "done":
@@ -91,7 +97,7 @@ class Zero3Simulator(Zero12Simulator):
             if self.leaving is not None:
                 self.release(self.leaving)
             self.leaving = event.key
-        self.fetch(list(event.key.parameters(recurse=False)))
+        self.fetch(self.parameters_of(event.key))
 
     def gather(self, parameters: list, wait: bool) -> None:
         """One coalesced all-gather into a flat buffer, unpacked on arrival; a single parameter is not copied."""
@@ -138,9 +144,7 @@ class Zero3Simulator(Zero12Simulator):
 
     def release(self, module) -> None:
         """Free a module's gathered parameters, except those that are needed again soon or already prefetched."""
-        leaving = [
-            p for p in module.parameters(recurse=False) if p in self.live and self.fetched_for.get(p, -1) <= self.at
-        ]
+        leaving = [p for p in self.parameters_of(module) if p in self.live and self.fetched_for.get(p, -1) <= self.at]
         if not leaving:
             return
         soon, distance = set(), 0
