@@ -11,11 +11,11 @@ from transformers import initialization as init
 from glm_models import MODE
 from tuning.arguments.lora import LORA, changes_base
 from tuning.arguments.parser import split_names
-from tuning.engine.partitioned import peft_gathers, register_reads
 from tuning.errors import UserError
 from tuning.lora.earlier import copy_weights, read_start, target_modules
 from tuning.lora.layers import use_own_layers
 from tuning.lora.targets import find_targets, find_whole, linear_paths, tied_layers
+from tuning.lora.zero3 import peft_gathers, register_reads
 
 
 def freeze(args, load):

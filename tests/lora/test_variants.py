@@ -225,6 +225,13 @@ def test_what_a_model_lacks_is_refused_without_its_weights(tiny, mode, flags, li
     assert line in str(error.value)
 
 
+@pytest.mark.parametrize("start", ["true", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_2"])
+def test_checking_draws_no_random_numbers(tiny, start):
+    before = torch.get_rng_state()
+    check_method(arguments("glm3", tiny["glm3"], "--init_lora_weights", start))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_needs_whole_weights_is_refused_under_zero_3(tiny):
     for start in ("pissa", "pissa_niter_8", "olora"):
         args = arguments("glm3", tiny["glm3"], "--init_lora_weights", start)

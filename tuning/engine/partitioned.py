@@ -1,16 +1,12 @@
 """Loading under ZeRO-3: every rank reads its own part of each weight directly from the files."""
 
-import contextlib
-
 import deepspeed
 import torch
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from transformers import initialization as init
-from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from glm_models.checkpoint import read_weights
 from glm_models.pretrained import read_generation_config
-from tuning.lora.targets import read_elsewhere
 
 
 def load_partitioned(
@@ -102,37 +98,3 @@ def initialise(model, missing: set[str]) -> None:
     if parameters:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
             model.transformer.prefix_encoder.apply(model._init_weights)
-
-
-def is_partitioned(model) -> bool:
-    """Whether the weights of a model are partitioned over the ranks."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def register_reads(model) -> None:
-    """Have ZeRO-3 gather what a module reads of others, for its own forward and backward pass.
-
-    DeepSpeed finds such reads only in a forward pass in which the weights are not there by chance, and not while a
-    checkpoint is recomputed.
-    """
-    if is_partitioned(model):
-        for module, parameters in read_elsewhere(model).items():
-            for parameter in parameters:
-                deepspeed.zero.register_external_parameter(module, parameter)
-
-
-@contextlib.contextmanager
-def peft_gathers(model):
-    """Context in which peft gathers the weights that it reads, if ZeRO-3 has partitioned them.
-
-    peft asks transformers whether there is ZeRO-3, which only transformers' own Trainer says.
-    """
-    if not is_partitioned(model):
-        yield
-        return
-    said = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # transformers has a weak reference only
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-        del said

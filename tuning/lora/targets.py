@@ -64,12 +64,3 @@ def find_whole(model: nn.Module, flag: str | None, targets: list[str]) -> list[s
 def tied_layers(model: nn.Module) -> set[str]:
     """Paths of the modules that share a weight with another one."""
     return {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
-
-
-def read_elsewhere(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
-    """Parameters that a module reads though they are another one's: DoRA's lengths read those of their layer."""
-    found = {}
-    for layer in model.modules():
-        for name, lengths in getattr(layer, "lora_magnitude_vector", {}).items():
-            found[lengths] = [*layer.base_layer.parameters(), layer.lora_A[name].weight]
-    return found

@@ -4,7 +4,7 @@ from collections import deque
 
 import torch
 
-from tuning.lora.targets import read_elsewhere
+from tuning.lora.zero3 import read_elsewhere
 from tuning.plan.trace import Event
 from tuning.plan.zero import Zero12Simulator
 
@@ -32,7 +32,6 @@ class Zero3Simulator(Zero12Simulator):
         if offload_param and pin_param:  # loaded one by one before flattening; torch keeps pinned memory
             for parameter in self.trained:
                 self.count_host(part[parameter] * item, pin_param)
-        self.elsewhere = read_elsewhere(self.setup.model)
         self.always = {p for p in self.parameters if p.numel() <= threshold or gpus == 1}
         if gpus > 1:
             for parameter in self.always:
@@ -77,6 +76,7 @@ class Zero3Simulator(Zero12Simulator):
             self.allocate("gradients", sums)
 
     def replay(self, trace: list[Event]) -> None:
+        self.elsewhere = read_elsewhere(self.setup.model)
         # DeepSpeed recorded the order of modules in the first step
         self.order = [self.parameters_of(e.key) for e in trace if e.what in ("forward", "backward")]
         self.queue = deque((i, p) for i, parameters in enumerate(self.order) for p in parameters)
