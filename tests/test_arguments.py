@@ -17,7 +17,7 @@ from tuning import methods
 from tuning.arguments import compare as compare_arguments
 from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
-from tuning.arguments.lora import Start
+from tuning.arguments.lora import StartName
 from tuning.arguments.parser import (
     SWITCH,
     Boolean,
@@ -295,7 +295,7 @@ def test_flags_that_would_do_nothing_are_refused_whatever_their_value(parser, ne
         if flag.required:
             continue
         value = {Integer: "1", Number: "0.5", Names: "x", train_arguments.Epochs: "2", GiB: "24"}
-        value |= {File: __file__, Folder: ".", Text: "x", NewPath: "x", Boolean: "True", Start: "pissa"}
+        value |= {File: __file__, Folder: ".", Text: "x", NewPath: "x", Boolean: "True", StartName: "pissa"}
         if flag.name == "--loraplus_lr_ratio":
             value[Number] = "2"
         text = str(flag.default) if flag.default is not None else (*flag.choices, value.get(type(flag.read)))[0]

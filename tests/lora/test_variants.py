@@ -27,6 +27,7 @@ from tuning.lora.earlier import take_lora_flags
 from tuning.lora.layers import LoraLinear
 from tuning.lora.starts import Start, make_start
 from tuning.methods import build_model, check_method, check_zero3, parameter_groups
+from tuning.plan import planner
 
 IDS = torch.arange(20, 60)[None]
 ALL = ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]
@@ -47,7 +48,7 @@ KINDS = {
     ),
 }
 CASES = [("glm3", kind) for kind in KINDS]
-CASES += [(mode, kind) for mode in ("glm", "glm2") for kind in ("DoRA", "pissa", "norms whole", "DoRA, pissa, whole")]
+CASES += [(mode, kind) for mode in ("glm", "glm2") for kind in ("DoRA", "pissa", "DoRA, pissa, whole")]
 
 
 def arguments(mode: str, base: str, *flags: str):
@@ -238,6 +239,8 @@ def test_what_needs_whole_weights_is_refused_under_zero_3(tiny):
         check_zero3(args, 2)
         with pytest.raises(UserError, match=f"--init_lora_weights {start} decomposes whole weights"):
             check_zero3(args, 3)
+        advised = [change(args, 2) for _, change in planner.CHANGES]  # by --plan
+        assert not any("ds_file" in flags for flags in advised if flags)
     for flags in ("--init_lora_weights orthogonal", "--use_dora", "--modules_to_save input_layernorm"):
         check_zero3(arguments("glm3", tiny["glm3"], flags), 3)
 

@@ -23,7 +23,7 @@ REFUSED_STARTS = {
 }
 
 
-class Start:
+class StartName:
     """Initial values of A and B, by peft's name."""
 
     metavar = "|".join(STARTS)
@@ -53,7 +53,7 @@ def add_variants(parser: Parser) -> None:
         help="rsLoRA: multiply updates by alpha / square root of the rank",
     )  # fmt: skip
     group.add_argument(
-        "--init_lora_weights", type=Start(), default_text=LORA["init_lora_weights"],
+        "--init_lora_weights", type=StartName(), default_text=LORA["init_lora_weights"],
         help="initial values of the update matrices",
     )  # fmt: skip
     group.add_argument(
