@@ -223,6 +223,8 @@ def read_adapter(folder: str, use: str = "can be merged here") -> Adapter:
 
     file = open_adapter(folder)
     magnitudes, whole = _beyond_plain(file, bool(config.get("use_dora")), saved)
+    if lost := [one for one in saved if not any(f".{name}".rpartition(".")[0].endswith(f".{one}") for name in whole)]:
+        raise CheckpointError(f"{file.path} has no weights of {lost[0]}, which modules_to_save of {path} names")
     rest = [name for name in file.names if name not in {*magnitudes.values(), *whole.values()}]
     pairs = _read_pairs(file, rest, rank, path)
     if config.get("use_dora"):

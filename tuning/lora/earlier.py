@@ -65,7 +65,10 @@ def start_from_adapter(args) -> dict[str, str]:
     if not folder:
         return {}
     take_lora_flags(args)
-    lines = [f"LoRA starts from {folder}: rank {args.lora_dim}, alpha {args.lora_alpha:g}, {args.lora_module_name}"]
+    kind = [f"rank {args.lora_dim}", f"alpha {args.lora_alpha:g}", args.lora_module_name]
+    kind += ["DoRA"] * args.use_dora + ["rsLoRA"] * args.use_rslora
+    kind += [f"whole {args.modules_to_save}"] if args.modules_to_save else []
+    lines = [f"LoRA starts from {folder}: {', '.join(kind)}"]
     lines.append(on_rank_0(lambda: check_base(folder, args.mode, args.model_name_or_path)))
     print_rank_0("\n".join(map(printable, [*lines, *unread_keys(folder, read_config(folder))])))
     return {"--adapter_path": file_hash(read_start(folder).file.path)}
