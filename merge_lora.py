@@ -8,7 +8,9 @@ base and adapter, and the logits on a few prompts with those of the unmerged mod
 """
 
 import argparse
+import itertools
 import os
+from typing import NamedTuple
 
 from glm_models import MODE
 from tuning import exits
@@ -92,28 +94,65 @@ def check_fit(model: nn.Module, base: str, adapter: Adapter) -> None:
             raise CheckpointError(
                 f"{adapter.folder}: target_modules of its config names {target}, but {base} has no such linear layer"
             )
+    weights, tied = dict(model.named_parameters(remove_duplicate=False)), tied_weights(model)
+    for name, tensor in adapter.whole.items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            there = list(weights[name].shape) if name in weights else "nothing"
+            raise CheckpointError(
+                f"{adapter.folder} replaces {name} by {list(tensor.shape)}, which is {there} in {base}: another base?"
+            )
+        if name in (*tied, *tied.values()):
+            raise CheckpointError(
+                f"{adapter.folder} replaces {name}, which in {base} is the weight of embedding and output layer alike "
+                "(tie_word_embeddings)"
+            )
 
 
-def chunks(weight: torch.Tensor, b: torch.Tensor):
-    """Yield the same rows of a weight and of B, about CHUNK values at a time."""
+class Rows(NamedTuple):
+    """Some rows of a weight [rows, in], the same of B [rows, rank], and their lengths [rows] with DoRA, else None."""
+
+    weight: torch.Tensor
+    b: torch.Tensor
+    magnitude: torch.Tensor | None
+
+
+def chunks(name: str, weight: torch.Tensor, adapter: Adapter):
+    """Yield the rows of an adapted weight, about CHUNK values at a time."""
     rows = max(1, CHUNK // weight.shape[1])
-    return zip(weight.split(rows), b.split(rows), strict=True)
+    parts = [weight.split(rows), adapter.pairs[name][1].split(rows)]
+    magnitude = adapter.magnitudes.get(name)
+    parts.append(itertools.repeat(None) if magnitude is None else magnitude.split(rows))
+    return itertools.starmap(Rows, zip(*parts, strict=False))
+
+
+def add(rows: Rows, a: torch.Tensor, scale: float) -> torch.Tensor:
+    """weight + scale * B A, each row with the length that DoRA gives it, computed in the type of A."""
+    total = rows.weight.to(a.dtype) + scale * (rows.b.to(a.dtype) @ a)
+    return total if rows.magnitude is None else total * stretch(total, rows.magnitude)
+
+
+def stretch(total: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """The factors [rows, 1] that give the rows of `total` these lengths."""
+    return (magnitude.to(total.dtype) / total.norm(dim=1))[:, None]
 
 
 def merged(name: str, weight: torch.Tensor, adapter: Adapter):
-    """Yield weight + scale * B A, some rows at a time, in the weight's type.
+    """Yield what the adapter makes of a weight, some rows at a time, in the weight's type.
 
     Raises:
-        CheckpointError: a sum is NaN or out of the range of that type.
+        CheckpointError: a value is NaN or out of the range of that type.
     """
-    if name not in adapter.pairs:
+    if name not in adapter.changed():
         yield weight
         return
-    a, b = adapter.pairs[name]
     wide = torch.promote_types(weight.dtype, torch.float32)
-    a = a.to(wide)
-    for rows, b_rows in chunks(weight, b):
-        total = (rows.to(wide) + adapter.scale * (b_rows.to(wide) @ a)).to(weight.dtype)
+    if name in adapter.whole:
+        parts = [adapter.whole[name]]
+    else:
+        a = adapter.pairs[name][0].to(wide)
+        parts = (add(rows, a, adapter.scale) for rows in chunks(name, weight, adapter))
+    for part in parts:
+        total = part.to(weight.dtype)
         if not total.isfinite().all():
             raise CheckpointError(f"{name}: base and adapter together are NaN or too large for {weight.dtype}")
         yield total
@@ -145,9 +184,8 @@ def total_bytes(layout: dict) -> int:
 def compare_weights(files: dict[str, str], adapter: Adapter) -> float:
     """Read the merged weights again and compare each with base and adapter.
 
-    A weight without adapter must equal the base's bit for bit. Any other may differ from the sum, computed here in
-    float64, by half the spacing of its type and by the error of the sums in float32: rank + 2 roundings of at most
-    |w| + scale |B| |A| (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+    A weight that the adapter does not change must equal the base's bit for bit; one that was trained whole, the
+    adapter's, rounded once. For all others see `compare_sum`.
 
     Args:
         files: see write_merged.
@@ -163,26 +201,48 @@ def compare_weights(files: dict[str, str], adapter: Adapter) -> float:
         found, base = WeightFile(path), WeightFile(base_path)
         for name in base.names:
             weight, result = base[name], found[name]
-            if name not in adapter.pairs:
-                same = torch.equal(result.reshape(-1).view(torch.uint8), weight.reshape(-1).view(torch.uint8))
-                if not same:
-                    raise CheckpointError(f"{path}: {name} is not the base's; the disk or the memory is at fault")
-                continue
-            a, b = (x.double() for x in adapter.pairs[name])
-            kind = torch.finfo(weight.dtype)
-            wide = torch.finfo(torch.promote_types(weight.dtype, torch.float32))
-            for (rows, b_rows), got in zip(
-                chunks(weight, b), result.split(max(1, CHUNK // weight.shape[1])), strict=True
-            ):
-                exact = rows.double() + adapter.scale * (b_rows @ a)
-                most = rows.double().abs() + adapter.scale * (b_rows.abs() @ a.abs())
-                allowed = kind.eps / 2 * exact.abs() + kind.smallest_normal * kind.eps / 2
-                allowed += (1 + kind.eps) * (len(a) + 2) * wide.eps / 2 * most
-                changed += (got != rows).sum().item()
-                adapted += rows.numel()
-                if not ((got.double() - exact).abs() <= allowed).all():
-                    raise CheckpointError(f"{path}: {name} is not base + adapter; the disk or the memory is at fault")
+            if name in adapter.pairs:
+                right = compare_sum(name, weight, result, adapter)
+            else:
+                expected = adapter.whole[name].to(weight.dtype) if name in adapter.whole else weight
+                right = torch.equal(as_bytes(result), as_bytes(expected))
+            if not right:
+                what = "base + adapter" if name in adapter.changed() else "the base's"
+                raise CheckpointError(f"{path}: {name} is not {what}; the disk or the memory is at fault")
+            if name in adapter.pairs:
+                changed += (result != weight).sum().item()
+                adapted += weight.numel()
     return changed / adapted
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes: -0.0 is not 0.0, and a NaN equals itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def compare_sum(name: str, weight: torch.Tensor, result: torch.Tensor, adapter: Adapter) -> bool:
+    """Whether a merged weight is the sum, computed here in float64, but for rounding.
+
+    It may differ by half the spacing of its type and by the error of the sums in float32: rank + 2 roundings of at most
+    |w| + scale |B| |A| (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). With DoRA the length of a
+    row is a sum of as many squares as it has values, and quotient and product are rounded too.
+    """
+    a = adapter.pairs[name][0].double()
+    kind, wide = torch.finfo(weight.dtype), torch.finfo(torch.promote_types(weight.dtype, torch.float32))
+    results = result.split(max(1, CHUNK // weight.shape[1]))
+    for rows, got in zip(chunks(name, weight, adapter), results, strict=True):
+        exact = add(rows, a, adapter.scale)
+        most = rows.weight.double().abs() + adapter.scale * (rows.b.double().abs() @ a.abs())
+        error = (len(a) + 2) * wide.eps / 2 * most
+        if rows.magnitude is not None:
+            total = add(rows._replace(magnitude=None), a, adapter.scale)
+            error = error * stretch(total, rows.magnitude).abs()
+            error += exact.abs() * (error.norm(dim=1) / exact.norm(dim=1).clamp(min=wide.tiny))[:, None]
+            error += exact.abs() * (a.shape[1] + 3) * wide.eps / 2
+        allowed = kind.eps / 2 * exact.abs() + kind.smallest_normal * kind.eps / 2 + (1 + kind.eps) * error
+        if not ((got.double() - exact).abs() <= allowed).all():
+            return False
+    return True
 
 
 def compare_outputs(mode: str, base: str, folder: str, adapter: Adapter, tokenizer, dtype: torch.dtype) -> str:
@@ -246,7 +306,7 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
     if not has_patterns(config):  # regular expressions from a file are not used
         add_adapter(model, folder, adapter.file)
     types = {name: dtype for weights in layout.values() for name, (dtype, _) in weights.items()}
-    for name in adapter.pairs:
+    for name in adapter.changed():
         if name not in types:
             raise CheckpointError(f"{folder} adapts {name}, but {base} has no weights of its own for it")
         if not types[name].is_floating_point:

@@ -29,13 +29,21 @@ from data_set import Sources, batch_shape, data_settings, dump, load_sources, na
 from glm_models import MODE
 from glm_models.ops import TiledMLP
 from tuning.engine import patches
-from tuning.engine.ds_config import compute_dtype, ds_notes, fit_buckets, load_training_config, zero_layout
+from tuning.engine.ds_config import (
+    compute_dtype,
+    ds_notes,
+    fit_buckets,
+    fit_schedule,
+    load_training_config,
+    zero_layout,
+)
 from tuning.engine.loading import load_base, load_tokenizer
 from tuning.engine.saving import check_room, count_results, is_save_step, result_size, save
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import record_base
 from tuning.lora.earlier import start_from_adapter
-from tuning.methods import build_model, count_parameters, parameter_groups
+from tuning.lora.starts import make_start
+from tuning.methods import build_model, check_method, check_zero3, count_parameters, parameter_groups
 from tuning.plan import planner
 from tuning.plan.planner import memory_advice, plan_setup
 from tuning.run.flops import matmul_peak, needed_flops
@@ -138,12 +146,13 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     check_resume(args, state, run, data.length.total_steps)
     engine = start_engine(args, ds_config, ds_section(state, run.ranks))
     model = engine.module
+    start = make_start(args, model)
 
     # what goes with the engine
-    save_result = functools.partial(save, args, model, data.tokenizer, dtype, base)
+    save_result = functools.partial(save, args, model, data.tokenizer, dtype, base, start)
     log = RunLog(engine, args, data.length, needed_flops(model), matmul_peak(dtype))
     watch = StepMonitor(engine, data.sources.data.files, math.log(data.config.vocab_size), args.skip_nonfinite, hooks)
-    resumed = {"log": log, "watch": watch}
+    resumed = {"log": log, "watch": watch} | ({"start": start} if start else {})
     validation = None
     if validates(args):
         validation = Validation(engine, data.tokenizer, data.sources.held_out, args, data.length, log, save_result)
@@ -171,10 +180,13 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
 
 
 def read_data(args) -> Data:
-    """Tokenizer and rows, after the errors in the ds file: reading rows can take long."""
+    """Tokenizer and rows, after the errors in ds file and method: reading rows can take long."""
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
-    print_rank_0(describe_devices(compute_dtype(load_training_config(args, 1, config.hidden_size))))
+    ds_config = load_training_config(args, 1, config.hidden_size)
+    check_zero3(args, ds_config["zero_optimization"]["stage"])
+    check_method(args)
+    print_rank_0(describe_devices(compute_dtype(ds_config)))
     sources = load_sources(args, tokenizer)
     epoch_steps = batch_shape(args).count_steps(len(sources.packs(1)))
     return Data(tokenizer, config, sources, run_length(args.num_train_epochs, args.max_steps, epoch_steps))
@@ -201,7 +213,10 @@ def start_engine(args, ds_config: dict, more: dict):
 
     fit_buckets(ds_config, trained)
     ds_config |= more
-    groups = parameter_groups(model, args.weight_decay)
+    groups = parameter_groups(model, args)
+    if args.loraplus_lr_ratio:
+        print_rank_0(f"LoRA+: B learns at {args.loraplus_lr_ratio:g} times the rate of A, which is the one in the log")
+    fit_schedule(ds_config, groups)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     engine.lr_scheduler.step(1)  # DeepSpeed's schedulers count from -1: the first two steps would have lr 0
     return engine

@@ -60,6 +60,7 @@ class TransformerMixin:
     """
 
     last_norm_in_hidden_states = False  # whether the last of the output's hidden_states is after the last norm
+    noise_alpha = 0.0  # see LanguageModelMixin.add_embedding_noise
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -103,6 +104,8 @@ class TransformerMixin:
         cache, cached = self.prepare_cache(cache, use_cache)
         segments = as_segments(segments)
         hidden_states = self.get_input_embeddings()(input_ids)
+        if self.training and self.noise_alpha:
+            hidden_states = hidden_states + self.noise_like(hidden_states, attention_mask, segments)
         prefix = self.prefix_key_values(len(segments or input_ids))
         mask = None
         if segments is not None:
@@ -131,6 +134,25 @@ class TransformerMixin:
         if use_cache and cache is None:
             cache = DynamicCache()
         return cache, cache.get_seq_length() if cache is not None else 0
+
+    def noise_like(self, embedded: torch.Tensor, attention_mask, segments: tuple[Segment, ...] | None) -> torch.Tensor:
+        """NEFTune's noise (arXiv:2310.05914): uniform in [-1, 1), times alpha / sqrt(tokens of the sample x hidden).
+
+        The tokens of a sample are those of its segment; in a padded batch its real ones, and padding gets no noise.
+
+        Args:
+            embedded: [batch, tokens, hidden].
+        """
+        if segments is not None:
+            lengths = torch.tensor([segment.tokens for segment in segments], device=embedded.device)
+            lengths = lengths.repeat_interleave(lengths, output_size=embedded.shape[1])[None]  # [1, tokens]
+        elif attention_mask is not None:
+            real = attention_mask[:, -embedded.shape[1] :]
+            lengths = torch.where(real > 0, real.sum(1, keepdim=True), torch.inf)  # [batch, tokens]
+        else:
+            lengths = torch.tensor([[embedded.shape[1]]], device=embedded.device)
+        scale = self.noise_alpha / (lengths * embedded.shape[-1]).float().sqrt()
+        return torch.empty_like(embedded).uniform_(-1, 1).mul_(scale[..., None])
 
     def prefix_key_values(self, batch: int) -> torch.Tensor | None:
         """The P-Tuning prefix of every layer: [layers, 2, batch, heads, pre_seq_len, head_dim], or None."""
@@ -228,6 +250,14 @@ class LanguageModelMixin:
                 module.offload_input = offload_inputs
             elif isinstance(module, TiledMLP):
                 module.tiled = tiled_mlp
+
+    def add_embedding_noise(self, alpha: float) -> None:
+        """Add noise to the embeddings in training; see TransformerMixin.noise_like.
+
+        Args:
+            alpha: its strength; 0 for none.
+        """
+        self.transformer.noise_alpha = alpha
 
     @staticmethod
     def has_weight_decay(name: str) -> bool:

@@ -17,8 +17,10 @@ from tuning import methods
 from tuning.arguments import compare as compare_arguments
 from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
+from tuning.arguments.lora import StartName
 from tuning.arguments.parser import (
     SWITCH,
+    Boolean,
     File,
     Folder,
     GiB,
@@ -293,7 +295,9 @@ def test_flags_that_would_do_nothing_are_refused_whatever_their_value(parser, ne
         if flag.required:
             continue
         value = {Integer: "1", Number: "0.5", Names: "x", train_arguments.Epochs: "2", GiB: "24"}
-        value |= {File: __file__, Folder: ".", Text: "x", NewPath: "x"}
+        value |= {File: __file__, Folder: ".", Text: "x", NewPath: "x", Boolean: "True", StartName: "pissa"}
+        if flag.name == "--loraplus_lr_ratio":
+            value[Number] = "2"
         text = str(flag.default) if flag.default is not None else (*flag.choices, value.get(type(flag.read)))[0]
         words = [*needed, flag.name, text]
         if flag.needs == "--train_type lora":  # the default
@@ -337,6 +341,22 @@ def test_flags_of_train_that_depend_on_others():
         ("--seed -1", "--seed -1: must be at least 0"),
         ("--output_dir ''", "--output_dir : is empty"),
         ("--lora_module_name ,", "--lora_module_name ,: is empty"),
+        ("--lora_module_name all-linear,dense", "--lora_module_name all-linear,dense: all-linear stands alone"),
+        ("--modules_to_save query_key_value", "query_key_value cannot be both in --lora_module_name and in"),
+        ("--init_lora_weights eva", "--init_lora_weights eva: needs a pass over the data before training"),
+        ("--init_lora_weights False", "--init_lora_weights False: starts from another model than the base"),
+        ("--init_lora_weights pissa_niter_", "--init_lora_weights pissa_niter_: choose from true, gaussian"),
+        ("--init_lora_weights orthogonal --lora_dim 5", "--init_lora_weights orthogonal needs an even rank"),
+        ("--init_lora_weights true --adapter_path .", "--init_lora_weights and --adapter_path exclude each other"),
+        ("--train_type all --use_dora", "--use_dora does nothing without --train_type lora"),
+        ("--train_type freeze --loraplus_lr_ratio 4", "--loraplus_lr_ratio does nothing without --train_type lora"),
+        ("--loraplus_lr_ratio 0.5", "--loraplus_lr_ratio 0.5: must be at least 1"),
+        ("--neftune_noise_alpha 0", "--neftune_noise_alpha 0: must be above 0"),
+        ("--train_last_layers 2", "--train_last_layers does nothing without --train_type freeze"),
+        (
+            "--train_type freeze --train_last_layers 2 --freeze_module_name layers.3.",
+            "--train_last_layers and --freeze_module_name exclude each other",
+        ),
     ):
         (found,) = train_refuses(flags)
         assert found.startswith(line)
@@ -418,6 +438,8 @@ def test_a_run_may_be_resumed_with_other_values_of_what_changes_no_result():
         *("--prompt_column", "--response_column", "--history_column", "--train_on"),
         *("--packing", "--group_by_length", "--replay_ratio", "--freeze_module_name", "--pre_seq_len"),
         *("--prefix_projection", "--prefix_dropout", "--lora_dim", "--lora_alpha", "--lora_dropout"),
+        *("--train_last_layers", "--use_dora", "--use_rslora", "--init_lora_weights", "--modules_to_save"),
+        *("--loraplus_lr_ratio", "--neftune_noise_alpha"),
         *("--lora_module_name", "--num_train_epochs", "--max_steps", "--per_device_train_batch_size"),
         *("--gradient_accumulation_steps", "--learning_rate", "--weight_decay", "--warmup_ratio", "--seed"),
         *("--eval_ratio", "--eval_steps", "--best_metric", "--early_stopping_patience"),

@@ -6,16 +6,23 @@ train require gradients.
 
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import initialization as init
 
+from glm_models import MODE
+from tuning.arguments.lora import LORA, changes_base
 from tuning.arguments.parser import split_names
 from tuning.errors import UserError
-from tuning.lora.earlier import copy_weights, read_start, target_modules, uses_rslora
+from tuning.lora.earlier import copy_weights, read_start, target_modules
 from tuning.lora.layers import use_own_layers
+from tuning.lora.targets import find_targets, find_whole, linear_paths, tied_layers
+from tuning.lora.zero3 import peft_gathers, register_reads
 
 
 def freeze(args, load):
-    """Train the parameters whose name contains one of --freeze_module_name, freeze all others."""
+    """Train the parameters whose name contains one of --freeze_module_name, or the last blocks; freeze all others."""
     model = load()
+    if args.train_last_layers is not None:
+        return train_last_blocks(model, args.train_last_layers)
     wanted = split_names(args.freeze_module_name)
     names = [name for name, _ in model.named_parameters()]
     unknown = [part for part in wanted if not any(part in name for name in names)]
@@ -26,6 +33,21 @@ def freeze(args, load):
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in wanted))
+    return model
+
+
+def train_last_blocks(model, count: int):
+    """Train the last `count` transformer blocks, freeze all else.
+
+    Raises:
+        UserError: the model has fewer blocks.
+    """
+    blocks = model.transformer.blocks
+    if count > len(blocks):
+        raise UserError(f"--train_last_layers {count}: the model has {len(blocks)} transformer blocks")
+    model.requires_grad_(False)
+    for block in blocks[-count:]:
+        block.requires_grad_(True)
     return model
 
 
@@ -45,28 +67,29 @@ def lora(args, load):
     """
     earlier = read_start(args.adapter_path) if args.adapter_path else None
     model = load()
-    wanted = split_names(args.lora_module_name)
-    paths = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    linear = sorted({path.split(".")[-1] for path in paths})
-    unknown = [name for name in wanted if name not in linear]
-    if unknown:
-        in_blocks = ",".join(sorted({path.split(".")[-1] for path in paths if "layers." in path}))
-        raise UserError(
-            f"--lora_module_name {', '.join(unknown)}: no such linear layer; there are {', '.join(linear)}. "
-            f"All linear layers of the blocks: --lora_module_name {in_blocks}"
-        )
+    targets = find_targets(model, args.lora_module_name)
+    whole = find_whole(model, args.modules_to_save, targets)
+    start = args.init_lora_weights or LORA["init_lora_weights"]  # none with --adapter_path
+    tied = [name for name in targets if name in {path.rpartition(".")[2] for path in tied_layers(model)}]
+    if changes_base(start) and tied:
+        raise UserError(f"--init_lora_weights {start} would change the embedding, which is tied to {tied[0]}")
     config = LoraConfig(
         r=args.lora_dim,
         lora_alpha=args.lora_alpha,
-        use_rslora=bool(earlier) and uses_rslora(args.adapter_path),
-        target_modules=target_modules(earlier, wanted, paths) if earlier else wanted,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        init_lora_weights=True if start == "true" else start,
+        target_modules=target_modules(earlier, targets, linear_paths(model)) if earlier else targets,
+        modules_to_save=whole,
         lora_dropout=args.lora_dropout,
         bias="none",
         task_type="CAUSAL_LM",
     )
     use_own_layers(config)
     # in the model's dtype: DeepSpeed keeps float32 masters, and ZeRO-3 does not cast parameters of another dtype
-    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    with peft_gathers(model):
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    register_reads(model)
     if earlier:
         copy_weights(model, earlier)
     return model
@@ -85,14 +108,28 @@ def shorten(names: list[str]) -> list[str]:
     return [name for name in names if "layers." not in name or "layers.0." in name]
 
 
-def parameter_groups(model, weight_decay: float) -> list[dict]:
-    """Optimizer groups of the trained parameters: with weight decay where the family has it, and without."""
-    decay, rest = [], []
+def parameter_groups(model, args) -> list[dict]:
+    """Optimizer groups of the trained parameters: with weight decay where the family has it, and without.
+
+    With --loraplus_lr_ratio, which is LoRA+, each group has its own peak learning rate, `lr`: those of lora_B, and of
+    what has one dimension (as in peft: magnitudes of DoRA, biases, norms), a multiple of --learning_rate.
+    """
+    ratio = args.loraplus_lr_ratio
+    groups: dict[tuple[bool, bool], list] = {(fast, decays): [] for fast in (False, True) for decays in (True, False)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decay if model.has_weight_decay(name) else rest).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            fast = ratio is not None and (".lora_B." in name or parameter.ndim == 1)
+            groups[fast, decays_weight(model, name)].append(parameter)
+    found = []
+    for (fast, decays), parameters in groups.items():
+        rate = {} if ratio is None else {"lr": args.learning_rate * (ratio if fast else 1)}
+        found.append({"params": parameters, "weight_decay": args.weight_decay if decays else 0.0, **rate})
+    return [group for group in found if group["params"]]
+
+
+def decays_weight(model, name: str) -> bool:
+    """Whether a parameter has weight decay: not biases, norms, and DoRA's magnitudes, which scale as norms do."""
+    return model.has_weight_decay(name) and "lora_magnitude_vector" not in name
 
 
 def count_parameters(model) -> tuple[int, int]:
@@ -111,6 +148,7 @@ def build_model(args, load):
     def load_lean(**config):
         model = load(**config)
         model.save_memory(args.tiled_mlp, args.offload_inputs)
+        model.add_embedding_noise(args.neftune_noise_alpha or 0.0)
         return model
 
     model = TRAIN_TYPE[args.train_type](args, load_lean)
@@ -118,3 +156,38 @@ def build_model(args, load):
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # on by transformers; costs a backward pass below what trains
     return model
+
+
+def zero3_problem(args) -> str | None:
+    """Why this method cannot train under ZeRO-3; None if it can."""
+    if args.train_type == "lora" and changes_base(args.init_lora_weights or ""):
+        return (
+            f"--init_lora_weights {args.init_lora_weights} decomposes whole weights of the base and changes them, but "
+            "ZeRO-3 has a part of each on every card; use a ds file of ZeRO-2, or gaussian or orthogonal"
+        )
+    return None
+
+
+def check_zero3(args, stage: int) -> None:
+    """Refuse a method that cannot train under this ZeRO stage.
+
+    Raises:
+        UserError: see zero3_problem.
+    """
+    if stage == 3 and (problem := zero3_problem(args)):
+        raise UserError(problem)
+
+
+def check_method(args) -> None:
+    """Apply the method to a model without weights, so that wrong names are found before weights are read.
+
+    Raises:
+        UserError: see the methods.
+    """
+
+    def load(**changes):
+        family = MODE[args.mode]
+        return family.model(family.config.from_pretrained(args.model_name_or_path, **changes))
+
+    with torch.device("meta"), init.no_init_weights():
+        build_model(args, load)

@@ -37,6 +37,8 @@ SETTINGS = {
     "all-plain": "--mode glm2 --train_type all --gradient_accumulation_steps 2",
     "freeze": "--mode glm --train_type freeze --gradient_accumulation_steps 2",
     "lora": "--mode glm3 --train_type lora --gradient_checkpointing",
+    "variants": "--mode glm3 --train_type lora --use_dora --lora_module_name dense_4h_to_h --gradient_checkpointing "
+    "--modules_to_save word_embeddings,output_layer --neftune_noise_alpha 5",
     "ptuning": "--mode glm2 --train_type ptuning --gradient_accumulation_steps 2 --gradient_checkpointing",
     # gradients that are larger than a bucket, and some that are not
     "large": "--mode glm2 --train_type freeze --gradient_accumulation_steps 2 --gradient_checkpointing "
@@ -79,7 +81,7 @@ def build(args: argparse.Namespace, config: dict, device: str) -> planner.Setup:
 
     with torch.device(device):
         model = train.build_model(args, load).to(compute_dtype(config)).train()
-    groups = train.parameter_groups(model, args.weight_decay)
+    groups = train.parameter_groups(model, args)
     train.fit_buckets(config, sum(p.numel() for group in groups for p in group["params"]))
     return planner.Setup(model, planner.longest_batch(args, family.config(**SIZES[args.mode])), config, groups)
 

@@ -197,7 +197,9 @@ def training_flags(args, folder: str, method: str, evaluates: bool) -> list[str]
     """The flags of a training on the model in a folder, without files, learning rate and seed."""
     flags, small, layers = METHODS[method][0], is_small(folder), read_settings(folder).get("num_layers", 28)
     train_type = flags[1]
-    if train_type == "freeze":  # the original trains 4 of 28 layers
+    own = train_arguments.applicable(shlex.split(args.train_flags), train_type, evaluates)
+    given = {word.partition("=")[0] for word in own}
+    if train_type == "freeze" and "--train_last_layers" not in given:  # the original trains 4 of 28 layers
         top = range(layers - 1, layers - 1 - max(1, round(layers / 7)), -1)
         flags = [*flags, "--freeze_module_name", ",".join(f"layers.{i}." for i in top)]
     elif train_type == "lora":
@@ -206,8 +208,7 @@ def training_flags(args, folder: str, method: str, evaluates: bool) -> list[str]
     more += " " + (SMALL_DROPOUT if small else LARGE_DROPOUT).get(train_type, "")
     if evaluates:
         more += " --eval_generate auto --eval_at_start " + (SMALL_EVAL if small else LARGE_EVAL)
-    own = train_arguments.applicable(shlex.split(args.train_flags), train_type, evaluates)
-    if any(word.partition("=")[0] == "--max_steps" for word in own):
+    if "--max_steps" in given:
         more = more.replace("--num_train_epochs 2 ", "")
     return [*flags, *shlex.split(more), *own]
 

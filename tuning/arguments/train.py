@@ -7,6 +7,7 @@ import argparse
 
 from glm_models import MODE
 from tuning.arguments.data import DataPath, add_columns
+from tuning.arguments.lora import ALL_LINEAR, LORA, add_variants, lora_contradictions
 from tuning.arguments.parser import (
     LARGEST,
     SWITCH,
@@ -28,8 +29,7 @@ TRAIN_TYPES = ("freeze", "ptuning", "lora", "all")  # the keys of methods.TRAIN_
 # --lr_scheduler_type -> DeepSpeed's name
 SCHEDULES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}
 
-# flags that --adapter_path sets, and their values without it
-LORA = {"lora_dim": 8, "lora_alpha": 30, "lora_module_name": "query_key_value"}
+FREEZE = "layers.27.,layers.26.,layers.25.,layers.24."  # --freeze_module_name without --train_last_layers
 
 SHARE = Number(above=0, below=1)
 DROPOUT = Number(least=0, below=1)
@@ -66,6 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
     if args.num_train_epochs is None and args.max_steps is None:
         args.num_train_epochs = 1
+    if args.freeze_module_name is None and args.train_last_layers is None:
+        args.freeze_module_name = FREEZE
     if not args.adapter_path:
         for name, value in LORA.items():
             if getattr(args, name) is None:
@@ -190,8 +192,12 @@ def add_methods(parser: Parser) -> None:
 
     group = parser.group("freeze", needs="--train_type freeze")
     group.add_argument(
-        "--freeze_module_name", type=Names(), default="layers.27.,layers.26.,layers.25.,layers.24.",
+        "--freeze_module_name", type=Names(), default_text=FREEZE,
         help="train the parameters with one of these in their name, freeze all others; comma-separated",
+    )  # fmt: skip
+    group.add_argument(
+        "--train_last_layers", type=Integer(),
+        help="train the last N transformer blocks, freeze all else; in place of --freeze_module_name",
     )  # fmt: skip
 
     group = parser.group("P-Tuning v2", needs="--train_type ptuning")
@@ -216,8 +222,9 @@ def add_methods(parser: Parser) -> None:
     group.add_argument("--lora_dropout", type=DROPOUT, default=0.1, help="dropout on the input of the update matrices")
     group.add_argument(
         "--lora_module_name", type=Names(), default_text=LORA["lora_module_name"],
-        help="linear layers to adapt; comma-separated",
+        help=f"linear layers to adapt; comma-separated; {ALL_LINEAR}: all but the output layer",
     )  # fmt: skip
+    add_variants(parser)
 
 
 def add_optimisation(parser: Parser) -> None:
@@ -247,6 +254,10 @@ def add_optimisation(parser: Parser) -> None:
     group.add_argument(
         "--warmup_ratio", type=Number(least=0, below=1), default=0.1, help="share of the steps used for warm-up"
     )
+    group.add_argument(
+        "--neftune_noise_alpha", type=Number(above=0),
+        help="NEFTune: add uniform noise of this strength to the embeddings in training, such as 5",
+    )  # fmt: skip
     group.add_argument(
         "--seed", type=Integer(0, 2**32 - 1), default=1234, help="seed of data order, new weights and dropout"
     )
@@ -379,6 +390,9 @@ def contradictions(args: argparse.Namespace) -> list[str]:
         wrong.append("--overwrite_output_dir (start again) and --resume_from_checkpoint auto exclude each other")
     if args.packing and args.group_by_length:
         wrong.append("--packing and --group_by_length exclude each other: packed rows are all about max_len long")
+    if args.train_last_layers and args.freeze_module_name:
+        wrong.append("--train_last_layers and --freeze_module_name exclude each other: both say what trains")
+    wrong += lora_contradictions(args)
     if missing(args.eval_generate):
         wrong.append(f"--eval_generate {args.eval_generate} needs more packages: {missing(args.eval_generate)}")
     return wrong

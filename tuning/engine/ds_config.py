@@ -188,3 +188,14 @@ def fit_buckets(ds_config: dict, trained: int) -> None:
     """Limit bucket sizes to the size of all gradients, since buffers of these sizes are allocated."""
     for bucket in ds_config["zero_optimization"].keys() & {"reduce_bucket_size", "allgather_bucket_size"}:
         ds_config["zero_optimization"][bucket] = min(int(ds_config["zero_optimization"][bucket]), trained)
+
+
+def fit_schedule(ds_config: dict, groups: list[dict]) -> None:
+    """Let the schedule keep the peak learning rate that each parameter group has of its own, if they have any.
+
+    WarmupLR and WarmupDecayLR take one rate for all groups, or a list. WarmupCosineLR multiplies each group's own.
+    """
+    rates, section = [group["lr"] for group in groups if "lr" in group], ds_config["scheduler"]
+    if rates and section["type"] != "WarmupCosineLR":
+        # a new section: the old one is part of what describes the run
+        ds_config["scheduler"] = section | {"params": section["params"] | {"warmup_max_lr": rates}}

@@ -10,6 +10,7 @@ from glm_models.checkpoint import write_side_files, write_weights
 from tuning.arguments.train import validates
 from tuning.folders import check_space, free_space, new_folder
 from tuning.lora.adapter import write_adapter
+from tuning.lora.starts import Start, saved_sizes
 from tuning.run import results
 from tuning.run.resume import Checkpoints
 from tuning.samples.epochs import RunLength
@@ -21,7 +22,7 @@ def result_size(model, dtype) -> int:
     adapter = hasattr(model, "peft_config")
     # a tied output layer is written beside the embedding
     parameters = [p for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad or not adapter]
-    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * dtype.itemsize
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * saved_sizes(model) * dtype.itemsize
 
 
 def count_results(args, length: RunLength) -> int:
@@ -70,11 +71,11 @@ def shown_size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
-def save(args, model, tokenizer, dtype: torch.dtype, base: dict, name: str) -> None:
+def save(args, model, tokenizer, dtype: torch.dtype, base: dict, start: Start | None, name: str) -> None:
     """Write the model to a folder of that name in --output_dir; results beyond --keep_results are removed."""
     folder = os.path.join(args.output_dir, name)
     on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype), folder))
-    save_model(model, tokenizer, args.model_name_or_path, folder, dtype, base)
+    save_model(model, tokenizer, args.model_name_or_path, folder, dtype, base, start)
     print_rank_0(f"saved {folder}")
     if args.keep_results and name != results.BEST:
         for warning in on_rank_0(lambda: results.prune(args.output_dir, results.step_of(folder), args.keep_results)):
@@ -91,7 +92,9 @@ def gathered(named_parameters):
             yield name, parameter.data
 
 
-def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype, record: dict) -> None:
+def save_model(
+    model, tokenizer, base: str, folder: str, dtype: torch.dtype, record: dict, start: Start | None = None
+) -> None:
     """Write the result: the adapter alone for LoRA, otherwise a complete model folder. Called on every rank.
 
     All ZeRO stages write the same files. One tensor is gathered at a time, and rank 0 holds one shard.
@@ -99,13 +102,14 @@ def save_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype, rec
     Args:
         base: folder of the base model; config, tokenizer and official code are copied from there.
         record: what an adapter's folder says of its base, see adapter.record_base.
+        start: see adapter.write_adapter.
     """
     if hasattr(model, "peft_config"):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in gathered(trained)}
         if is_rank_0():
             with new_folder(folder) as partial:
-                write_adapter(partial, model, tensors, base, record)
+                write_adapter(partial, model, tensors, base, record, start)
     else:
         save_full_model(model, tokenizer, base, folder, dtype)
     on_rank_0(lambda: None)  # the others wait on the CPU: NCCL would time out before a large file is on a slow disk

@@ -14,7 +14,8 @@ from glm_models.checkpoint import CheckpointError, WeightFile, printable, read_j
 from glm_models.identify import describe_base
 from tuning.errors import UserError
 from tuning.folders import MANIFEST, check_folder
-from tuning.lora.layers import PredictionLinear, more_than_plain, use_own_layers
+from tuning.lora.layers import PredictionLinear, has_plain_layers, more_than_plain, use_own_layers
+from tuning.lora.starts import Start
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there
@@ -23,13 +24,27 @@ PREFIX = "base_model.model."  # peft adds it to the names of the base model's mo
 
 
 class Adapter(NamedTuple):
-    """A LoRA adapter: weight `name` of the base becomes weight + scale * B A, where A, B = pairs[name]."""
+    """A LoRA adapter: weight `name` of the base becomes weight + scale * B A, where A, B = pairs[name].
+
+    With DoRA each row of the sum is given the length magnitudes[name] [out]. Weights in `whole` replace the base's.
+    """
 
     folder: str
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]  # A [rank, in], B [out, rank], memory-mapped
     scale: float
     targets: list[str]  # target_modules of the config: names of modules, or ends of names
     file: WeightFile
+    magnitudes: dict[str, torch.Tensor]
+    whole: dict[str, torch.Tensor]
+
+    def changed(self) -> set[str]:
+        """Names of all weights of the base that it changes."""
+        return {*self.pairs, *self.whole}
+
+    def update(self, name: str) -> torch.Tensor:
+        """scale * B A of a weight, in float32."""
+        a, b = self.pairs[name]
+        return self.scale * (b.float() @ a.float())
 
 
 # The base
@@ -171,28 +186,35 @@ def open_adapter(folder: str) -> WeightFile:
     return file
 
 
+READ = ("use_dora", "modules_to_save")  # keys of a config by which read_adapter may go beyond plain LoRA
+
+
 def read_adapter(folder: str, use: str = "can be merged here") -> Adapter:
-    """Read a plain LoRA adapter.
+    """Read an adapter of plain LoRA or DoRA, which may have modules that were trained whole.
 
     Args:
-        use: what only plain LoRA can, for the message.
+        use: what only these can, for the message.
 
     Raises:
-        CheckpointError: it is broken, all zeros, or more than plain LoRA.
+        CheckpointError: it is broken, all zeros, or of another kind.
     """
     config, path = read_config(folder), os.path.join(folder, CONFIG)
-    key = more_than_plain(config)
+    key = more_than_plain(config, READ)
     if key == "init_lora_weights":
         raise CheckpointError(f"{path}: {key} is {config[key]!r}, which changes the base's weights as well")
     if key is not None:
-        raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA {use}")
+        raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA and DoRA {use}")
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     if type(rank) is not int or rank < 1:
         raise CheckpointError(f"{path}: r must be a whole number of at least 1, not {rank!r}")
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         raise CheckpointError(f"{path}: lora_alpha must be a number above 0, not {alpha!r}")
-    if type(config.get("use_rslora", False)) is not bool:
-        raise CheckpointError(f"{path}: use_rslora must be true or false, not {config['use_rslora']!r}")
+    for key in ("use_rslora", "use_dora"):
+        if type(config.get(key, False)) is not bool:
+            raise CheckpointError(f"{path}: {key} must be true or false, not {config[key]!r}")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
+        raise CheckpointError(f"{path}: modules_to_save must be names of modules, not {saved!r}")
     if isinstance(targets, list):
         if not targets or not all(isinstance(name, str) and name for name in targets):
             raise CheckpointError(f"{path}: target_modules must be names of modules, not {targets!r}")
@@ -200,8 +222,41 @@ def read_adapter(folder: str, use: str = "can be merged here") -> Adapter:
         raise CheckpointError(f"{path}: target_modules must be names of modules, not {targets!r}")
 
     file = open_adapter(folder)
-    pairs = {}
+    magnitudes, whole = _beyond_plain(file, bool(config.get("use_dora")), saved)
+    if lost := [one for one in saved if not any(f".{name}".rpartition(".")[0].endswith(f".{one}") for name in whole)]:
+        raise CheckpointError(f"{file.path} has no weights of {lost[0]}, which modules_to_save of {path} names")
+    rest = [name for name in file.names if name not in {*magnitudes.values(), *whole.values()}]
+    pairs = _read_pairs(file, rest, rank, path)
+    if config.get("use_dora"):
+        for name, (_, b) in pairs.items():
+            if name not in magnitudes or file[magnitudes[name]].shape != b.shape[:1]:
+                raise CheckpointError(f"{file.path}: {name} has no lora_magnitude_vector of {len(b)} numbers")
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    opened = ({name: file[there] for name, there in names.items()} for names in (magnitudes, whole))
+    return Adapter(folder, pairs, scale, targets if isinstance(targets, list) else [], file, *opened)
+
+
+def _beyond_plain(file: WeightFile, dora: bool, saved: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Names in the file of DoRA's magnitudes, by the weight that they scale, and of weights trained whole."""
+    magnitudes, whole = {}, {}
     for name in file.names:
+        path, _, last = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if dora and last == "lora_magnitude_vector":
+            magnitudes[f"{path}.weight"] = name
+        module = name.removeprefix(PREFIX).rpartition(".")[0]
+        if name.startswith(PREFIX) and any(f".{module}".endswith(f".{one}") for one in saved):
+            whole[name.removeprefix(PREFIX)] = name
+    return magnitudes, whole
+
+
+def _read_pairs(file: WeightFile, names: list[str], rank: int, config: str) -> dict[str, tuple]:
+    """A and B of these names of a file, by the weight that they change.
+
+    Raises:
+        CheckpointError: one is not of LoRA, not in a pair, or of another rank.
+    """
+    pairs = {}
+    for name in names:
         part = ".lora_A." if ".lora_A." in name else ".lora_B."
         other = name.replace(part, ".lora_B." if part == ".lora_A." else ".lora_A.")
         if not name.startswith(PREFIX) or not name.endswith(part + "weight"):
@@ -213,10 +268,11 @@ def read_adapter(folder: str, use: str = "can be merged here") -> Adapter:
         a, b = file[name], file[other]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
             shapes = f"{list(a.shape)} and {list(b.shape)}"
-            raise CheckpointError(f"{file.path}: {name} and its lora_B are {shapes}, not of rank {rank} as {path} says")
+            raise CheckpointError(
+                f"{file.path}: {name} and its lora_B are {shapes}, not of rank {rank} as {config} says"
+            )
         pairs[name.removeprefix(PREFIX).replace(part, ".")] = (a, b)
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Adapter(folder, pairs, scale, targets if isinstance(targets, list) else [], file)
+    return pairs
 
 
 # The adapter in a model
@@ -239,7 +295,7 @@ def add_adapter(model: nn.Module, folder: str, file: WeightFile) -> PeftModel:
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = True
         use_own_layers(config, PredictionLinear)
-        plain = more_than_plain(config.to_dict()) is None
+        plain = has_plain_layers(config)
         if model.device.type == "meta":
             config.init_lora_weights = False  # some initialisations read the base's weights
         # plain LoRA in the model's type; peft's other layers compute in float32, as they did in training
@@ -280,18 +336,24 @@ def config_to_write(config: LoraConfig) -> dict:
     return dict(sorted(kept.items())) | {"inference_mode": True}
 
 
-def write_adapter(folder: str, model: PeftModel, tensors: dict[str, torch.Tensor], base: str, record: dict) -> None:
+def write_adapter(
+    folder: str, model: PeftModel, tensors: dict[str, torch.Tensor], base: str, record: dict, start: Start | None = None
+) -> None:
     """Write an adapter's three files: weights and config in peft's format, and the record of its base.
 
     Args:
         tensors: the trained weights, by their names in the model.
         base: the base model's folder.
         record: see record_base.
+        start: initial values that were taken out of the base, if they were.
     """
     weights = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
+    config = model.peft_config["default"]
+    if start:
+        config, weights = start.as_plain(config, weights)
     path = os.path.join(folder, WEIGHTS[0])
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"})
     os.chmod(path, 0o644)  # save_file makes files that only the owner can read
-    config = config_to_write(model.peft_config["default"]) | {"base_model_name_or_path": os.path.abspath(base)}
+    config = config_to_write(config) | {"base_model_name_or_path": os.path.abspath(base)}
     write_json(os.path.join(folder, CONFIG), config)
     write_json(os.path.join(folder, BASE_FILE), record)

@@ -11,7 +11,7 @@ from utils import on_rank_0, print_rank_0
 
 
 def take_lora_flags(args) -> None:
-    """Set --lora_dim, --lora_alpha and --lora_module_name to what the adapter has; nothing without --adapter_path.
+    """Set the flags of rank, scaling, layers and variant to what the adapter has; nothing without --adapter_path.
 
     Raises:
         UserError: one of them is given and differs.
@@ -21,25 +21,28 @@ def take_lora_flags(args) -> None:
         return
     adapter, config = read_start(args.adapter_path), read_config(args.adapter_path)
     layers = sorted({path.rpartition(".")[2] for path in layers_of(adapter)})
-    asked = set(split_names(args.lora_module_name or ""))
+    values = {"lora_dim": config["r"], "lora_alpha": config["lora_alpha"]}
+    values |= {name: bool(config.get(name)) for name in ("use_dora", "use_rslora")}
     wrong = []
-    for name, value in (("lora_dim", config["r"]), ("lora_alpha", config["lora_alpha"])):
+    for name, value in values.items():
         given = getattr(args, name)
         if given not in (None, value):
             wrong.append(f"--{name} is {given}, the adapter has {value}")
         setattr(args, name, value)
-    if asked and asked != set(layers):
-        wrong.append(f"--lora_module_name is {args.lora_module_name}, the adapter has {','.join(layers)}")
+    for name, has in (("lora_module_name", layers), ("modules_to_save", sorted(config.get("modules_to_save") or []))):
+        given = getattr(args, name)
+        if given and set(split_names(given)) != set(has):
+            wrong.append(f"--{name} is {given}, the adapter has {','.join(has) or 'none'}")
+        setattr(args, name, ",".join(has) or None)
     if wrong:
         raise UserError(f"--adapter_path {args.adapter_path}: {'; '.join(wrong)}; leave these flags out")
-    args.lora_module_name = ",".join(layers)
 
 
 def read_start(folder: str) -> Adapter:
     """Read the adapter from which a training starts.
 
     Raises:
-        CheckpointError, FolderError: it is broken, or more than plain LoRA.
+        CheckpointError, FolderError: it is broken, or of a kind that read_adapter does not read.
     """
     return read_adapter(folder, "a training can start from")
 
@@ -47,11 +50,6 @@ def read_start(folder: str) -> Adapter:
 def layers_of(adapter: Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A [rank, in] and B [out, rank] by the path of the layer in the base."""
     return {name.removesuffix(".weight"): pair for name, pair in adapter.pairs.items()}
-
-
-def uses_rslora(folder: str) -> bool:
-    """Whether updates are multiplied by alpha / sqrt(rank) instead of alpha / rank."""
-    return bool(read_config(folder).get("use_rslora"))
 
 
 def start_from_adapter(args) -> dict[str, str]:
@@ -67,7 +65,10 @@ def start_from_adapter(args) -> dict[str, str]:
     if not folder:
         return {}
     take_lora_flags(args)
-    lines = [f"LoRA starts from {folder}: rank {args.lora_dim}, alpha {args.lora_alpha:g}, {args.lora_module_name}"]
+    kind = [f"rank {args.lora_dim}", f"alpha {args.lora_alpha:g}", args.lora_module_name]
+    kind += ["DoRA"] * args.use_dora + ["rsLoRA"] * args.use_rslora
+    kind += [f"whole {args.modules_to_save}"] if args.modules_to_save else []
+    lines = [f"LoRA starts from {folder}: {', '.join(kind)}"]
     lines.append(on_rank_0(lambda: check_base(folder, args.mode, args.model_name_or_path)))
     print_rank_0("\n".join(map(printable, [*lines, *unread_keys(folder, read_config(folder))])))
     return {"--adapter_path": file_hash(read_start(folder).file.path)}
@@ -97,13 +98,26 @@ def copy_weights(model, adapter: Adapter) -> None:
     Raises:
         CheckpointError: a shape differs.
     """
-    for path, tensors in layers_of(adapter).items():
-        layer = model.get_base_model().get_submodule(path)
-        for part, tensor in zip(("lora_A", "lora_B"), tensors, strict=True):
-            weight = getattr(layer, part)["default"].weight
-            if weight.shape != tensor.shape:
-                raise CheckpointError(
-                    f"{adapter.folder} does not fit the base: {part} of {path} is {list(tensor.shape)}, "
-                    f"the base needs {list(weight.shape)}"
-                )
-            weight.copy_(tensor)
+    base = model.get_base_model()
+    for path, (a, b) in layers_of(adapter).items():
+        layer = base.get_submodule(path)
+        _copy(adapter, f"lora_A of {path}", layer.lora_A["default"].weight, a)
+        _copy(adapter, f"lora_B of {path}", layer.lora_B["default"].weight, b)
+        if f"{path}.weight" in adapter.magnitudes:
+            magnitude = adapter.magnitudes[f"{path}.weight"]
+            _copy(adapter, f"the magnitude of {path}", layer.lora_magnitude_vector["default"].weight, magnitude)
+    parameters = dict(base.named_parameters())
+    for name, tensor in adapter.whole.items():
+        path, _, part = name.rpartition(".")
+        if (trained := parameters.get(f"{path}.modules_to_save.default.{part}")) is None:
+            raise CheckpointError(f"{adapter.folder} does not fit the base: it has no {name}")
+        _copy(adapter, name, trained, tensor)
+
+
+def _copy(adapter: Adapter, what: str, weight: torch.Tensor, tensor: torch.Tensor) -> None:
+    if weight.shape != tensor.shape:
+        raise CheckpointError(
+            f"{adapter.folder} does not fit the base: {what} is {list(tensor.shape)}, the base needs "
+            f"{list(weight.shape)}"
+        )
+    weight.copy_(tensor)

@@ -10,6 +10,7 @@ from peft.tuners import lora
 from torch import nn
 
 from glm_models.ops import OutputLayer, add_product
+from tuning.lora.starts import starts_from_base
 
 # Values of a plain LoRA adapter, which adds a product of two matrices to a weight. Other values make it something else.
 PLAIN = {
@@ -36,12 +37,25 @@ PLAIN = {
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def more_than_plain(config: dict) -> str | None:
-    """The first config key of an adapter that makes it more than plain LoRA, or None."""
+def more_than_plain(config: dict, besides: tuple[str, ...] = ()) -> str | None:
+    """The first config key of an adapter that makes it more than plain LoRA, or None.
+
+    Args:
+        besides: keys that may have any value.
+    """
     for key, value in PLAIN.items():
-        if (config.get(key) or value) != value:
+        if (config.get(key) or value) != value and key not in besides:
             return key
-    return None if config.get("init_lora_weights", True) in PLAIN_STARTS else "init_lora_weights"
+    plain = config.get("init_lora_weights", True) in PLAIN_STARTS or "init_lora_weights" in besides
+    return None if plain else "init_lora_weights"
+
+
+def has_plain_layers(config: LoraConfig) -> bool:
+    """Whether the layers of an adapter compute plain LoRA; other modules may be trained whole besides."""
+    besides = ("modules_to_save",)
+    if starts_from_base(config):  # the layer computes as any other, only weights differ
+        besides += ("init_lora_weights",)
+    return more_than_plain(config.to_dict(), besides) is None
 
 
 class AddedLinear(nn.Linear):
@@ -94,11 +108,10 @@ def use_own_layers(config: LoraConfig, kind: type[LoraLinear] = LoraLinear) -> N
 
     peft asks registered layers first, and by isinstance: it would use them for quantised subclasses of nn.Linear too.
     """
-    plain = more_than_plain(config.to_dict()) is None
 
     def make(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs) -> LoraLinear | None:
         # with None, peft asks its own dispatchers
         return kind(target, adapter_name, config=config, **kwargs) if type(target) in (nn.Linear, OutputLayer) else None
 
-    if plain:
+    if has_plain_layers(config):
         config._register_custom_module({nn.Linear: make})

@@ -48,17 +48,20 @@ def logits(
 
     Args:
         batch: input_ids and attention_mask, as from the tokenizer's `pad`.
-        adapter: added to the outputs of the modules that it adapts, as in training, not merged into weights.
+        adapter: added to the outputs of the modules that it adapts, as in training, not merged into weights; weights
+            that were trained whole replace those of the folder.
         rounding: change each adapted weight at random by up to the rounding error of this type.
     """
     model = skeleton(mode, folder)
     tied = tied_weights(model)
     where = {name: path for path, names in weight_layout(folder).items() for name in names}
     opened: dict[str, WeightFile] = {}  # one at a time
-    pairs = adapter.pairs if adapter else {}
+    pairs, whole, changed = (adapter.pairs, adapter.whole, adapter.changed()) if adapter else ({}, {}, set())
     generator = torch.Generator().manual_seed(0)
 
     def read(name: str) -> torch.Tensor:
+        if name in whole:
+            return whole[name].float()
         path = where[name := tied.get(name, name)]
         if path not in opened:
             opened.clear()
@@ -68,19 +71,17 @@ def logits(
     def fill(module: nn.Module, prefix: str) -> None:
         for key, parameter in module.named_parameters(recurse=False):
             weight = read(prefix + key)
-            if rounding is not None and prefix + key in pairs:
-                a, b = pairs[prefix + key]
+            if rounding is not None and prefix + key in changed:
                 noise = torch.rand(weight.shape, generator=generator).sub_(0.5).mul_(torch.finfo(rounding).eps)
-                weight = weight + noise.mul_(weight + adapter.scale * (b.float() @ a.float()))
+                weight = weight + noise.mul_(weight + adapter.update(prefix + key) if prefix + key in pairs else weight)
             setattr(module, key, nn.Parameter(weight, requires_grad=False))
             del parameter, weight
 
     def empty(module: nn.Module, prefix: str, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        if prefix + "weight" in pairs:
+            output = adapted(module, adapter, prefix + "weight", inputs[0], output)
         for key, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
-        if prefix + "weight" in pairs:
-            a, b = pairs[prefix + "weight"]
-            output = output + adapter.scale * F.linear(F.linear(inputs[0], a.float()), b.float())
         return output
 
     for name, module in model.named_modules():
@@ -89,3 +90,15 @@ def logits(
             module.register_forward_pre_hook(lambda m, _, prefix=prefix: fill(m, prefix))
             module.register_forward_hook(lambda m, inputs, out, prefix=prefix: empty(m, prefix, inputs, out))
     return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+
+
+def adapted(layer: nn.Linear, adapter: Adapter, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """The output of a linear layer with its adapter, from that without."""
+    a, b = (matrix.float() for matrix in adapter.pairs[name])
+    added = adapter.scale * F.linear(F.linear(x, a), b)
+    if name not in adapter.magnitudes:
+        return output + added
+    # DoRA: the rows of weight + update get the lengths of the adapter; the bias stays as it is
+    factor = adapter.magnitudes[name].float() / (layer.weight + adapter.update(name)).norm(dim=1)
+    bias = 0 if layer.bias is None else layer.bias
+    return factor * (output - bias + added) + bias

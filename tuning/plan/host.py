@@ -9,6 +9,7 @@ from typing import NamedTuple
 import psutil
 
 from tuning.folders import free_space
+from tuning.lora.starts import saved_sizes
 from tuning.plan.zero import Zero12Simulator
 
 MIB, GIB = 2**20, 2**30
@@ -39,7 +40,7 @@ def plan_host(run: Zero12Simulator) -> HostPlan:
     trained = sum(p.numel() for p in run.trained)
     # a tied output layer is saved in addition to the embedding, because other programs expect it
     saved = trained if hasattr(model, "peft_config") else sum(p.numel() for _, p in named_parameters(model))
-    result = saved * run.item
+    result = saved * saved_sizes(model) * run.item
     phases = {
         # ZeRO-3 maps the files and keeps partitions; otherwise each rank builds the whole model before moving it
         "loading": size + gpus * READ if run.stage == 3 else gpus * size + READ,

@@ -19,7 +19,7 @@ from glm_models.ops import TILE
 from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config
 from tuning.errors import UserError
 from tuning.lora.earlier import take_lora_flags
-from tuning.methods import build_model, parameter_groups
+from tuning.methods import build_model, check_zero3, parameter_groups, zero3_problem
 from tuning.plan.allocator import CachingAllocator
 from tuning.plan.host import GIB, HostPlan, host_text, plan_host
 from tuning.plan.trace import Event, trace_step
@@ -119,11 +119,13 @@ def _checkpointing(args, gpus):
 
 
 def _zero3(args, gpus):
-    return {"ds_file": "ds_zero3_no_offload.json"} if gpus > 1 and "zero3" not in args.ds_file else None
+    if gpus == 1 or "zero3" in args.ds_file or zero3_problem(args):
+        return None
+    return {"ds_file": "ds_zero3_no_offload.json"}
 
 
 def _offload(args, gpus):
-    return {"ds_file": "ds_zero3_offload.json"} if "zero3_offload" not in args.ds_file else None
+    return None if "zero3_offload" in args.ds_file or zero3_problem(args) else {"ds_file": "ds_zero3_offload.json"}
 
 
 def _shorter(share: float):
@@ -319,6 +321,7 @@ def plan_setup(args, gpus: int) -> Setup:
     family = MODE[args.mode]
     config = family.config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, gpus, 1, config.hidden_size), as_gpu=True)
+    check_zero3(args, ds_config["zero_optimization"]["stage"])
     dtype = compute_dtype(ds_config)
 
     def load(**changes):
@@ -326,7 +329,7 @@ def plan_setup(args, gpus: int) -> Setup:
 
     with torch.device("meta"):
         model = build_model(args, load).to(dtype).train()
-    groups = parameter_groups(model, args.weight_decay)
+    groups = parameter_groups(model, args)
     fit_buckets(ds_config, sum(p.numel() for group in groups for p in group["params"]))
     return Setup(model, longest_batch(args, config), ds_config, groups)
 

@@ -4,6 +4,7 @@ from collections import deque
 
 import torch
 
+from tuning.lora.zero3 import read_elsewhere
 from tuning.plan.trace import Event
 from tuning.plan.zero import Zero12Simulator
 
@@ -75,11 +76,16 @@ class Zero3Simulator(Zero12Simulator):
             self.allocate("gradients", sums)
 
     def replay(self, trace: list[Event]) -> None:
+        self.elsewhere = read_elsewhere(self.setup.model)
         # DeepSpeed recorded the order of modules in the first step
-        self.order = [list(e.key.parameters(recurse=False)) for e in trace if e.what in ("forward", "backward")]
+        self.order = [self.parameters_of(e.key) for e in trace if e.what in ("forward", "backward")]
         self.queue = deque((i, p) for i, parameters in enumerate(self.order) for p in parameters)
         self.fetched_for: dict = {}
         super().replay(trace)
+
+    def parameters_of(self, module) -> list:
+        """What is gathered for a module."""
+        return [*module.parameters(recurse=False), *self.elsewhere.get(module, [])]
 
     def on_module(self, event: Event) -> None:
         if event.what == "done":
@@ -91,7 +97,7 @@ class Zero3Simulator(Zero12Simulator):
             if self.leaving is not None:
                 self.release(self.leaving)
             self.leaving = event.key
-        self.fetch(list(event.key.parameters(recurse=False)))
+        self.fetch(self.parameters_of(event.key))
 
     def gather(self, parameters: list, wait: bool) -> None:
         """One coalesced all-gather into a flat buffer, unpacked on arrival; a single parameter is not copied."""
@@ -138,9 +144,7 @@ class Zero3Simulator(Zero12Simulator):
 
     def release(self, module) -> None:
         """Free a module's gathered parameters, except those that are needed again soon or already prefetched."""
-        leaving = [
-            p for p in module.parameters(recurse=False) if p in self.live and self.fetched_for.get(p, -1) <= self.at
-        ]
+        leaving = [p for p in self.parameters_of(module) if p in self.live and self.fetched_for.get(p, -1) <= self.at]
         if not leaving:
             return
         soon, distance = set(), 0

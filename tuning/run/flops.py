@@ -47,11 +47,14 @@ def needed_flops(model: nn.Module) -> Flops:
     def product(module) -> float:
         return 2.0 * module.in_features * module.out_features * (1 + reached + module.weight.requires_grad)
 
+    def used(root) -> list[nn.Module]:  # peft keeps the original of a module that trains whole, and does not use it
+        return [m for path, m in root.named_modules() if "original_module" not in path.split(".")]
+
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
         answers_only = False
         attention = block.get_attention()
-        for module in block.modules():  # in the order of their use
+        for module in used(block):  # in the order of their use
             if module is attention.dense:  # its input is the output of attention
                 reached = reached or trained_prefix
                 pair += 4.0 * attention.num_heads * attention.head_dim * (1 + 2 * reached)
@@ -61,7 +64,7 @@ def needed_flops(model: nn.Module) -> Flops:
             elif isinstance(module, nn.Linear):
                 token += product(module)
             reached = reached or any(p.requires_grad for p in module.parameters(recurse=False))
-    answer_token += sum(product(m) for m in model.get_output_embeddings().modules() if isinstance(m, nn.Linear))
+    answer_token += sum(product(m) for m in used(model.get_output_embeddings()) if isinstance(m, nn.Linear))
     return Flops(token, answer_token, pair, sum(prefix.embedding.num_embeddings for prefix in prefixes))
 
 
