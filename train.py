@@ -203,6 +203,7 @@ def start_engine(args, ds_config: dict, more: dict):
     ds_config |= more
     groups = parameter_groups(model, args.weight_decay)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+    patches.drop_copies_of_masters(engine.optimizer)
     engine.lr_scheduler.step(1)  # DeepSpeed's schedulers count from -1: the first two steps would have lr 0
     return engine
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from measured import ROOT, SETTINGS, SIZES, arguments, build, ds_config, peak_of, setting
+from measured import PURE, ROOT, SETTINGS, SIZES, SUMS, arguments, build, ds_config, peak_of, setting, sums_of
 from ranks import end_ranks, start_ranks
 from torch import nn
 
@@ -254,8 +254,7 @@ def planned_peaks(name: str, stage: int, ranks: int, sums: str) -> list[int]:
     return peaks
 
 
-@pytest.mark.parametrize("sums", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("name", "sums"), [(name, sums) for name in SETTINGS for sums in sums_of(name)])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_accounting_agrees_with_deepspeed(stage, name, sums, measured):
     peaks, (backward, step) = planned_peaks(name, stage, 1, sums), measured[stage, 1][f"{name} {sums}"]
@@ -263,7 +262,7 @@ def test_accounting_agrees_with_deepspeed(stage, name, sums, measured):
     assert peaks[1] == pytest.approx(step, rel=0.02, abs=4096)
 
 
-@pytest.mark.parametrize("sums", ["bf16", "fp32"])
+@pytest.mark.parametrize("sums", SUMS)
 def test_accounting_agrees_with_deepspeed_on_two_ranks(sums, measured):
     """The backward pass alone: in the step gloo gathers by copies of its own."""
     assert planned_peaks("large", 2, 2, sums)[0] == pytest.approx(measured[2, 2][f"large {sums}"][0], rel=0.02)
