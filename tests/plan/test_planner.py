@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from measured import PURE, ROOT, SETTINGS, SIZES, SUMS, arguments, build, ds_config, peak_of, setting, sums_of
+from measured import ROOT, SETTINGS, SIZES, SUMS, arguments, build, ds_config, peak_of, setting, sums_of
 from ranks import end_ranks, start_ranks
 from torch import nn
 

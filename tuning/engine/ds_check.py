@@ -70,7 +70,7 @@ AUTO_LATER = {"bf16.enabled", "fp16.enabled", "data_types.grad_accum_dtype", "sc
 PLACES = (("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file"))
 OF_STEPS = {"scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps"}
 STATES_IN_BF16 = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
-# Above it, a moment that falls is rounded back to what it was: half the gap between bf16 numbers is up to 1/256 of them.
+# Above it, a moment that falls is rounded back to what it was: half the gap between numbers of bf16 is up to 1/256.
 LARGEST_BETA = 1 - 2**-8
 SHOWN = 5  # problems of a file in one message
 
