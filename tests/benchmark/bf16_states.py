@@ -68,7 +68,7 @@ def main() -> None:
     make_tiny_checkpoint("glm3", str(work / "random"), texts, layers=3, hidden_size=args.hidden, heads=4)
     flags = ["--per_device_train_batch_size", str(BATCH)]
     run(args, work / "base", work / "random", work / "learnt.json", args.base_epochs, 3e-3, *flags)
-    (base,) = (work / "base").glob("epoch-*")
+    (base,) = (work / "base").glob(f"epoch-{args.base_epochs}-*")
 
     cases = [(rate, masters, 1, "auto") for rate in args.rates for masters in MASTERS]
     cases += [(max(args.rates), "bf16", MICRO, sums) for sums in ("fp32", "bf16")]
