@@ -29,7 +29,14 @@ from data_set import Sources, batch_shape, data_settings, dump, load_sources, tr
 from glm_models import MODE
 from glm_models.ops import TiledMLP
 from tuning.engine import patches
-from tuning.engine.ds_config import compute_dtype, ds_notes, fit_buckets, load_training_config, zero_layout
+from tuning.engine.ds_config import (
+    compute_dtype,
+    ds_notes,
+    fit_buckets,
+    load_training_config,
+    split_groups,
+    zero_layout,
+)
 from tuning.engine.loading import load_base, load_tokenizer
 from tuning.engine.saving import check_room, count_results, is_save_step, result_size, save
 from tuning.exits import exit_on_user_errors
@@ -201,7 +208,7 @@ def start_engine(args, ds_config: dict, more: dict):
 
     fit_buckets(ds_config, trained)
     ds_config |= more
-    groups = parameter_groups(model, args.weight_decay)
+    groups = split_groups(parameter_groups(model, args.weight_decay), ds_config)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     patches.drop_copies_of_masters(engine.optimizer)
     engine.lr_scheduler.step(1)  # DeepSpeed's schedulers count from -1: the first two steps would have lr 0

@@ -14,8 +14,8 @@ from test_train import RATES, ROOT, ROWS, run_jobs
 import merge_lora
 import train
 from glm_models import MODE
-from tuning.engine import ds_check, ds_config
-from tuning.engine.ds_config import ds_notes, ds_values, load_ds_config
+from tuning.engine import ds_check, ds_config, patches
+from tuning.engine.ds_config import ds_notes, ds_values, load_ds_config, split_groups
 from tuning.errors import UserError
 
 STATES = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
@@ -171,6 +171,30 @@ def test_what_is_rounded_is_said(tmp_path, monkeypatch):
         assert "held in bf16 alone" in line and "1/512" in line
     rounded = load(file, {"data_types.grad_accum_dtype": "bf16"}, stage=3, accumulation=2)
     assert "gradients of 2 micro-batches are summed in bf16, rounded after each" in ds_notes(rounded)[1]
+
+
+def test_large_groups_are_cut_for_offload_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(ds_config, "supports_bf16", lambda: True)
+    monkeypatch.setattr(ds_check.CPUAdamBuilder, "simd_width", lambda _: "-D__AVX512__")
+    monkeypatch.setattr(ds_config, "LARGEST_GROUP", 10)
+    a, b, c, d = (torch.zeros(size) for size in (4, 6, 30, 1))
+    groups = [{"params": [a, b, c], "weight_decay": 0.1}, {"params": [d], "weight_decay": 0.0}]
+    here = split_groups(groups, load(tmp_path / "ds.json", OFFLOAD | CPU_ADAM))
+    assert [[len(one) for one in group["params"]] for group in here] == [[4, 6], [30], [1]]
+    assert [group["weight_decay"] for group in here] == [0.1, 0.1, 0.0]
+    for changes, stage in (({}, 2), (OFFLOAD | CPU_ADAM, 3)):
+        assert split_groups(groups, load(tmp_path / "ds.json", changes, stage)) is groups
+
+
+def test_masters_are_sent_as_they_are_if_they_have_the_type_of_the_weights():
+    class Optimizer:
+        single_partition_of_fp32_groups = [torch.ones(3, dtype=torch.bfloat16), torch.ones(3)]
+        param_buffer_of_bit16_for_cpu_offload_groups = [torch.zeros(3, dtype=torch.bfloat16) for _ in range(2)]
+
+    patches.drop_copies_of_masters(Optimizer)
+    masters, sent = Optimizer.single_partition_of_fp32_groups, Optimizer.param_buffer_of_bit16_for_cpu_offload_groups
+    assert [one.data_ptr() == other.data_ptr() for one, other in zip(masters, sent, strict=True)] == [True, False]
+    patches.drop_copies_of_masters(object())  # of ZeRO-3
 
 
 def test_a_moment_above_the_largest_beta_never_falls_and_one_below_does():

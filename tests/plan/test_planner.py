@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from measured import ROOT, SETTINGS, SIZES, SUMS, arguments, build, ds_config, peak_of, setting, sums_of
+from measured import PURE, ROOT, SETTINGS, SIZES, SUMS, arguments, build, ds_config, peak_of, setting, sums_of
 from ranks import end_ranks, start_ranks
 from torch import nn
 
@@ -322,6 +322,22 @@ def test_a_step_has_float32_gradients_beside_sums_in_bf16():
     decay, rest = (sum(p.numel() for p in group["params"]) for group in run.setup.groups)
     # bf16 sums of all, a flat copy of a group's and its float32
     assert run.memory.at_peak["gradients"] == 2 * (decay + rest) + (2 + 4) * decay
+
+
+def test_states_in_bf16_take_two_bytes_a_number():
+    flags = "--mode glm2 --train_type all"
+    two, three = play(flags, 2, 1, bf16=PURE), play(flags, 3, 1, bf16=PURE)
+    numel = sum(p.numel() for p in two.parameters)
+    assert two.memory.by_tag["optimizer"] == 6 * numel
+    assert three.memory.by_tag["optimizer"] == 4 * numel  # the weights are the masters
+    device = {"device": "cpu", "pin_memory": False}
+    buffer = {"zero_optimization": {"offload_optimizer": device}, "bf16": PURE}
+    largest = 2 * max(p.numel() for p in two.trained)
+    # masters, moments, gradients; the buffer between masters and weights only where torch would keep it
+    assert play(flags, 2, 1, **buffer).cpu == pytest.approx(8 * numel + largest, rel=0.001)
+    assert play(flags, 3, 1, **buffer).cpu == pytest.approx(10 * numel, rel=0.001)  # and sums
+    device["pin_memory"] = True
+    assert play(flags, 2, 1, **buffer).cpu > 10 * numel
 
 
 # The command line

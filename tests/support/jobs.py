@@ -17,12 +17,14 @@ from deepspeed.accelerator import get_accelerator
 import train
 import utils
 from glm_models import ops
+from tuning.engine import ds_config
 
 
 def main():
     torch.set_num_threads(1)
     jobs, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
     ops.TILE, ops.CHUNK = 16, 10_000  # else tiny rows would fit in one
+    ds_config.LARGEST_GROUP = 20_000  # and tiny models
     utils.silence_libraries(verbose=False)
     # any CPU can compute in both, if slowly; what train.py thinks of it is not what these runs are about
     accelerator = get_accelerator()

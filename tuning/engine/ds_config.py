@@ -212,6 +212,32 @@ def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict
     }
 
 
+LARGEST_GROUP = 500_000_000  # numbers: 1 GB in bf16
+
+
+def split_groups(groups: list[dict], ds_config: dict) -> list[dict]:
+    """Cut large parameter groups for ZeRO-2 with bf16 masters in main memory; what is computed stays the same.
+
+    While DeepSpeed sets up, it copies each group as a whole on the GPU, and 24 GiB do not hold a 6B model twice.
+    Other settings keep their groups: training states depend on them.
+    """
+    if not (holds_states_in_bf16(ds_config) and offloads_optimizer(ds_config)):
+        return groups
+    if ds_config["zero_optimization"]["stage"] == 3:
+        return groups
+    cut: list[dict] = []
+    for group in groups:
+        parts, numel = [[]], 0
+        for parameter in group["params"]:
+            if parts[-1] and numel + parameter.numel() > LARGEST_GROUP:
+                parts.append([])
+                numel = 0
+            parts[-1].append(parameter)
+            numel += parameter.numel()
+        cut += [group | {"params": part} for part in parts]
+    return cut
+
+
 def fit_buckets(ds_config: dict, trained: int) -> None:
     """Limit bucket sizes to the size of all gradients, since buffers of these sizes are allocated."""
     for bucket in ds_config["zero_optimization"].keys() & {"reduce_bucket_size", "allgather_bucket_size"}:

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from glm_models import MODE
 from glm_models.ops import TILE
-from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config
+from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config, split_groups
 from tuning.errors import UserError
 from tuning.lora.earlier import take_lora_flags
 from tuning.methods import build_model, parameter_groups
@@ -368,7 +368,7 @@ def plan_setup(args, gpus: int) -> Setup:
 
     with torch.device("meta"):
         model = build_model(args, load).to(dtype).train()
-    groups = parameter_groups(model, args.weight_decay)
+    groups = split_groups(parameter_groups(model, args.weight_decay), ds_config)
     fit_buckets(ds_config, sum(p.numel() for group in groups for p in group["params"]))
     return Setup(model, longest_batch(args, config), ds_config, groups)
 
