@@ -117,7 +117,7 @@ def test_the_gradient_of_one_micro_batch_needs_no_float32_sum(losses, name):
 
 def test_results_are_what_was_trained(losses, folder, bases):
     adapter, merged = folder / "zero3-offload" / "epoch-2-step-4", folder / "merged"
-    argv = f"--mode glm3 --ori_model_dir {bases['glm3']} --model_dir {adapter} --save_path {merged}"
+    argv = f"--mode glm3 --ori_model_dir {bases['glm3']} --model_dir {adapter} --output_dir {merged}"
     merge_lora.main(argv.split())  # verifies what it writes
     assert (merged / "config.json").is_file()
     with safe_open(folder / "zero2" / "epoch-2-step-4" / "model.safetensors", "pt") as result:

@@ -332,6 +332,7 @@ def test_states_in_bf16_take_two_bytes_a_number():
     assert three.memory.by_tag["optimizer"] == 4 * numel  # the weights are the masters
     device = {"device": "cpu", "pin_memory": False}
     buffer = {"zero_optimization": {"offload_optimizer": device}, "bf16": PURE}
+    buffer["data_types"] = {"grad_accum_dtype": "bf16"}
     largest = 2 * max(p.numel() for p in two.trained)
     # masters, moments, gradients; the buffer between masters and weights only where torch would keep it
     assert play(flags, 2, 1, **buffer).cpu == pytest.approx(8 * numel + largest, rel=0.001)
