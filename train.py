@@ -35,6 +35,7 @@ from tuning.engine.ds_config import (
     fit_buckets,
     fit_schedule,
     load_training_config,
+    split_groups,
     zero_layout,
 )
 from tuning.engine.loading import load_base, load_tokenizer
@@ -213,11 +214,12 @@ def start_engine(args, ds_config: dict, more: dict):
 
     fit_buckets(ds_config, trained)
     ds_config |= more
-    groups = parameter_groups(model, args)
+    groups = split_groups(parameter_groups(model, args), ds_config)
     if args.loraplus_lr_ratio:
         print_rank_0(f"LoRA+: B learns at {args.loraplus_lr_ratio:g} times the rate of A, which is the one in the log")
     fit_schedule(ds_config, groups)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+    patches.drop_copies_of_masters(engine.optimizer)
     engine.lr_scheduler.step(1)  # DeepSpeed's schedulers count from -1: the first two steps would have lr 0
     return engine
 

@@ -1,7 +1,7 @@
 """Losses of two ranks with each obeyed key of the ds file set, against losses without it.
 
     python tests/ds_keys_losses.py            every obeyed key, at every ZeRO stage that reads it; ten minutes
-    python tests/ds_keys_losses.py ratio      keys whose name holds one of the words
+    python tests/ds_keys_losses.py bucket     keys whose name holds one of the words
 
 A key is set to a value that is not DeepSpeed's default. Losses may differ by 1e-5; keys that are meant to change what
 is trained stand in MAY_DIFFER with the reason. Each optimizer has the same losses at each stage.
@@ -59,6 +59,8 @@ MAY_DIFFER = {
     "scheduler.params.warmup_min_ratio": "another lr in the warm-up",
     "scheduler.params.cos_min_ratio": "another lr at the end",
     "bf16.enabled": "rounds",
+    "bf16.bf16_master_weights_and_grads": "rounds",
+    "bf16.bf16_optimizer_states": "rounds",
     "fp16.enabled": "rounds",
     "fp16.loss_scale": "rounds; of fp16, which not every CPU has",
     "fp16.initial_scale_power": "as fp16.loss_scale",
@@ -85,7 +87,6 @@ WITH = {
 # Values to try, where `other` finds none. The runs are in a folder of their own: paths are relative.
 VALUES = {
     "zero_optimization.offload_optimizer.device": "cpu",
-    "zero_optimization.offload_optimizer.ratio": 0.5,
     "zero_optimization.offload_param.device": "cpu",
     "zero_optimization.reduce_bucket_size": 2000,
     "zero_optimization.allgather_bucket_size": 2000,

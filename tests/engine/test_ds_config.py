@@ -179,7 +179,7 @@ def test_the_projects_files_hold_no_auto_that_train_does_not_know():
     for file in ROOT.glob("ds_zero*.json"):
         config = load_ds_config(str(file), VALUES)
         assert '"auto"' not in json.dumps(config)
-        assert ds_notes(config) == []
+        assert len(ds_notes(config)) == ("bf16_states" in file.name)
         assert config["timers"] == {"throughput": {"enabled": False}}
 
 

@@ -129,6 +129,9 @@ def test_what_is_advised_is_counted_with_its_main_memory(small_machine, capsys):
     assert text.count("main memory of a node") == 1  # not that of flags which do not fit
     assert advised.memory > 16 * 0.9e9
     assert "warning" not in text
+    (other,) = [line for line in text.splitlines() if line.startswith("or, with ")]
+    assert "_bf16_states.json" in other and "(rounds: weights and moments in bf16 alone)" in other
+    assert int(other.split()[2]) < advised.memory / GIB
 
     plans = planner.Plans(planner.plan_setup, 1)
     rows = planner.advice(train.parse_args(argv), plans).splitlines()

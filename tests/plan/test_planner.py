@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from measured import ROOT, SETTINGS, SIZES, arguments, build, ds_config, peak_of, setting
+from measured import PURE, ROOT, SETTINGS, SIZES, SUMS, arguments, build, ds_config, peak_of, setting, sums_of
 from ranks import end_ranks, start_ranks
 from torch import nn
 
@@ -254,8 +254,7 @@ def planned_peaks(name: str, stage: int, ranks: int, sums: str) -> list[int]:
     return peaks
 
 
-@pytest.mark.parametrize("sums", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("name", "sums"), [(name, sums) for name in SETTINGS for sums in sums_of(name)])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_accounting_agrees_with_deepspeed(stage, name, sums, measured):
     peaks, (backward, step) = planned_peaks(name, stage, 1, sums), measured[stage, 1][f"{name} {sums}"]
@@ -263,7 +262,7 @@ def test_accounting_agrees_with_deepspeed(stage, name, sums, measured):
     assert peaks[1] == pytest.approx(step, rel=0.02, abs=4096)
 
 
-@pytest.mark.parametrize("sums", ["bf16", "fp32"])
+@pytest.mark.parametrize("sums", SUMS)
 def test_accounting_agrees_with_deepspeed_on_two_ranks(sums, measured):
     """The backward pass alone: in the step gloo gathers by copies of its own."""
     assert planned_peaks("large", 2, 2, sums)[0] == pytest.approx(measured[2, 2][f"large {sums}"][0], rel=0.02)
@@ -323,6 +322,23 @@ def test_a_step_has_float32_gradients_beside_sums_in_bf16():
     decay, rest = (sum(p.numel() for p in group["params"]) for group in run.setup.groups)
     # bf16 sums of all, a flat copy of a group's and its float32
     assert run.memory.at_peak["gradients"] == 2 * (decay + rest) + (2 + 4) * decay
+
+
+def test_states_in_bf16_take_two_bytes_a_number():
+    flags = "--mode glm2 --train_type all"
+    two, three = play(flags, 2, 1, bf16=PURE), play(flags, 3, 1, bf16=PURE)
+    numel = sum(p.numel() for p in two.parameters)
+    assert two.memory.by_tag["optimizer"] == 6 * numel
+    assert three.memory.by_tag["optimizer"] == 4 * numel  # the weights are the masters
+    device = {"device": "cpu", "pin_memory": False}
+    buffer = {"zero_optimization": {"offload_optimizer": device}, "bf16": PURE}
+    buffer["data_types"] = {"grad_accum_dtype": "bf16"}
+    largest = 2 * max(p.numel() for p in two.trained)
+    # masters, moments, gradients; the buffer between masters and weights only where torch would keep it
+    assert play(flags, 2, 1, **buffer).cpu == pytest.approx(8 * numel + largest, rel=0.001)
+    assert play(flags, 3, 1, **buffer).cpu == pytest.approx(10 * numel, rel=0.001)  # and sums
+    device["pin_memory"] = True
+    assert play(flags, 2, 1, **buffer).cpu > 10 * numel
 
 
 # The command line

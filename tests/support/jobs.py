@@ -10,6 +10,7 @@ from runs import Forked
 import train
 import utils
 from glm_models import ops
+from tuning.engine import ds_config
 
 LIMIT = 1500  # seconds for all trainings of a call
 
@@ -34,6 +35,7 @@ def run_jobs(folder: Path, ranks: int, jobs: dict[str, list[str]]) -> dict[str, 
 
 def _run_all(jobs: dict[str, list[str]], results: Path) -> None:
     ops.TILE, ops.CHUNK = 16, 10_000  # else tiny rows would fit in one
+    ds_config.LARGEST_GROUP = 20_000  # and tiny models
     utils.silence_libraries(verbose=False)
     # any CPU can compute in both, if slowly; what train.py thinks of it is not what these runs are about
     accelerator = get_accelerator()

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 from glm_models import MODE
+from tuning.engine.ds_check import STATES_IN_BF16
 from tuning.engine.ds_config import compute_dtype, ds_values, load_ds_config
 from tuning.plan import planner
 
@@ -46,6 +47,14 @@ SETTINGS = {
     "large-all": "--mode glm3 --train_type all --gradient_checkpointing",
 }
 SMALL_BUCKET = 10_000  # numbers; of the settings named "large"
+# types of the sums of gradients, and with "pure" masters and moments in bf16
+SUMS = ("bf16", "fp32", "pure bf16", "pure fp32")
+PURE = dict.fromkeys(STATES_IN_BF16, True)
+
+
+def sums_of(name: str) -> tuple[str, ...]:
+    """Those of `SUMS` that a setting is measured with: the memory of masters does not depend on the method."""
+    return SUMS if name in ("all", "all-plain", "large") else SUMS[:2]
 
 
 def arguments(flags: str) -> argparse.Namespace:
@@ -57,10 +66,12 @@ def arguments(flags: str) -> argparse.Namespace:
 
 
 def setting(name: str, stage: int, gpus: int, sums: str) -> tuple[argparse.Namespace, dict]:
-    """Arguments and ds config of one of `SETTINGS`, with gradients summed in the type `sums`."""
+    """Arguments and ds config of one of `SETTINGS` with one of `SUMS`."""
     args = arguments(SETTINGS[name])
-    small = {"reduce_bucket_size": SMALL_BUCKET} if name.startswith("large") else {}
-    return args, ds_config(args, stage, gpus, data_types={"grad_accum_dtype": sums}, zero_optimization=small)
+    sections = {"data_types": {"grad_accum_dtype": sums.removeprefix("pure ")}}
+    sections["zero_optimization"] = {"reduce_bucket_size": SMALL_BUCKET} if name.startswith("large") else {}
+    sections["bf16"] = PURE if sums.startswith("pure") else {}
+    return args, ds_config(args, stage, gpus, **sections)
 
 
 def ds_config(args: argparse.Namespace, stage: int, gpus: int = 1, **sections) -> dict:
@@ -144,7 +155,7 @@ def main() -> None:
     gc.freeze()  # what was imported stays, and is not looked through each time
     measured = {}
     for name in names:
-        for sums in ("bf16", "fp32"):
+        for sums in sums_of(name):
             peaks = [None] * ranks
             torch.distributed.all_gather_object(peaks, measure(*setting(name, stage, ranks, sums)))
             measured[f"{name} {sums}"] = [max(of_ranks) for of_ranks in zip(*peaks, strict=True)]

@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+from deepspeed.ops.op_builder import CPUAdamBuilder
 
 from tuning.engine.ds_keys import (
     ADAM,
@@ -68,6 +69,9 @@ OF_DEEPSPEED = {
 AUTO_LATER = {"bf16.enabled", "fp16.enabled", "data_types.grad_accum_dtype", "scheduler.type"}
 PLACES = (("tensorboard", "output_path"), ("csv_monitor", "output_path"), ("flops_profiler", "output_file"))
 OF_STEPS = {"scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps"}
+STATES_IN_BF16 = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+# Above it, a moment that falls is rounded back to what it was: half the gap between numbers of bf16 is up to 1/256.
+LARGEST_BETA = 1 - 2**-8
 SHOWN = 5  # problems of a file in one message
 
 
@@ -169,7 +173,7 @@ class Check:
             return
         if name in UNTESTED and not config.get("zero_allow_untested_optimizer"):
             self.wrong.append(f'optimizer.type {name} needs "zero_allow_untested_optimizer": true')
-        offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+        offload = offloads_optimizer(config)
         on_cpu = get_accelerator().device_name() == "cpu" and not as_gpu
         if not offload and (name == "Adagrad" or (name == "Lion" and on_cpu)):
             why = "DeepSpeed mixes up its groups of parameters" if name == "Adagrad" else "it is not there for a CPU"
@@ -263,6 +267,37 @@ class Check:
         for dotted, value in (("data_types.grad_accum_dtype", sums), ("communication_data_type", sent)):
             if value not in (None, "fp32", precision):
                 self.wrong.append(f"{dotted} {value} would round gradients, which are {precision}: fp32 would not")
+
+    def states_in_bf16(self, config: dict, precision: str, as_gpu: bool) -> None:
+        """Check that DeepSpeed holds masters and moments in bf16 if the file says so, and that moments can fall."""
+        asked = [name for name in STATES_IN_BF16 if config["bf16"].get(name)]
+        if not asked:
+            return
+        params, offload = config["optimizer"]["params"], offloads_optimizer(config)
+        kind = optimizer_class(config["optimizer"]["type"], params, offload)
+        problem = None
+        if len(asked) < len(STATES_IN_BF16):
+            # with moments in float32, torch would load those of a training state as bf16
+            problem = f"{' and '.join(STATES_IN_BF16)} go together: set both to true, or neither"
+        elif precision != "bf16":
+            problem = f'it needs "enabled": true beside it; this training computes in {precision}'
+        elif config["zero_optimization"]["stage"] == 1:  # with float32 sums, DeepSpeed's optimizer for it reads no key
+            problem = "not at ZeRO stage 1; stage 2 does the same with less memory"
+        elif config["optimizer"]["type"] not in ("Adam", "AdamW"):
+            problem = f"it goes with Adam and AdamW, not with {config['optimizer']['type']}"
+        elif offload and kind is not DeepSpeedCPUAdam:
+            problem = 'with offload_optimizer it goes with DeepSpeed\'s CPU Adam: leave out "torch_adam" and "fused"'
+        elif offload and not as_gpu and CPUAdamBuilder().simd_width() == "-D__AVX256__":
+            problem = "DeepSpeed's CPU Adam needs a processor with AVX-512 for it, and this one has AVX2"
+        elif max(params["betas"]) > LARGEST_BETA:
+            problem = f"optimizer.params.betas {params['betas']}: a moment in bf16 would never fall; at most 0.996"
+        if problem:
+            self.wrong.append(f"bf16.{asked[-1]} is refused: {problem}")
+
+
+def offloads_optimizer(config: dict) -> bool:
+    """Whether masters and moments are in main memory."""
+    return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def _place(config: dict, dotted: str) -> tuple[dict, dict, str]:

@@ -12,7 +12,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from glm_models.checkpoint import CheckpointError, read_json
 from tuning import ROOT
 from tuning.arguments.train import SCHEDULES
-from tuning.engine.ds_check import Check, optimizer_class, reason, shown
+from tuning.engine.ds_check import STATES_IN_BF16, Check, offloads_optimizer, optimizer_class, reason, shown
 from tuning.engine.ds_keys import IDLE, KEYS, REFUSED, SAID, Section
 from tuning.errors import UserError
 from utils import data_parallel_size, supports_bf16, supports_fp16
@@ -46,11 +46,11 @@ def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
     check.end()
     _resolve_precision(config, path, as_gpu)
     precision = "bf16" if config["bf16"]["enabled"] else "fp16" if config["fp16"]["enabled"] else "fp32"
-    # gradients summed in half precision would be exact to three digits only
-    check.values["data_types.grad_accum_dtype"] = "fp32" if precision != "fp32" else None
+    check.values["data_types.grad_accum_dtype"] = _sum_type(config, precision, values)
     check.fill(config)
     check.contradictions(config, as_gpu)
     check.types_of_gradients(config, precision)
+    check.states_in_bf16(config, precision, as_gpu)
     check.end()
     check.groups_of_ranks(config)
     check.end()
@@ -71,7 +71,8 @@ def load_training_config(args, total_steps: int, hidden_size: int) -> dict:
 
 def ds_notes(config: dict) -> list[str]:
     """Lines to print about a resolved config: settings that --plan does not count, and those that do nothing."""
-    return [f"ds file: {line}" for line in _notes(config, KEYS, "", config["zero_optimization"]["stage"])]
+    lines = [*_notes(config, KEYS, "", config["zero_optimization"]["stage"]), *_losses_of_bf16(config)]
+    return [f"ds file: {line}" for line in lines]
 
 
 def compute_dtype(ds_config: dict) -> torch.dtype:
@@ -81,15 +82,19 @@ def compute_dtype(ds_config: dict) -> torch.dtype:
     return torch.float16 if ds_config["fp16"]["enabled"] else torch.float32
 
 
+def holds_states_in_bf16(ds_config: dict) -> bool:
+    """Whether masters and moments are bf16, not float32."""
+    return all(ds_config["bf16"].get(name) for name in STATES_IN_BF16)
+
+
 def zero_layout(config: dict) -> dict:
     """Settings that decide which rank keeps which masters and moments: a training state fits only the same layout."""
     zero = config["zero_optimization"]
     names = ("round_robin_gradients", "parameter_alignment") if zero["stage"] < 3 else ("sub_group_size",)
     layout = {name: zero.get(name, KEYS["zero_optimization"].keys[name].default) for name in names}
-    offload = zero.get("offload_optimizer", {})
-    section, is_on = config["optimizer"], offload.get("device", "none") != "none"
-    kind = optimizer_class(section["type"], section["params"], is_on).__name__
-    return layout | {"ratio": offload.get("ratio", 1.0), "optimizer": kind}
+    section = config["optimizer"]
+    kind = optimizer_class(section["type"], section["params"], offloads_optimizer(config)).__name__
+    return layout | {"ratio": zero.get("offload_optimizer", {}).get("ratio", 1.0), "optimizer": kind}
 
 
 def _read(path: str) -> dict:
@@ -139,6 +144,29 @@ def _resolve_precision(config: dict, path: str, as_gpu: bool) -> None:
         config[kind]["enabled"] = enabled
 
 
+def _sum_type(config: dict, precision: str, values: dict) -> str | None:
+    """What "auto" means for the type in which gradients of micro-batches are summed."""
+    if precision == "fp32":
+        return None
+    # the sum of one micro-batch is its gradient, which DeepSpeed rounds to the type of the masters before the update
+    alone = values["gradient_accumulation_steps"] == 1 and holds_states_in_bf16(config)
+    return precision if alone else "fp32"  # summed in half precision, they would be exact to three digits only
+
+
+def _losses_of_bf16(config: dict):
+    """Lines of `ds_notes` about what is rounded more than by default."""
+    if holds_states_in_bf16(config):
+        yield (
+            "weights and moments are held in bf16 alone: a step that would change a weight by less than 1/512 of it "
+            "leaves it as it is (for some weights 1/256); see docs/memory-and-speed.md"
+        )
+    if config["gradient_accumulation_steps"] > 1 and config["data_types"].get("grad_accum_dtype") in ("bf16", "fp16"):
+        yield (
+            f"gradients of {config['gradient_accumulation_steps']} micro-batches are summed in "
+            f"{config['data_types']['grad_accum_dtype']}, rounded after each; fp32 sums them exactly"
+        )
+
+
 def _notes(section: dict, known: dict, prefix: str, stage: int):
     """Lines of `ds_notes` for one section."""
     for name, value in section.items():
@@ -182,6 +210,32 @@ def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
         "zero_optimization.stage3_prefetch_bucket_size": hidden_size * hidden_size,
     }
+
+
+LARGEST_GROUP = 500_000_000  # numbers: 1 GB in bf16
+
+
+def split_groups(groups: list[dict], ds_config: dict) -> list[dict]:
+    """Cut large parameter groups for ZeRO-2 with bf16 masters in main memory; what is computed stays the same.
+
+    While DeepSpeed sets up, it copies each group as a whole on the GPU, and 24 GiB do not hold a 6B model twice.
+    Other settings keep their groups: training states depend on them.
+    """
+    if not (holds_states_in_bf16(ds_config) and offloads_optimizer(ds_config)):
+        return groups
+    if ds_config["zero_optimization"]["stage"] == 3:
+        return groups
+    cut: list[dict] = []
+    for group in groups:
+        parts, numel = [[]], 0
+        for parameter in group["params"]:
+            if parts[-1] and numel + parameter.numel() > LARGEST_GROUP:
+                parts.append([])
+                numel = 0
+            parts[-1].append(parameter)
+            numel += parameter.numel()
+        cut += [group | {"params": part} for part in parts]
+    return cut
 
 
 def fit_buckets(ds_config: dict, trained: int) -> None:

@@ -94,7 +94,7 @@ def removed(why: str) -> Key:
 
 CHECKPOINTING = "nothing would read it: --gradient_checkpointing, --offload_inputs and --tiled_mlp save activations"
 NVME = "parameters and optimizer on NVMe have never been tried with these scripts; cpu works"
-MASTERS = "what trains is held in float32 here; results and training states count on it"
+NO_FP16 = "fp16 is too coarse for masters; bf16 has bf16_master_weights_and_grads"
 NO_PIPELINE = "these scripts have no pipeline"
 NOBODY = "DeepSpeed 0.19 does not read it"
 STATES = "train.py says itself how training states are saved"
@@ -111,7 +111,7 @@ OFFLOAD_OPTIMIZER = {
     "pin_memory": planned(BOOL, True),
     **each("pipeline_read pipeline_write", refused(NVME, False)),
     "fast_init": planned(BOOL, False),
-    "ratio": said(SHARE, 1.0, LATE),
+    "ratio": refused("what stays on the GPU follows no lr schedule, and training states leave out its moments", 1.0),
     "super_offload": refused(
         "its optimizer takes back steps, which training states and loss checks do not know", False
     ),
@@ -184,7 +184,7 @@ ADAM = {
     "torch_adam": planned(BOOL, False),
     **each("fused foreach", planned(BOOL, None)),
     **each("adam_w_mode bias_correction", planned(BOOL, True)),
-    "fp32_optimizer_states": refused(MASTERS, True, None),
+    "fp32_optimizer_states": refused('"bf16": {"bf16_optimizer_states": ...} chooses their type', True, None),
     "amsgrad": refused("its third moment is not known to training states and --plan", False),
     "maximize": refused("it would raise the loss", False),
     "capturable": refused("no step runs in a CUDA graph here", False),
@@ -222,7 +222,7 @@ KEYS = {
             "enabled": planned(BOOL, False),
             "immediate_grad_update": said(BOOL, False),
             "check_grad_overflow": refused("gradients that are not finite would reach the weights", True),
-            **each("bf16_master_weights_and_grads bf16_optimizer_states", refused(MASTERS, False)),
+            **each("bf16_master_weights_and_grads bf16_optimizer_states", planned(BOOL, False)),
         }
     ),
     "bfloat16": refused('write "bf16"'),
@@ -236,7 +236,7 @@ KEYS = {
             "hysteresis": planned(POSITIVE, 2),
             "consecutive_hysteresis": planned(BOOL, False),
             "min_loss_scale": planned(POSITIVE, 1),
-            "fp16_master_weights_and_grads": refused(MASTERS, False),
+            "fp16_master_weights_and_grads": refused(NO_FP16, False),
         }
     ),
     "torch_autocast": other_mode(

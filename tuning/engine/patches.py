@@ -188,6 +188,17 @@ def avoid_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def drop_copies_of_masters(optimizer) -> None:
+    """With offload at ZeRO stage 1 and 2, send masters of the weights' type to the GPU as they are.
+
+    DeepSpeed first copies them to a buffer of the weights' type in main memory: 12 GiB for a 6B model in bf16.
+    """
+    buffers = getattr(optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", [])
+    for i, master in enumerate(getattr(optimizer, "single_partition_of_fp32_groups", [])[: len(buffers)]):
+        if buffers[i].dtype == master.dtype:
+            buffers[i] = master.detach()  # DeepSpeed's copy is one onto itself
+
+
 def keep_freed_memory() -> None:
     """On a CPU, let malloc keep what a step frees for the next step, as a GPU's allocator does.
 

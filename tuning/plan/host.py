@@ -49,7 +49,7 @@ def plan_host(run: Zero12Simulator) -> HostPlan:
         "saving": gpus * run.cpu + min(result, WRITTEN),
     }
     phase = max(phases, key=phases.get)
-    return HostPlan(gpus * PROCESS + phases[phase], phase, result, trained * (run.item + 12) + MIB)
+    return HostPlan(gpus * PROCESS + phases[phase], phase, result, trained * (run.item + 3 * run.master_item) + MIB)
 
 
 def named_parameters(model):

@@ -6,8 +6,9 @@ together with the allocations of DeepSpeed (zero.py, zero3.py). Nothing here was
 """
 
 import argparse
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import deepspeed
@@ -16,7 +17,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from glm_models import MODE
 from glm_models.ops import TILE
-from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config
+from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config, split_groups
 from tuning.errors import UserError
 from tuning.lora.earlier import take_lora_flags
 from tuning.methods import build_model, check_zero3, parameter_groups, zero3_problem
@@ -128,6 +129,20 @@ def _offload(args, gpus):
     return None if "zero3_offload" in args.ds_file or zero3_problem(args) else {"ds_file": "ds_zero3_offload.json"}
 
 
+def _bf16_states(args, gpus):
+    refused = "zero3_bf16_states" in args.ds_file or zero3_problem(args)
+    return None if refused else {"ds_file": "ds_zero3_bf16_states.json"}
+
+
+def _offload_bf16_states(args, gpus):
+    if "offload_bf16_states" in args.ds_file:
+        return None
+    rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    # float32 sums of several micro-batches would be on the GPU
+    whole = {"per_device_train_batch_size": rows * steps, "gradient_accumulation_steps": 1} if steps > 1 else {}
+    return {"ds_file": "ds_zero2_offload_bf16_states.json"} | whole
+
+
 def _shorter(share: float):
     def change(args, gpus):
         lengths = {"max_len": int(args.max_len * share), "max_src_len": int(args.max_src_len * share)}
@@ -151,17 +166,29 @@ CHANGES = [
     (4, _tiled),
     (5, _inputs),
     (6, _offload),
+    (7, _bf16_states),
+    (8, _offload_bf16_states),
     (10, _shorter(0.75)),
     (20, _shorter(0.5)),
     (30, _shorter(0.25)),
 ]
 
+ROUNDS = "  (rounds: weights and moments in bf16 alone)"
 Build = Callable[[argparse.Namespace, int], Setup]
 
 
 def flags(changes: dict) -> str:
     """Changes as typed on the command line."""
     return " ".join(f"--{name} {value}" for name, value in changes.items())
+
+
+def costs_precision(changes: dict) -> bool:
+    return "bf16_states" in changes.get("ds_file", "")
+
+
+def marked(changes: dict) -> str:
+    """Changes as typed, and what they lose."""
+    return flags(changes) + ROUNDS * costs_precision(changes)
 
 
 def changed(args: argparse.Namespace, changes: dict) -> argparse.Namespace:
@@ -197,14 +224,14 @@ def suggestions(args: argparse.Namespace, plans: Plans) -> list[tuple[str, Memor
     """Single changes that lower the peak, with their plans; the most effective first."""
     before = plans(args).peak
     options = [change(args, plans.gpus) for _, change in CHANGES]
-    found = [(flags(changes), plans(changed(args, changes))) for changes in options if changes]
+    found = [(marked(changes), plans(changed(args, changes))) for changes in options if changes]
     if not expandable():
         found.append((f"{EXPANDABLE} in front of the command", plans(args, grows=True)))
     return sorted((one for one in found if one[1].peak < before), key=lambda one: one[1].peak)
 
 
-def search_flags(args: argparse.Namespace, plans: Plans, limit: float) -> tuple[dict, MemoryPlan] | None:
-    """Cheapest set of flag changes that fits into `limit` bytes per GPU, with its plan; None if there is none."""
+def search_flags(args: argparse.Namespace, plans: Plans, limit: float) -> Iterator[tuple[dict, MemoryPlan]]:
+    """Sets of flag changes that fit into `limit` bytes per GPU, with their plans; the cheapest first."""
     candidates = []  # (cost, changes)
     for subset in range(1 << len(CHANGES)):
         rows = [row for i, row in enumerate(CHANGES) if subset >> i & 1]
@@ -214,10 +241,9 @@ def search_flags(args: argparse.Namespace, plans: Plans, limit: float) -> tuple[
             candidates.append((sum(cost for cost, _ in rows), {k: v for part in parts for k, v in part.items()}))
     for _, changes in sorted(candidates, key=lambda one: one[0]):
         try:
-            return changes, plans(changed(args, changes), limit - CONTEXT)
+            yield changes, plans(changed(args, changes), limit - CONTEXT)
         except MemoryError:
             continue
-    return None
 
 
 # Output
@@ -266,6 +292,34 @@ def advice(args: argparse.Namespace, plans: Plans) -> str:
     return "\n".join([head, *(lines or ["  none known to train.py"])])
 
 
+def advice_within(args: argparse.Namespace, plans: Plans) -> str:
+    """The cheapest changes that fit into --max_memory; if these offload, also ones that need less main memory.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    fitting = search_flags(args, plans, args.max_memory * GIB)
+    changes, after = next(fitting, (None, None))
+    if after is None:
+        raise UserError(
+            f"nothing fits into {args.max_memory:.4g} GiB per GPU: fewer rows, checkpointing, ZeRO-3, offload, bf16 "
+            "states and a quarter of --max_len were tried; use more GPUs (--plan_gpus), or a method that trains less"
+        )
+    found = f"{marked(changes) or 'no change'}  (peak {after.peak / GIB:.2f} GiB)"
+    lines = [
+        f"fits into {args.max_memory:.4g} GiB with: {found}; it then needs",
+        host_text(after.host, changed(args, changes)),
+    ]
+    if "_offload" in changes.get("ds_file", "") and not costs_precision(changes):
+        more = (one for one in fitting if costs_precision(one[0]) and one[1].host.memory < after.host.memory)
+        for other, plan_of in itertools.islice(more, 1):
+            lines.append(
+                f"or, with {plan_of.host.memory / GIB:.0f} GiB of main memory: {marked(other)}  "
+                f"(peak {plan_of.peak / GIB:.2f} GiB)"
+            )
+    return "\n".join(lines)
+
+
 def check_deepspeed() -> None:
     """Refuse a DeepSpeed version with which the simulators were not compared.
 
@@ -302,18 +356,7 @@ def plan(args: argparse.Namespace, build: Build) -> None:
     if args.max_memory is None:
         print_rank_0(f"{host_text(found.host, args)}\n{advice(args, plans)}")
         return
-    best = search_flags(args, plans, args.max_memory * GIB)
-    if best is None:
-        raise UserError(
-            f"nothing fits into {args.max_memory:.4g} GiB per GPU: fewer rows, checkpointing, ZeRO-3, offload and "
-            "a quarter of --max_len were tried; use more GPUs (--plan_gpus), or a method that trains less"
-        )
-    changes, after = best
-    flags_text = flags(changes) or "no change"
-    print_rank_0(
-        f"fits into {args.max_memory:.4g} GiB with: {flags_text}  (peak {after.peak / GIB:.2f} GiB); it then needs"
-    )
-    print_rank_0(host_text(after.host, changed(args, changes)))
+    print_rank_0(advice_within(args, plans))
 
 
 def plan_setup(args, gpus: int) -> Setup:
@@ -329,7 +372,7 @@ def plan_setup(args, gpus: int) -> Setup:
 
     with torch.device("meta"):
         model = build_model(args, load).to(dtype).train()
-    groups = parameter_groups(model, args)
+    groups = split_groups(parameter_groups(model, args), ds_config)
     fit_buckets(ds_config, sum(p.numel() for group in groups for p in group["params"]))
     return Setup(model, longest_batch(args, config), ds_config, groups)
 

@@ -1,7 +1,7 @@
 """What DeepSpeed allocates in addition to a model's own forward and backward pass, on one of several GPUs.
 
 Taken from its runtime/zero/stage_1_and_2.py, stage3.py and partitioned_param_coordinator.py, and replayed into the
-simulated caching allocator: partitions, float32 master weights and moments, gradient buckets, gathered parameters,
+simulated caching allocator: partitions, master weights and moments, gradient buckets, gathered parameters,
 temporary buffers of a step, offload. DeepSpeed is simulated with the patches of `tuning.engine.patches.apply`. Nothing
 here was measured on a GPU.
 """
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from deepspeed.runtime.config import DtypeEnum
 
+from tuning.engine.ds_config import holds_states_in_bf16
 from tuning.errors import UserError
 from tuning.plan.allocator import CachingAllocator
 from tuning.plan.trace import Event, host_bytes, pinned_size
@@ -59,6 +60,7 @@ class Zero12Simulator:
         # bytes per number in which gradients are accumulated
         self.sum_item = self.item if kind is None else DtypeEnum(kind).value.itemsize
         self.sums_apart = self.sum_item == 4 != self.item  # accumulated in one float32 buffer of this rank's partition
+        self.master_item = 2 if holds_states_in_bf16(config) else 4  # bytes per master weight and per moment
         self.accumulates = config.get("gradient_accumulation_steps", 1) > 1
         self.takes_norm = config.get("gradient_clipping", 0) > 0 or self.zero.get("compute_grad_norm", True)
         self.norm_item = 4 if self.sum_item != 4 else 0  # the norm copies gradients to float32 one by one
@@ -67,7 +69,7 @@ class Zero12Simulator:
             raise UserError(f"--plan supports the optimizers Adam and AdamW, not {kind}")
         optimizer = config["optimizer"].get("params", {})
         # torch's AdamW without "fused" works on lists of tensors and needs a temporary copy
-        self.step_copy = 4 if optimizer.get("torch_adam") and not optimizer.get("fused") else 0
+        self.step_copy = self.master_item if optimizer.get("torch_adam") and not optimizer.get("fused") else 0
         self.offload = self._device("offload_optimizer")
         self.pin = (self.zero.get("offload_optimizer") or {}).get("pin_memory", True)
         self.bucket_size = int(self.zero.get("reduce_bucket_size", 5e8))
@@ -153,14 +155,14 @@ class Zero12Simulator:
             if self.offload:
                 self.offload_group(numel // self.gpus)
                 continue
-            for _ in range(3):  # float32 master weights and two moments
-                self.allocate("optimizer", 4 * numel / self.gpus)
+            for _ in range(3):  # master weights and two moments
+                self.allocate("optimizer", self.master_item * numel / self.gpus)
         self.slices, self.touched = self._worst_rank()
         if self.offload:
             largest = self.item * max(p.numel() for p in self.trained)
             self.allocate("buffers", largest)
             self.count_host(largest, self.pin)
-            if self.accumulates and not self.sums_apart:
+            if self.accumulates and not self.sums_apart and self.master_item == 4:  # else in the masters' gradients
                 for parameter in self.trained:
                     self.count_host(self.item * parameter.numel(), self.pin)
         if self.accumulates and (self.sums_apart or not self.offload):
@@ -168,12 +170,14 @@ class Zero12Simulator:
 
     def offload_group(self, numel: int) -> None:
         """Main memory for this rank's partition of a parameter group."""
-        for pinned in (self.pin, False, False):  # float32 master weights and two moments
-            self.count_host(4 * numel, pinned)
-        self.count_host(4 * numel, self.pin)  # gradients
-        self.count_host(self.item * numel, self.pin)  # updated weights on their way back to the GPU
+        for pinned in (self.pin, False, False):  # master weights and two moments
+            self.count_host(self.master_item * numel, pinned)
+        self.count_host(self.master_item * numel, self.pin)  # gradients
+        copy = self.item * numel  # updated weights on their way to the GPU; see patches.drop_copies_of_masters
+        if self.pin or self.item != self.master_item:  # torch keeps pinned memory that is freed
+            self.count_host(copy, self.pin)
         if self.pin:  # created in pageable memory first
-            self.cpu_once = max(self.cpu_once, 4 * numel)
+            self.cpu_once = max(self.cpu_once, self.master_item * numel)
 
     def _worst_rank(self) -> tuple[list[int], int]:
         """For the rank with most numbers: sizes of its pieces of parameters, and of all these parameters as a whole.
@@ -230,9 +234,9 @@ class Zero12Simulator:
             if not self.on_gpu:
                 self.free(self.allocate("buffers", 4 * largest))
         if self.offload:
-            # one gradient at a time: a copy for the norm, then a float32 copy to send to the CPU
+            # one gradient at a time: a copy for the norm, then one in the masters' type to send to the CPU
             self.free(self.allocate("buffers", self.norm_item * largest))
-            self.free(self.allocate("buffers", 0 if self.sums_apart else 4 * largest))
+            self.free(self.allocate("buffers", self.master_item * largest if self.master_item != self.sum_item else 0))
         elif self.part is None and not self.sums_apart:
             self.part = self.allocate("gradients", self.item * self.touched)
         self.free(*temporary)
@@ -259,7 +263,7 @@ class Zero12Simulator:
             self.free(self.allocate("buffers", self.norm_item * max(self.slices)))
         for size, group in zip(self.partitions, self.setup.groups, strict=True):
             if self.sums_apart:
-                self.free(self.allocate("optimizer", self.step_copy * size))
+                self.adam_update(None, size)
                 continue
             # a single tensor without padding is flat already
             alone = len(group["params"]) == 1 and group["params"][0].numel() == size
@@ -267,10 +271,10 @@ class Zero12Simulator:
             self.adam_update(flat, size)
 
     def adam_update(self, flat, size: int) -> None:
-        """Adam in float32 on `size` numbers. flat: key of their flattened gradients, or None if none were needed."""
+        """Adam on `size` masters. flat: key of their flattened gradients, or None if none were needed."""
         single = flat
-        if self.sum_item != 4:
-            single = self.allocate("gradients", 4 * size)
+        if self.sum_item != self.master_item:
+            single = self.allocate("gradients", self.master_item * size)
             self.free(flat)
         self.free(self.allocate("optimizer", self.step_copy * size))
         self.free(single)

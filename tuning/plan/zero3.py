@@ -60,14 +60,16 @@ class Zero3Simulator(Zero12Simulator):
                     pieces = []
             if pieces:
                 self.sub_groups.append(pieces)
+        # masters of the weights' type are the weights themselves, if both are on the GPU
+        shared = self.master_item == self.item and not (self.offload or self.offload_param)
         for pieces in self.sub_groups:
-            for _ in range(3):  # float32 master weights and two moments
+            for _ in range(2 if shared else 3):  # two moments, and master weights
                 if self.offload:
-                    self.count_host(4 * sum(pieces))
+                    self.count_host(self.master_item * sum(pieces))
                 else:
-                    self.allocate("optimizer", 4 * sum(pieces))
+                    self.allocate("optimizer", self.master_item * sum(pieces))
             if self.offload:  # gradients
-                self.count_host(4 * sum(pieces), self.pin)
+                self.count_host(self.master_item * sum(pieces), self.pin)
         sums = self.sum_item * sum(map(sum, self.sub_groups))
         if self.offload:
             self.count_host(sums, self.pin)
@@ -195,6 +197,6 @@ class Zero3Simulator(Zero12Simulator):
             self.free(self.allocate("buffers", self.norm_item * max(map(max, self.sub_groups))))
         for pieces in self.sub_groups:
             size = sum(pieces)
-            # flattened, then converted to float32
+            # flattened, then converted to the masters' type
             flat = self.allocate("gradients", self.sum_item * size) if len(pieces) > 1 else None
             self.adam_update(flat, size)

@@ -222,9 +222,10 @@ class Checkpoints:
         return bool(self.every) and self.engine.global_steps % self.every == 0
 
     def size(self) -> int:
-        """Approximate bytes of a state: trained weights, and masters and two moments in float32."""
+        """Approximate bytes of a state: trained weights, and masters and two moments."""
         parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
-        return sum(getattr(p, "ds_numel", p.numel()) * (p.element_size() + 12) for p in parameters) + 2**20
+        master = 2 if self.engine.bf16_optimizer_states() else 4
+        return sum(getattr(p, "ds_numel", p.numel()) * (p.element_size() + 3 * master) for p in parameters) + 2**20
 
     def save(self) -> str:
         """Save a state; older ones are removed when it is complete. Returns its folder.
