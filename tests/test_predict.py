@@ -378,7 +378,7 @@ def test_calls_stand_beside_the_prediction_and_are_scored(work, echo, monkeypatc
     replies = [CALL_TEXT, "晴。", "time\n```python\ntool_call()\n```", CALL_TEXT[:-4]]
     monkeypatch.setattr(predict, "answer", lambda model, _, some, args: [(replies.pop(0), True) for _ in some])
     write_conversations(work.rows)
-    with pytest.raises(UserError, match=r"rows\.json line 2: --max_src_len: .* less than the \d+ ids of the prompt's"):
+    with pytest.raises(UserError, match=r"rows\.json line 2: --max_src_len: .* less than the \d+ ids of what stands"):
         work.predict()
     work.predict("--batch_size", "2", "--max_length", "900")
     calls = [row.get("tool_call") for row in work.lines()]

@@ -66,7 +66,7 @@ def test_paths_weights_and_folders(tmp_path):
         with pytest.raises(UserError, match=f"--train_path {path}: .*{says}"):
             parse(path)
     with pytest.raises(UserError, match=f"weights are for --train_path alone, so name {x}"):
-        parse(x, more=["--eval_path", f"{x}:2"])
+        parse(x, more=["--eval_path", f"{x}:3"])
 
 
 def load(args, tokenizer, monkeypatch):
@@ -90,7 +90,7 @@ def test_a_run_says_what_it_reads_and_is_compared_by_files_and_weights(files, tm
     assert f"an epoch: 44 rows, of {files[0]} x 1, {files[1]} x 2" in said
     assert f"warning: 2 samples of {files[1]} are in {files[0]} too" in said
     assert "warning: --eval_path has the very rows of --train_path" in said
-    assert len(both.held_out.rows) == 32 and len(os.listdir(tmp_path / "cache")) == 3
+    assert len(both.held_out.rows) == 32 and len(os.listdir(tmp_path / "cache")) == 4  # two files, each for two uses
     assert both.contents["weights of --train_path"] == [1, 2]
     assert list(both.contents["--train_path"]) == ["file 1", "file 2"] == list(both.contents["--eval_path"])
     assert sorted(row for pack in both.packs(1) for row in pack) == sorted([*range(20), *range(20, 32), *range(20, 32)])
