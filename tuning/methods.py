@@ -7,6 +7,7 @@ train require gradients.
 import torch
 from peft import LoraConfig, get_peft_model
 
+from glm_models.quantized import count_numbers
 from tuning.arguments.parser import split_names
 from tuning.errors import UserError
 from tuning.lora.earlier import copy_weights, read_start, target_modules, uses_rslora
@@ -97,8 +98,8 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
 
 def count_parameters(model) -> tuple[int, int]:
     """Numbers of trained and of all parameters; under ZeRO-3 those of the whole model."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    return trained, count_numbers(model)
 
 
 def build_model(args, load):

@@ -6,7 +6,7 @@ from glm_models.checkpoint import CheckpointError, printable
 from tuning.arguments.parser import split_names
 from tuning.errors import UserError
 from tuning.folders import file_hash
-from tuning.lora.adapter import Adapter, check_base, read_adapter, read_config, unread_keys
+from tuning.lora.adapter import Adapter, check_base, read_adapter, read_config, trained_bits, unread_keys
 from utils import on_rank_0, print_rank_0
 
 
@@ -69,6 +69,9 @@ def start_from_adapter(args) -> dict[str, str]:
     take_lora_flags(args)
     lines = [f"LoRA starts from {folder}: rank {args.lora_dim}, alpha {args.lora_alpha:g}, {args.lora_module_name}"]
     lines.append(on_rank_0(lambda: check_base(folder, args.mode, args.model_name_or_path)))
+    if (before := trained_bits(folder)) != (now := args.quantization_bit or 0):
+        names = [f"quantised to {bits} bits" if bits else "not quantised" for bits in (before, now)]
+        lines.append(f"warning: its base was {names[0]} in its training, and is {names[1]} here")
     print_rank_0("\n".join(map(printable, [*lines, *unread_keys(folder, read_config(folder))])))
     return {"--adapter_path": file_hash(read_start(folder).file.path)}
 
