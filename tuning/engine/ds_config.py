@@ -79,7 +79,7 @@ def check_quantization(args, config: dict) -> None:
     """
     if args.quantization_bit and config["zero_optimization"]["stage"] == 3:
         raise UserError(
-            f"--quantization_bit {args.quantization_bit} does not go with the ZeRO-3 of {args.ds_file}: it would cut the "
+            f"--quantization_bit {args.quantization_bit} does not go with ZeRO-3 ({args.ds_file}), which would cut the "
             "quantised weights into parts; use a ds file of stage 1 or 2, such as ds_zero2_no_offload.json"
         )
 

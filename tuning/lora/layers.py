@@ -1,7 +1,7 @@
 """LoRA layers that read and write the large output once; peft's layers do so three times and allocate new tensors.
 
-Names, initial values, dropout, saving and merging are peft's. Only plain LoRA uses these layers, on an exact nn.Linear or
-on a linear layer that this project has quantised: DoRA and all else get peft's own.
+Names, initial values, dropout, saving and merging are peft's. Only plain LoRA uses these layers, on an exact nn.Linear
+or on a linear layer that this project has quantised: DoRA and all else get peft's own.
 """
 
 import torch
