@@ -30,6 +30,10 @@ def make_parser() -> Parser:
         "--output_dir", type=NewPath(), default_text="the adapter's with -merged appended",
         help="folder to write; must be empty or new",
     )  # fmt: skip
+    group.add_argument(
+        "--into_quantized", **SWITCH,
+        help="merge into the base as it was in the training of an adapter on a quantised base: quantised and back",
+    )  # fmt: skip
     group.add_argument("--no_verify", **SWITCH, help="do not compare the merged with the unmerged model")
     return parser
 
@@ -52,12 +56,22 @@ from glm_models.checkpoint import (
     write_safetensors,
     write_side_files,
 )
+from tuning.arguments.quantization import missing_package, needs_package
 from tuning.engine.loading import load_tokenizer
 from tuning.errors import UserError
 from tuning.exits import exit_on_user_errors
 from tuning.folders import check_space, claimed_folder
-from tuning.lora.adapter import Adapter, add_adapter, check_base, has_patterns, read_adapter, read_config, unread_keys
-from tuning.lora.verify import logits, skeleton, tied_weights
+from tuning.lora.adapter import (
+    Adapter,
+    add_adapter,
+    check_base,
+    has_patterns,
+    read_adapter,
+    read_config,
+    trained_bits,
+    unread_keys,
+)
+from tuning.lora.verify import BaseWeights, logits, quantized_weights, skeleton, tied_weights
 from utils import silence_libraries
 
 CHUNK = 2**21  # values of a weight that are added at a time: 8 MiB in float32
@@ -100,34 +114,39 @@ def chunks(weight: torch.Tensor, b: torch.Tensor):
     return zip(weight.split(rows), b.split(rows), strict=True)
 
 
-def merged(name: str, weight: torch.Tensor, adapter: Adapter):
-    """Yield weight + scale * B A, some rows at a time, in the weight's type.
+def merged(name: str, weight: torch.Tensor, adapter: Adapter, dtype: torch.dtype):
+    """Yield weight + scale * B A, some rows at a time, in `dtype`.
 
     Raises:
         CheckpointError: a sum is NaN or out of the range of that type.
     """
     if name not in adapter.pairs:
-        yield weight
+        yield weight.to(dtype)
         return
     a, b = adapter.pairs[name]
     wide = torch.promote_types(weight.dtype, torch.float32)
     a = a.to(wide)
     for rows, b_rows in chunks(weight, b):
-        total = (rows.to(wide) + adapter.scale * (b_rows.to(wide) @ a)).to(weight.dtype)
+        total = (rows.to(wide) + adapter.scale * (b_rows.to(wide) @ a)).to(dtype)
         if not total.isfinite().all():
-            raise CheckpointError(f"{name}: base and adapter together are NaN or too large for {weight.dtype}")
+            raise CheckpointError(f"{name}: base and adapter together are NaN or too large for {dtype}")
         yield total
 
 
-def write_merged(folder: str, base: str, adapter: Adapter) -> dict[str, str]:
-    """Write base + adapter, one file per file of the base. Returns the base's file for each written file."""
+def write_merged(folder: str, base: str, adapter: Adapter, weights: BaseWeights) -> dict[str, str]:
+    """Write base + adapter, one file per file of the base. Returns the base's file for each written file.
+
+    Args:
+        weights: of the base.
+    """
     layout = weight_layout(base)
     names = [f"model-{i:05d}-of-{len(layout):05d}.safetensors" for i in range(1, len(layout) + 1)]
     names = names if len(names) > 1 else ["model.safetensors"]
-    for file, (path, weights) in zip(names, layout.items(), strict=True):
-        source = WeightFile(path)
+    for file, shapes in zip(names, layout.values(), strict=True):
         write_safetensors(
-            os.path.join(folder, file), weights, lambda name, source=source: merged(name, source[name], adapter)
+            os.path.join(folder, file),
+            shapes,
+            lambda name, shapes=shapes: merged(name, weights[name], adapter, shapes[name][0]),
         )
     if len(names) > 1:
         weight_map = {name: file for file, weights in zip(names, layout.values(), strict=True) for name in weights}
@@ -142,7 +161,7 @@ def total_bytes(layout: dict) -> int:
     return sum(shape.numel() * dtype.itemsize for weights in layout.values() for dtype, shape in weights.values())
 
 
-def compare_weights(files: dict[str, str], adapter: Adapter) -> float:
+def compare_weights(files: dict[str, str], adapter: Adapter, weights: BaseWeights) -> float:
     """Read the merged weights again and compare each with base and adapter.
 
     A weight without adapter must equal the base's bit for bit. Any other may differ from the sum, computed here in
@@ -151,6 +170,7 @@ def compare_weights(files: dict[str, str], adapter: Adapter) -> float:
 
     Args:
         files: see write_merged.
+        weights: of the base.
 
     Returns:
         The share of the adapted values that differ from the base's: small changes are lost in rounding.
@@ -160,17 +180,18 @@ def compare_weights(files: dict[str, str], adapter: Adapter) -> float:
     """
     changed = adapted = 0
     for path, base_path in files.items():
-        found, base = WeightFile(path), WeightFile(base_path)
-        for name in base.names:
-            weight, result = base[name], found[name]
+        found = WeightFile(path)
+        for name in WeightFile(base_path).names:
+            weight, result = weights[name], found[name]
             if name not in adapter.pairs:
+                weight = weight.to(result.dtype)
                 same = torch.equal(result.reshape(-1).view(torch.uint8), weight.reshape(-1).view(torch.uint8))
                 if not same:
                     raise CheckpointError(f"{path}: {name} is not the base's; the disk or the memory is at fault")
                 continue
             a, b = (x.double() for x in adapter.pairs[name])
-            kind = torch.finfo(weight.dtype)
-            wide = torch.finfo(torch.promote_types(weight.dtype, torch.float32))
+            kind = torch.finfo(result.dtype)
+            wide = torch.finfo(torch.promote_types(result.dtype, torch.float32))
             for (rows, b_rows), got in zip(
                 chunks(weight, b), result.split(max(1, CHUNK // weight.shape[1])), strict=True
             ):
@@ -185,7 +206,7 @@ def compare_weights(files: dict[str, str], adapter: Adapter) -> float:
     return changed / adapted
 
 
-def compare_outputs(mode: str, base: str, folder: str, adapter: Adapter, tokenizer, dtype: torch.dtype) -> str:
+def compare_outputs(mode: str, base: str, folder: str, adapter: Adapter, batch, dtype: torch.dtype, bits: int) -> str:
     """Compare the logits of the merged model on QUESTIONS with those of base and adapter, unmerged, in float32.
 
     Merging rounds each adapted weight once. How much that changes the logits depends on the model, so it is measured: a
@@ -193,27 +214,60 @@ def compare_outputs(mode: str, base: str, folder: str, adapter: Adapter, tokeniz
     merged model may differ from the unmerged one three times as much (root mean square over all tokens and logits), and
     by 1e-4 of the root mean square of the logits more, because sums in float32 depend on their order.
 
+    Args:
+        batch: see logits.
+        bits: to which the base was quantised before it was merged; 0: it was not.
+
     Returns:
         A line with the measured differences.
 
     Raises:
         CheckpointError: they differ by more.
     """
-    batch = tokenizer.pad({"input_ids": [tokenizer.encode_prompt(text) for text in QUESTIONS]}, return_tensors="pt")
-    unmerged = logits(mode, base, batch, adapter)
-    rounded = rms(logits(mode, base, batch, adapter, rounding=dtype) - unmerged)
+    unmerged = logits(mode, base, batch, adapter, bits=bits)
+    rounded = rms(logits(mode, base, batch, adapter, rounding=dtype, bits=bits) - unmerged)
     found = logits(mode, folder, batch)
-    difference = found - unmerged
-    same = (found.argmax(-1) == unmerged.argmax(-1)).sum().item()
-    line = (
-        f"logits of merged and unmerged model on {len(QUESTIONS)} prompts, {len(found)} tokens: "
-        f"they differ by at most {difference.abs().max():.2g}, root mean square {rms(difference):.2g} "
-        f"(rounding at random: {rounded:.2g}); the largest is {unmerged.abs().max():.3g}; "
-        f"the likeliest next token is the same for {same} of {len(found)}"
+    line = "logits of merged and unmerged model on " + differences(
+        found, unmerged, f" (rounding at random: {rounded:.2g})"
     )
-    if not rms(difference) <= 3 * rounded + 1e-4 * rms(unmerged):
+    if not rms(found - unmerged) <= 3 * rounded + 1e-4 * rms(unmerged):
         raise CheckpointError(f"the merged model is not the unmerged one, nothing was kept; {line}")
     return line
+
+
+def compare_with_training(mode: str, base: str, folder: str, adapter: Adapter, batch, bits: int) -> str:
+    """How far a merged model on an unquantised base is from what was trained, which had a quantised base: a line."""
+    trained = logits(mode, base, batch, adapter, bits=bits)
+    found = logits(mode, folder, batch)
+    return f"merged model, and adapter on the base in {bits} bits as it was trained: on " + differences(found, trained)
+
+
+def differences(found: torch.Tensor, expected: torch.Tensor, note: str = "") -> str:
+    """How far logits [tokens, vocabulary] of QUESTIONS differ, as text."""
+    difference = found - expected
+    same = (found.argmax(-1) == expected.argmax(-1)).sum().item()
+    return (
+        f"{len(QUESTIONS)} prompts, {len(found)} tokens: "
+        f"they differ by at most {difference.abs().max():.2g}, root mean square {rms(difference):.2g}{note}; "
+        f"the largest is {expected.abs().max():.3g}; "
+        f"the likeliest next token is the same for {same} of {len(found)}"
+    )
+
+
+def check_quantization(folder: str, into_quantized: bool) -> tuple[int, int]:
+    """To how many bits the base was quantised in training, and to how many for the merged model; 0: it was not, is not.
+
+    Raises:
+        UserError: it is to be quantised and was not in training, or the package for it is missing.
+    """
+    trained = trained_bits(folder)
+    if not into_quantized:
+        return trained, 0
+    if not trained:
+        raise UserError(f"--into_quantized: {folder} was not trained on a quantised base; leave the flag out")
+    if problems := needs_package("--into_quantized"):
+        raise UserError(problems[0])
+    return trained, trained
 
 
 def rms(x: torch.Tensor) -> float:
@@ -221,13 +275,14 @@ def rms(x: torch.Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -> None:
+def merge(mode: str, base: str, folder: str, output: str, verify: bool = True, into_quantized: bool = False) -> None:
     """Write base + adapter to `output`. Everything is checked before anything is written.
 
     Args:
         base: the base model's folder.
         folder: the adapter's folder.
         verify: read the result again and compare it; a wrong result is removed.
+        into_quantized: merge into the weights that a quantised base had in training.
 
     Raises:
         UserError, FolderError: output exists and is not an empty folder, the disk has too little room, or it cannot
@@ -240,6 +295,7 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
         raise UserError(f"--output_dir {output} is not empty; name another")
     check_family(base, mode)
     adapter = read_adapter(folder)
+    trained, bits = check_quantization(folder, into_quantized)
     model, layout = skeleton(mode, base), weight_layout(base)
     check_fit(model, base, adapter)
     config = read_config(folder)
@@ -254,6 +310,13 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
                 f"{name} of {base} is {DTYPES[types[name]]}; only float weights can be merged with an adapter"
             )
     print(*map(printable, [check_base(folder, mode, base), *unread_keys(folder, config)]), sep="\n")
+    if trained:
+        whole = (
+            f"quantised to {trained} bits and back, as in training"
+            if bits
+            else (f"as it is; in training it was quantised to {trained} bits (--into_quantized merges into that)")
+        )
+        print(f"merging into the base {whole}")
     tokenizer = load_tokenizer(mode, base)
     dtypes = {dtype for weights in layout.values() for dtype, shape in weights.values() if len(shape) == 2}
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
@@ -261,18 +324,23 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
 
     # an adapted output layer that was tied to the embedding no longer equals it
     changes = {"tie_word_embeddings": False} if adapter.pairs.keys() & tied_weights(model) else {}
+    weights = BaseWeights(base, bits, quantized_weights(model))
     with claimed_folder(output) as partial:
-        files = write_merged(partial, base, adapter)
+        files = write_merged(partial, base, adapter, weights)
         write_side_files(partial, base, mode, dtype, tokenizer.stop_token_ids, **changes)
         if verify:
-            changed = compare_weights(files, adapter)
+            changed = compare_weights(files, adapter, weights)
             print(
                 f"verified: the {len(types)} weights on disk are base + adapter, rounded once to {dtype}; "
                 f"{changed:.2%} of the values with an adapter changed"
             )
             if changed < 0.01:
                 print("WARNING: the other changes are lost in rounding; predict.py with the adapter itself loses none")
-            print("verified: " + compare_outputs(mode, base, partial, adapter, tokenizer, dtype))
+            prompts = [tokenizer.encode_prompt(text) for text in QUESTIONS]
+            batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+            print("verified: " + compare_outputs(mode, base, partial, adapter, batch, dtype, bits))
+            if trained and not bits and not missing_package():
+                print(compare_with_training(mode, base, partial, adapter, batch, trained))
         else:
             print("not verified (--no_verify): merged and unmerged model were not compared")
 
@@ -282,7 +350,7 @@ def main(argv=None) -> None:
         args = parse_args(argv)
         silence_libraries(verbose=False)
         output = args.output_dir or args.model_dir.rstrip("/") + "-merged"
-        merge(args.mode, args.ori_model_dir, args.model_dir, output, not args.no_verify)
+        merge(args.mode, args.ori_model_dir, args.model_dir, output, not args.no_verify, args.into_quantized)
         print(f"wrote {output}: {args.ori_model_dir} with {args.model_dir} merged in; both are unchanged")
 
 

@@ -16,7 +16,9 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from glm_models import MODE
 from glm_models.ops import TILE
-from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config
+from glm_models.quantized import BITS, use_quantized_layers
+from tuning.arguments.quantization import METHODS, missing_package
+from tuning.engine.ds_config import check_quantization, compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config
 from tuning.errors import UserError
 from tuning.lora.earlier import take_lora_flags
 from tuning.methods import build_model, parameter_groups
@@ -105,7 +107,7 @@ def simulate(
 
 
 # Changes of the command line. A new flag that saves memory is a new row: a cost that orders the search, and a function
-# that returns the changed flags, or None if it changes nothing.
+# that returns the changed flags, or None if it changes nothing or does not go with the flags that there are.
 
 
 def _single_rows(args, gpus):
@@ -119,11 +121,18 @@ def _checkpointing(args, gpus):
 
 
 def _zero3(args, gpus):
-    return {"ds_file": "ds_zero3_no_offload.json"} if gpus > 1 and "zero3" not in args.ds_file else None
+    fits = gpus > 1 and "zero3" not in args.ds_file and not args.quantization_bit
+    return {"ds_file": "ds_zero3_no_offload.json"} if fits else None
 
 
 def _offload(args, gpus):
-    return {"ds_file": "ds_zero3_offload.json"} if "zero3_offload" not in args.ds_file else None
+    fits = "zero3_offload" not in args.ds_file and not args.quantization_bit
+    return {"ds_file": "ds_zero3_offload.json"} if fits else None
+
+
+def _nf4(args, gpus):
+    fits = args.train_type in METHODS and args.quantization_bit != 4 and "zero3" not in args.ds_file
+    return {"quantization_bit": 4} if fits and not missing_package() else None
 
 
 def _shorter(share: float):
@@ -148,7 +157,8 @@ CHANGES = [
     (3, _zero3),
     (4, _tiled),
     (5, _inputs),
-    (6, _offload),
+    (6, _nf4),
+    (7, _offload),
     (10, _shorter(0.75)),
     (20, _shorter(0.5)),
     (30, _shorter(0.25)),
@@ -201,21 +211,51 @@ def suggestions(args: argparse.Namespace, plans: Plans) -> list[tuple[str, Memor
     return sorted((one for one in found if one[1].peak < before), key=lambda one: one[1].peak)
 
 
-def search_flags(args: argparse.Namespace, plans: Plans, limit: float) -> tuple[dict, MemoryPlan] | None:
-    """Cheapest set of flag changes that fits into `limit` bytes per GPU, with its plan; None if there is none."""
-    candidates = []  # (cost, changes)
+def all_changes(args: argparse.Namespace, gpus: int) -> list[dict]:
+    """All sets of flag changes, the cheapest first."""
+    found = []  # (cost, changes)
     for subset in range(1 << len(CHANGES)):
         rows = [row for i, row in enumerate(CHANGES) if subset >> i & 1]
-        parts = [change(args, plans.gpus) for _, change in rows]
-        names = [name for part in parts if part for name in part]
-        if None not in parts and len(names) == len(set(names)):  # no two rows change the same flag
-            candidates.append((sum(cost for cost, _ in rows), {k: v for part in parts for k, v in part.items()}))
-    for _, changes in sorted(candidates, key=lambda one: one[0]):
+        changes: dict | None = {}
+        for _, change in rows:
+            part = change(changed(args, changes), gpus)
+            if part is None or part.keys() & changes.keys():  # no two rows change the same flag
+                changes = None
+                break
+            changes |= part
+        if changes is not None:
+            found.append((sum(cost for cost, _ in rows), changes))
+    return [changes for _, changes in sorted(found, key=lambda one: one[0])]
+
+
+def least_memory(args: argparse.Namespace, plans: Plans) -> tuple[dict, MemoryPlan]:
+    """The flag changes that need least, with their plan: among the sets to which no change can be added."""
+    found = all_changes(args, plans.gpus)
+    most = [one for one in found if not any(one.items() < other.items() for other in found)]
+    shortest = min(one.get("max_len", args.max_len) for one in most)
+    most = [one for one in most if one.get("max_len", args.max_len) == shortest]
+    return min(((one, plans(changed(args, one))) for one in most), key=lambda pair: pair[1].peak)
+
+
+def search_flags(args: argparse.Namespace, plans: Plans, limit: float) -> tuple[dict, MemoryPlan]:
+    """Cheapest set of flag changes that fits into `limit` bytes per GPU, with its plan.
+
+    Raises:
+        UserError: none fits; says what the least is.
+    """
+    changes, least = least_memory(args, plans)  # first, because there are many sets to try
+    if least.peak > limit:
+        raise UserError(
+            f"nothing fits into {limit / GIB:.4g} GiB per GPU: the least that train.py's flags give is "
+            f"{least.peak / GIB:.2f} GiB, with {flags(changes) or 'no change'}; use more GPUs (--plan_gpus), or a "
+            "method that trains less"
+        )
+    for some in all_changes(args, plans.gpus):
         try:
-            return changes, plans(changed(args, changes), limit - CONTEXT)
+            return some, plans(changed(args, some), limit - CONTEXT)
         except MemoryError:
             continue
-    return None
+    return changes, least
 
 
 # Output
@@ -243,6 +283,8 @@ def memory_table(found: MemoryPlan) -> str:
 def describe(args: argparse.Namespace, found: MemoryPlan, gpus: int) -> str:
     """The planned setting and its memory table."""
     dtype = str(found.dtype).removeprefix("torch.")
+    if args.quantization_bit:
+        dtype += f" on {BITS[args.quantization_bit]}"
     return (
         f"plan (simulated): {args.mode} {args.train_type} in {dtype}, {args.ds_file}, {gpus} GPU{'s' * (gpus > 1)}, "
         f"{args.per_device_train_batch_size} x {args.max_len} tokens each\n"
@@ -300,13 +342,7 @@ def plan(args: argparse.Namespace, build: Build) -> None:
     if args.max_memory is None:
         print_rank_0(f"{host_text(found.host, args)}\n{advice(args, plans)}")
         return
-    best = search_flags(args, plans, args.max_memory * GIB)
-    if best is None:
-        raise UserError(
-            f"nothing fits into {args.max_memory:.4g} GiB per GPU: fewer rows, checkpointing, ZeRO-3, offload and "
-            "a quarter of --max_len were tried; use more GPUs (--plan_gpus), or a method that trains less"
-        )
-    changes, after = best
+    changes, after = search_flags(args, plans, args.max_memory * GIB)
     flags_text = flags(changes) or "no change"
     print_rank_0(
         f"fits into {args.max_memory:.4g} GiB with: {flags_text}  (peak {after.peak / GIB:.2f} GiB); it then needs"
@@ -319,10 +355,14 @@ def plan_setup(args, gpus: int) -> Setup:
     family = MODE[args.mode]
     config = family.config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, gpus, 1, config.hidden_size), as_gpu=True)
+    check_quantization(args, ds_config)
     dtype = compute_dtype(ds_config)
 
     def load(**changes):
-        return family.model(family.config.from_pretrained(args.model_name_or_path, use_cache=False, **changes))
+        model = family.model(family.config.from_pretrained(args.model_name_or_path, use_cache=False, **changes))
+        if args.quantization_bit:
+            use_quantized_layers(model, args.quantization_bit, dtype)
+        return model
 
     with torch.device("meta"):
         model = build_model(args, load).to(dtype).train()
