@@ -77,10 +77,10 @@ def quantized_names(model: nn.Module) -> list[str]:
 
 
 def use_quantized_layers(model: nn.Module, bits: int, dtype: torch.dtype) -> None:
-    """Put quantised layers, without values yet, in the place of the blocks' linear layers.
+    """Put quantised layers in the place of the blocks' linear layers.
 
     Args:
-        model: on the meta device.
+        model: on the meta device the new layers have no values either.
         bits: 4 or 8.
         dtype: compute dtype.
     """
@@ -89,7 +89,8 @@ def use_quantized_layers(model: nn.Module, bits: int, dtype: torch.dtype) -> Non
     for name in quantized_names(model):
         layer = model.get_submodule(name)
         new = KINDS[bits](layer.in_features, layer.out_features, layer.bias is not None, dtype)
-        new.quantize(torch.empty(layer.weight.shape, dtype=dtype, device="meta"))
+        new.quantize(layer.weight.detach())
+        new.bias = layer.bias
         model.set_submodule(name, new)
 
 

@@ -392,7 +392,7 @@ def test_flags_of_predict(flags, line):
         ("--max_train_steps 9", "did you mean --max_steps?"),
         ("--report_to wandb", "TensorBoard"),
         ("--lr_scheduler cosine", "did you mean --lr_scheduler_type?"),
-        ("--quantization_bit 4", "quantised models cannot be trained here"),
+        ("--load_in_4bit", "--quantization_bit 4 quantises the base model"),
         ("--num_gpus 2", "it is the launcher's and goes before the script"),
         ("--banana 2", "--help lists all flags"),
     ],

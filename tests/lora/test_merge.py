@@ -446,7 +446,7 @@ def test_a_wrong_result_never_gets_its_name(glm3, tmp_path, monkeypatch, kind):
 @pytest.mark.parametrize("kind", ["scale", "forgotten"])
 def test_logits_alone_tell_a_wrong_result(glm3, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(merge_lora, "merged", wrong(kind))
-    monkeypatch.setattr(merge_lora, "compare_weights", lambda files, adapter: 1.0)
+    monkeypatch.setattr(merge_lora, "compare_weights", lambda files, adapter, weights: 1.0)
     with pytest.raises(CheckpointError, match="the merged model is not the unmerged one, nothing was kept; logits"):
         merge_lora.merge("glm3", *map(str, glm3), str(tmp_path / "merged"))
     assert list(tmp_path.iterdir()) == []
