@@ -420,13 +420,13 @@ def wrong(kind):
     """`merge_lora.merged`, but not quite."""
     right = merge_lora.merged
 
-    def merged(name, weight, adapter):
+    def merged(name, weight, adapter, dtype):
         if kind == "scale":
-            yield from right(name, weight, adapter._replace(scale=adapter.scale * 1.1))
+            yield from right(name, weight, adapter._replace(scale=adapter.scale * 1.1), dtype)
         elif kind == "forgotten":
             yield weight
         else:
-            for part in right(name, weight, adapter):
+            for part in right(name, weight, adapter, dtype):
                 if name.endswith("layers.1.mlp.dense_4h_to_h.weight"):  # no adapter's
                     part = part.clone()
                     part[3, 5] += 0.01
