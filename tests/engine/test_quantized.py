@@ -118,29 +118,42 @@ def test_gradients_are_those_on_the_dequantised_base(mode, bits, bases):
     assert (0.05 if bits == 4 else 0.001) < error < (0.12 if bits == 4 else 0.02)  # it is quantised indeed
 
 
-@pytest.mark.parametrize("mode", MODE)
-def test_a_base_is_quantised_as_it_is_read(mode, bases, monkeypatch):
-    """In one pass, one weight at a time, with what is not in the blocks in the compute type, and tied weights tied."""
+def stored_bytes(model) -> int:
+    kept = sum(t.numel() * t.element_size() for layer in quantized.quantized_layers(model) for t in layer.stored())
+    return kept + sum(2 * p.numel() for p in model.parameters() if p.is_floating_point())
+
+
+def test_a_base_is_quantised_as_it_is_read(folder, monkeypatch):
+    """In one pass, one weight at a time: each further layer takes what it is kept in, and no more."""
     reads, read = [], loading.read_weights
-    monkeypatch.setattr(
-        loading, "read_weights", lambda path: (reads.append(name) or (name, t) for name, t in read(path))
-    )
-    made = []
-    most = peak_of(lambda: made.append(load_base(mode, str(bases[mode]), torch.bfloat16, quantize=Quantize(4, "cpu"))))
-    (model,) = made
-    assert len(reads) == len(set(reads))
-    layers = quantized.quantized_layers(model)
-    assert len(layers) == 4 * 2 == len(quantized.quantized_names(model))
-    kept = sum(t.numel() * t.element_size() for layer in layers for t in layer.stored())
-    kept += sum(2 * p.numel() for p in model.parameters() if p.is_floating_point())
-    largest = max(p.in_features * p.out_features for p in layers)
-    assert most < kept + 2 * model.get_input_embeddings().weight.numel() * (mode == "glm") + 40 * largest + 2**16
+
+    def watched(path):
+        for name, tensor in read(path):
+            reads.append(name)
+            yield name, tensor
+
+    monkeypatch.setattr(loading, "read_weights", watched)
+    peaks, kept = [], []
+    for layers in (2, 8):
+        base = make_base("glm3", folder / f"{layers}-layers", layers=layers, hidden_size=64)
+        reads.clear()
+        made = []
+        quantize = Quantize(4, "cpu")
+        peaks.append(peak_of(lambda: made.append(load_base("glm3", str(base), torch.bfloat16, quantize=quantize))))  # noqa: B023
+        kept.append(stored_bytes(made[0]))
+        assert len(reads) == len(set(reads))
+    assert peaks[1] - peaks[0] < 1.1 * (kept[1] - kept[0])
+
+
+@pytest.mark.parametrize("mode", MODE)
+def test_only_the_linear_layers_of_the_blocks_are_quantised(mode, bases):
+    model = load_base(mode, str(bases[mode]), torch.bfloat16, quantize=Quantize(4, "cpu"))
+    assert len(quantized.quantized_layers(model)) == 4 * 2 == len(quantized.quantized_names(model))
     plain = MODE[mode].model.from_pretrained(bases[mode])
     assert count_parameters(model)[1] == sum(p.numel() for p in plain.parameters())
-    outside = {name: p.dtype for name, p in model.named_parameters() if p.dtype.is_floating_point}
-    assert set(outside.values()) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if p.dtype.is_floating_point} == {torch.bfloat16}
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    assert (head is embedding) == (mode == "glm")
+    assert (head is embedding) == (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight)
     assert model.state_dict().keys() == plain.state_dict().keys()  # no scales, which a training state would keep
 
 
