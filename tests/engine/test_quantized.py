@@ -23,6 +23,7 @@ from tuning.engine.loading import Quantize, load_base, load_result
 from tuning.errors import UserError
 from tuning.lora import adapter
 from tuning.methods import count_parameters
+from tuning.run import resume
 from tuning.samples.batches import MicroBatch, collate
 from tuning.samples.encoding import Sample
 
@@ -221,11 +222,15 @@ def test_a_state_holds_no_base(runs, folder):
     raise AssertionError("no state")
 
 
-def test_another_quantisation_is_no_resume(runs, folder, bases):
+def test_another_quantisation_is_no_resume(runs, folder):
     record = json.loads((folder / "lora-glm3-2/run.json").read_text())["starts"][-1]
     assert record["flags"]["quantization_bit"] == 4 and "bitsandbytes" in record["versions"]
-    assert train.parse_args(flags("glm3", bases["glm3"], "lora", "--quantization_bit 8")).quantization_bit == 8
-    assert record["run"]["settings"]["--quantization_bit"] == 4  # compared on resume, see resume.check_run
+    state = str(folder / "lora-glm3-2/states/step-00000002")
+    run = resume.read_run(state)
+    for bits in (8, None):
+        other = run._replace(settings=run.settings | {"--quantization_bit": bits})
+        with pytest.raises(UserError, match=f"--quantization_bit: 4 before, {bits} now"):
+            resume.check_run(state, other, False)
 
 
 # Results
