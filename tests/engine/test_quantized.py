@@ -167,7 +167,7 @@ RUNS = {  # name: mode, method, bits or none, type, more flags
 
 @pytest.fixture(scope="module")
 def runs(bases, folder):
-    """{ranks: {name: losses}}; with "-resumed" of the run that goes on from the state after the second step."""
+    """{ranks: {name: losses}}; on two ranks with "-resumed" of the run that goes on from the state after the second step."""
     rows = folder / "rows.json"
     keys = ("instruction", "input", "output")
     rows.write_text("\n".join(json.dumps(dict(zip(keys, row, strict=True))) for row in ROWS[:4]))
@@ -179,9 +179,9 @@ def runs(bases, folder):
     for ranks in (1, 2):
         jobs = {}
         for name, (mode, method, bits, kind, more) in RUNS.items():
-            if ranks == 1 and kind == "bf16":
+            if ranks == 1 and kind == "bf16" or ranks == 2 and not bits:
                 continue
-            for resumed in (False, True):
+            for resumed in (False, True)[:ranks]:
                 output = folder / f"{name}-{ranks}{'-resumed' * resumed}"
                 state = folder / f"{name}-{ranks}" / "states/step-00000002"
                 more_flags = f"""{more} --max_len 128 --max_src_len 96 --ds_file {files[kind]} --num_train_epochs 2
@@ -195,7 +195,7 @@ def runs(bases, folder):
     return losses
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run[2]])
 def test_training_goes_on_exactly(runs, name):
     whole, resumed = runs[2][name], runs[2][f"{name}-resumed"]
     assert len(whole) == len(resumed) * 2 and all(map(math.isfinite, whole))
