@@ -167,7 +167,7 @@ RUNS = {  # name: mode, method, bits or none, type, more flags
 
 @pytest.fixture(scope="module")
 def runs(bases, folder):
-    """{ranks: {name: losses}}; on two ranks with "-resumed" of the run that goes on from the state after the second step."""
+    """{ranks: {name: losses}}; on two ranks also with "-resumed", of one that goes on from the second step's state."""
     rows = folder / "rows.json"
     keys = ("instruction", "input", "output")
     rows.write_text("\n".join(json.dumps(dict(zip(keys, row, strict=True))) for row in ROWS[:4]))
@@ -179,7 +179,7 @@ def runs(bases, folder):
     for ranks in (1, 2):
         jobs = {}
         for name, (mode, method, bits, kind, more) in RUNS.items():
-            if ranks == 1 and kind == "bf16" or ranks == 2 and not bits:
+            if (ranks == 1 and kind == "bf16") or (ranks == 2 and not bits):
                 continue
             for resumed in (False, True)[:ranks]:
                 output = folder / f"{name}-{ranks}{'-resumed' * resumed}"
