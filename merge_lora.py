@@ -298,6 +298,7 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True, i
     trained, bits = check_quantization(folder, into_quantized)
     model, layout = skeleton(mode, base), weight_layout(base)
     check_fit(model, base, adapter)
+    weights = BaseWeights(base, bits, quantized_weights(model))  # before peft renames layers
     config = read_config(folder)
     if not has_patterns(config):  # regular expressions from a file are not used
         add_adapter(model, folder, adapter.file)
@@ -324,7 +325,6 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True, i
 
     # an adapted output layer that was tied to the embedding no longer equals it
     changes = {"tie_word_embeddings": False} if adapter.pairs.keys() & tied_weights(model) else {}
-    weights = BaseWeights(base, bits, quantized_weights(model))
     with claimed_folder(output) as partial:
         files = write_merged(partial, base, adapter, weights)
         write_side_files(partial, base, mode, dtype, tokenizer.stop_token_ids, **changes)
