@@ -270,6 +270,15 @@ def check_quantization(folder: str, into_quantized: bool) -> tuple[int, int]:
     return trained, trained
 
 
+def describe_target(trained: int, bits: int) -> list[str]:
+    """A line if the base was quantised in training; the arguments are what `check_quantization` returns."""
+    if not trained:
+        return []
+    if bits:
+        return [f"merging into the base quantised to {bits} bits and back, as in training"]
+    return [f"merging into the base as it is; in training it was quantised to {trained} bits (see --into_quantized)"]
+
+
 def rms(x: torch.Tensor) -> float:
     """Root mean square."""
     return x.square().mean().sqrt().item()
@@ -310,14 +319,8 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True, i
             raise CheckpointError(
                 f"{name} of {base} is {DTYPES[types[name]]}; only float weights can be merged with an adapter"
             )
-    print(*map(printable, [check_base(folder, mode, base), *unread_keys(folder, config)]), sep="\n")
-    if trained:
-        whole = (
-            f"quantised to {trained} bits and back, as in training"
-            if bits
-            else (f"as it is; in training it was quantised to {trained} bits (--into_quantized merges into that)")
-        )
-        print(f"merging into the base {whole}")
+    said = [check_base(folder, mode, base), *unread_keys(folder, config), *describe_target(trained, bits)]
+    print(*map(printable, said), sep="\n")
     tokenizer = load_tokenizer(mode, base)
     dtypes = {dtype for weights in layout.values() for dtype, shape in weights.values() if len(shape) == 2}
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)

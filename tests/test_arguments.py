@@ -420,7 +420,7 @@ def test_a_run_may_be_resumed_with_other_values_of_what_changes_no_result():
         *("--prefix_projection", "--prefix_dropout", "--lora_dim", "--lora_alpha", "--lora_dropout"),
         *("--lora_module_name", "--num_train_epochs", "--max_steps", "--per_device_train_batch_size"),
         *("--gradient_accumulation_steps", "--learning_rate", "--weight_decay", "--warmup_ratio", "--seed"),
-        *("--eval_ratio", "--eval_steps", "--best_metric", "--early_stopping_patience"),
+        *("--eval_ratio", "--eval_steps", "--best_metric", "--early_stopping_patience", "--quantization_bit"),
     }
     assert set(by_answers) - set(by_loss) == {"--eval_generate", "--eval_generate_rows", "--eval_max_new_tokens"}
 
