@@ -108,6 +108,21 @@ def check_fit(model: nn.Module, base: str, adapter: Adapter) -> None:
             )
 
 
+def check_types(base: str, adapter: Adapter, types: dict[str, torch.dtype]) -> None:
+    """Check that the base's files have a float weight for each of the adapter.
+
+    Raises:
+        CheckpointError: they have not.
+    """
+    for name in adapter.pairs:
+        if name not in types:
+            raise CheckpointError(f"{adapter.folder} adapts {name}, but {base} has no weights of its own for it")
+        if not types[name].is_floating_point:
+            raise CheckpointError(
+                f"{name} of {base} is {DTYPES[types[name]]}; only float weights can be merged with an adapter"
+            )
+
+
 def chunks(weight: torch.Tensor, b: torch.Tensor):
     """Yield the same rows of a weight and of B, about CHUNK values at a time."""
     rows = max(1, CHUNK // weight.shape[1])
@@ -312,13 +327,7 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True, i
     if not has_patterns(config):  # regular expressions from a file are not used
         add_adapter(model, folder, adapter.file)
     types = {name: dtype for weights in layout.values() for name, (dtype, _) in weights.items()}
-    for name in adapter.pairs:
-        if name not in types:
-            raise CheckpointError(f"{folder} adapts {name}, but {base} has no weights of its own for it")
-        if not types[name].is_floating_point:
-            raise CheckpointError(
-                f"{name} of {base} is {DTYPES[types[name]]}; only float weights can be merged with an adapter"
-            )
+    check_types(base, adapter, types)
     said = [check_base(folder, mode, base), *unread_keys(folder, config), *describe_target(trained, bits)]
     print(*map(printable, said), sep="\n")
     tokenizer = load_tokenizer(mode, base)
