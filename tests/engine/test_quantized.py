@@ -8,8 +8,9 @@ import weakref
 import pytest
 import torch
 from conftest import enliven, write_model
+from jobs import run_jobs
 from runs import make_base
-from test_train import ROOT, ROWS, run_jobs
+from test_train import ROOT, ROWS
 
 import merge_lora
 import predict
@@ -310,6 +311,9 @@ def test_what_does_not_go_together_is_refused(bases, monkeypatch, tmp_path):
     for bits in ("3", "16"):
         with pytest.raises(UserError, match=f"--quantization_bit {bits}: choose from 4, 8"):
             train.parse_args(flags("glm3", base, "lora", f"--quantization_bit {bits}"))
+    for more in ("--use_dora", "--init_lora_weights pissa", "--modules_to_save embedding"):
+        with pytest.raises(UserError, match=f"goes with plain LoRA, without {more.split()[0]}"):
+            train.parse_args(flags("glm3", base, "lora", f"--quantization_bit 4 {more}"))
     args = train.parse_args(flags("glm3", base, "lora", "--quantization_bit 4"))
     with pytest.raises(UserError, match="does not go with ZeRO-3"):
         check_quantization(args, {"zero_optimization": {"stage": 3}})
