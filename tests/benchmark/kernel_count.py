@@ -12,7 +12,7 @@ several kernels, as the backward pass of flash attention does, are counted too l
 optimizer.
 
 Waits: operations for which the CPU would wait until the device has done all before. They read a value or a size that
-the device computes, or copy memory that is not pinned.
+the device computes, or copy to or from main memory without non_blocking.
 """
 
 import argparse
@@ -60,15 +60,16 @@ class KernelCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if not self.paused:
-            self.count(func, [x.device.type for x in tree_iter((args, kwargs, result)) if torch.is_tensor(x)])
+            tensors = [x for x in tree_iter((args, kwargs, result)) if torch.is_tensor(x)]
+            self.count(func, {x.device.type for x in tensors}, bool(kwargs and kwargs.get("non_blocking")))
         return result
 
-    def count(self, func, devices: list[str]) -> None:
+    def count(self, func, devices: set[str], non_blocking: bool) -> None:
         name = func.overloadpacket.__name__
         if self.device not in devices or func.is_view or name in NO_KERNELS:
             return
         self.kernels[name] += 1
-        if name in WAITS or (set(devices) != {self.device} and "copy" in name):
+        if name in WAITS or (len(devices) > 1 and "copy" in name and not non_blocking):
             self.waits[name] += 1
 
     def as_one(self, name: str, function):
