@@ -278,7 +278,8 @@ class GLMBlock(Block):
         attended = self.attention(normed, inputs)
         hidden_states = torch.add(attended, select_tokens(normed, inputs.keep_positions), alpha=self.alpha)
         normed = self.post_attention_layernorm(hidden_states)
-        return torch.add(self.mlp(normed, self.gradient_checkpointing), normed, alpha=self.alpha)
+        # not torch.add with alpha, which is one kernel: its gradient would come before the MLP's, where the peak is
+        return normed * self.alpha + self.mlp(normed, self.gradient_checkpointing)
 
 
 class GLMPreTrainedModel(ChatGLMPreTrainedModel):
