@@ -35,6 +35,7 @@ class Data:
         rng = np.random.default_rng(1)
         self.lengths = np.clip(rng.lognormal(5, 0.8, rows), 8, MAX_LEN).astype(np.int64)
         self.answer_lengths = 1 + (self.lengths * rng.random(rows) / 2).astype(np.int64)
+        self.texts = np.zeros(rows, np.int32)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -109,6 +110,8 @@ def main() -> None:
             process = context.Process(target=measure, args=(action, rows, results))
             process.start()
             process.join()
+            if process.exitcode:
+                sys.exit(f"error: {action.__name__} of {rows} rows ended with exit code {process.exitcode}")
             seconds, mib = results.get()
             found.append({"rows": rows, "action": action.__name__, "seconds": seconds, "mib": mib})
             print(f"| {rows} | {action.__name__} | {seconds:.2f} | {mib:.0f} |", flush=True)
