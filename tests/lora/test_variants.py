@@ -240,7 +240,7 @@ def test_what_needs_whole_weights_is_refused_under_zero_3(tiny):
         with pytest.raises(UserError, match=f"--init_lora_weights {start} decomposes whole weights"):
             check_zero3(args, 3)
         advised = [change(args, 2) for _, change in planner.CHANGES]  # by --plan
-        assert not any("ds_file" in flags for flags in advised if flags)
+        assert not any("zero3" in flags.get("ds_file", "") for flags in advised if flags)
     for flags in ("--init_lora_weights orthogonal", "--use_dora", "--modules_to_save input_layernorm"):
         check_zero3(arguments("glm3", tiny["glm3"], flags), 3)
 
