@@ -250,7 +250,7 @@ def split_chunks(rows: Iterator[tuple[int, dict, Dialogue]]) -> Iterator[list[tu
 
 @contextlib.contextmanager
 def without_garbage_collection():
-    """While rows are encoded: they hold no cycles, and looking for some among all their objects takes half the time."""
+    """While rows are encoded: they hold no cycles, and looking for some among all their objects takes long."""
     was_on = gc.isenabled()
     gc.disable()
     try:
