@@ -7,10 +7,9 @@ import ds_keys_losses
 import pytest
 import torch
 from conftest import enliven, write_model
-from jobs import run_jobs
 from runs import METHOD_FLAGS, make_base
 from safetensors import safe_open
-from test_train import RATES, ROOT, ROWS
+from test_train import RATES, ROOT, ROWS, run_jobs
 
 import merge_lora
 import train
