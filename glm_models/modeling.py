@@ -60,7 +60,7 @@ class TransformerMixin:
     """
 
     last_norm_in_hidden_states = False  # whether the last of the output's hidden_states is after the last norm
-    noise_alpha = 0.0  # see LanguageModelMixin.add_embedding_noise
+    noise_alpha = 0.0  # see add_embedding_noise
 
     @property
     def blocks(self) -> nn.ModuleList:

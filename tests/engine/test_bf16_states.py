@@ -6,14 +6,12 @@ import math
 import ds_keys_losses
 import pytest
 import torch
-from conftest import enliven, write_model
-from runs import METHOD_FLAGS, make_base
+from runs import METHOD_FLAGS, make_lively_bases
 from safetensors import safe_open
 from test_train import RATES, ROOT, ROWS, run_jobs
 
 import merge_lora
 import train
-from glm_models import MODE
 from tuning.engine import ds_check, ds_config, patches
 from tuning.engine.ds_config import ds_notes, ds_values, load_ds_config, split_groups
 from tuning.errors import UserError
@@ -37,12 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bases(folder):
-    made = {mode: make_base(mode, folder / mode) for mode in MODE}
-    for mode, path in made.items():
-        model = MODE[mode].model.from_pretrained(path)
-        enliven(model)
-        write_model(model, str(path))
-    return made
+    return make_lively_bases(folder)
 
 
 def write_ds(folder, name: str, sums: str) -> str:

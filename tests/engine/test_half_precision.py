@@ -10,14 +10,12 @@ import math
 
 import pytest
 import torch
-from conftest import enliven, write_model
 from jobs import run_jobs
-from runs import METHOD_FLAGS, make_base
+from runs import METHOD_FLAGS, make_lively_bases
 from safetensors import safe_open
 from test_train import DS_FILES, PAIRS, RATES, ROOT, ROWS
 
 import predict
-from glm_models import MODE
 
 RANKS = (1, 2)
 TYPES = ("bf16", "fp16")
@@ -47,13 +45,7 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def bases(folder):
-    """bases[mode]: two layers, with lively weights, else a prefix would hardly be felt."""
-    made = {mode: make_base(mode, folder / mode) for mode in MODE}
-    for mode, path in made.items():
-        model = MODE[mode].model.from_pretrained(path)
-        enliven(model)
-        write_model(model, str(path))
-    return made
+    return make_lively_bases(folder)
 
 
 @pytest.fixture(scope="module")

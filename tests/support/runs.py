@@ -20,9 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - DeepSpeed gets it late, which takes seconds
 import torch
 import torch.utils.tensorboard
-from conftest import TEXT
+from conftest import TEXT, make_lively_checkpoint
 
 import train
+from glm_models import MODE
 from glm_models.tiny import make_tiny_checkpoint
 from tuning import folders
 from tuning.run.health import StepHooks
@@ -43,6 +44,13 @@ def make_base(mode: str, folder: Path, layers: int = 2, hidden_size: int = 32, h
     """A tiny checkpoint."""
     make_tiny_checkpoint(mode, str(folder), TEXT, layers=layers, hidden_size=hidden_size, heads=heads, vocab_size=1000)
     return folder
+
+
+def make_lively_bases(folder: Path) -> dict[str, Path]:
+    """A base of each family as `make_base` makes it, but with lively weights, else a prefix would hardly be felt."""
+    for mode in MODE:
+        make_lively_checkpoint(mode, str(folder / mode), layers=2, hidden_size=32, heads=2, vocab_size=1000)
+    return {mode: folder / mode for mode in MODE}
 
 
 def make_rows(path: Path, count: int = 48) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from tuning.errors import DataError
 from tuning.samples.conversations import LISTS
+from tuning.samples.data_files import PACKED
 from tuning.samples.decoding import LONGEST
 from tuning.samples.flaws import SHOWN_CHARACTERS, Flaw, shown_key
 from tuning.samples.foreign import FLAT, KEYS, OPTIONAL
@@ -31,7 +32,7 @@ SHOWN_NAMES = 8  # of a header
 def plain_ending(path: str) -> str:
     """The ending of a file's name without that of a packed file, in lower case, such as .csv."""
     name = path.lower()
-    for ending in (".gz", ".bz2", ".xz"):
+    for ending in PACKED:
         name = name.removesuffix(ending)
     return os.path.splitext(name)[1]
 
