@@ -64,6 +64,17 @@ ROWS = [
     ("lora", "glm3", "zero2", True, 32768, 1, None, None),
     ("lora", "glm3", "zero2", True, 32768, 1, None, 25.5, "--tiled_mlp"),
     ("lora", "glm3", "zero2", True, 32768, 1, None, 19, "--tiled_mlp", "--offload_inputs"),
+    # the same on quantised bases; needs bitsandbytes
+    *(
+        ("lora", mode, "zero2", True, length, 1, None, bound, "--quantization_bit", bits, *more)
+        for mode, length, bits, bound, more in (
+            ("glm3", 2048, "4", 7.5, ()),
+            ("glm3", 2048, "8", None, ()),
+            ("glm3", 8192, "4", 10.4, ()),
+            ("glm3", 8192, "4", None, ("--tiled_mlp", "--offload_inputs")),
+            ("glm3", 32768, "4", None, ("--tiled_mlp", "--offload_inputs")),
+        )
+    ),
 ]
 
 

@@ -1,7 +1,7 @@
 """LoRA layers that read and write the large output once; peft's layers do so three times and allocate new tensors.
 
-Names, initial values, dropout, saving and merging are peft's. Only plain LoRA on an exact nn.Linear uses these layers:
-DoRA, a quantised base and all else get peft's own.
+Names, initial values, dropout, saving and merging are peft's. Only plain LoRA uses these layers, on an exact nn.Linear
+or on a linear layer that this project has quantised: DoRA and all else get peft's own.
 """
 
 import torch
@@ -10,6 +10,7 @@ from peft.tuners import lora
 from torch import nn
 
 from glm_models.ops import OutputLayer, add_product
+from glm_models.quantized import QuantizedLinear
 from tuning.lora.starts import starts_from_base
 
 # Values of a plain LoRA adapter, which adds a product of two matrices to a weight. Other values make it something else.
@@ -74,6 +75,10 @@ class LoraLinear(lora.Linear):
         if self.lora_variant or self.lora_bias[adapter_name]:
             raise ValueError(f"{type(self).__name__} computes plain LoRA; others need peft's own layer")
         self.lora_B[adapter_name].__class__ = AddedLinear
+        base = self.get_base_layer()
+        if isinstance(base, QuantizedLinear):  # peft takes the type from the base's weight, which is none to train in
+            for part in (self.lora_A, self.lora_B):
+                part[adapter_name].to(base.compute_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.disable_adapters or self.merged:
@@ -94,7 +99,7 @@ class PredictionLinear(LoraLinear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters or self.merged or isinstance(self.base_layer, QuantizedLinear):
             return super().forward(x)
         rows, total = x.reshape(-1, x.shape[-1]), self.base_layer.bias
         for name in self.active_adapters:
@@ -104,14 +109,16 @@ class PredictionLinear(LoraLinear):
 
 
 def use_own_layers(config: LoraConfig, kind: type[LoraLinear] = LoraLinear) -> None:
-    """Let peft use layers of `kind` where they compute the same as its own: plain LoRA on an exact nn.Linear.
+    """Let peft use layers of `kind` where they compute the same as its own: plain LoRA on an exact nn.Linear, or
+    on a layer of glm_models/quantized.py.
 
-    peft asks registered layers first, and by isinstance: it would use them for quantised subclasses of nn.Linear too.
+    peft asks registered layers first, and by isinstance: it would use them for other subclasses of nn.Linear too.
     """
 
     def make(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs) -> LoraLinear | None:
         # with None, peft asks its own dispatchers
-        return kind(target, adapter_name, config=config, **kwargs) if type(target) in (nn.Linear, OutputLayer) else None
+        fits = type(target) in (nn.Linear, OutputLayer) or isinstance(target, QuantizedLinear)
+        return kind(target, adapter_name, config=config, **kwargs) if fits else None
 
     if has_plain_layers(config):
         config._register_custom_module({nn.Linear: make})
