@@ -59,6 +59,9 @@ def has_plain_layers(config: LoraConfig) -> bool:
     return more_than_plain(config.to_dict(), besides) is None
 
 
+ROWS = 4096  # of which PredictionLinear makes copies at a time
+
+
 class AddedLinear(nn.Linear):
     """`lora_B`, added in place. Still called as a module, since under ZeRO-3 the call gathers the weight."""
 
@@ -92,20 +95,50 @@ class LoraLinear(lora.Linear):
 
 
 class PredictionLinear(LoraLinear):
-    """For prediction in half precision: the base's product is added to the adapter's output, not the reverse.
+    """For prediction in half precision: each output is rounded once, as the base's output alone would be.
 
-    A matrix product adds in float32 and rounds once. So the sum is rounded once, as the base's output alone would be.
-    In the usual order it would be rounded twice; merged into the weight, most of the small update would be lost.
+    One matrix product of [x, low] and [weight, B] computes the sum, in float32 within. `low`, the small product of x
+    and A, stands there twice: rounded, and what the rounding lost. In the usual order base, low, product and sum would
+    be rounded each; merged into the weight, most of the small update would be lost.
     """
 
+    wide: torch.Tensor | None = None  # [out, in + 2 * ranks]; the base's weight is a view of it
+    wide_adapters: tuple[str, ...] = ()  # whose B it holds
+
+    @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.disable_adapters or self.merged or isinstance(self.base_layer, QuantizedLinear):
             return super().forward(x)
-        rows, total = x.reshape(-1, x.shape[-1]), self.base_layer.bias
+        wide, bias, rows = self.wide_weight().t(), self.base_layer.bias, x.reshape(-1, x.shape[-1])
+        result = rows.new_empty(len(rows), wide.shape[1])
+        for some, out in zip(rows.split(ROWS), result.split(ROWS), strict=True):
+            wide_rows = torch.cat([some, *self.low_products(some)], -1)
+            if bias is None:
+                torch.mm(wide_rows, wide, out=out)
+            else:
+                torch.addmm(bias, wide_rows, wide, out=out)
+        return result.view(*x.shape[:-1], -1)
+
+    def low_products(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """For each adapter, x A^T times its scaling [rows, rank]: rounded, and what the rounding lost."""
+        found = []
         for name in self.active_adapters:
-            low, weight = self.lora_A[name](rows) * self.scaling[name], self.lora_B[name].weight.t()
-            total = low @ weight if total is None else torch.addmm(total, low, weight)
-        return total.addmm_(rows, self.base_layer.weight.t()).view(*x.shape[:-1], -1)
+            low = nn.functional.linear(rows.float(), self.lora_A[name].weight.float()) * self.scaling[name]
+            rounded = low.to(rows.dtype)
+            found += [rounded, (low - rounded).to(rows.dtype)]
+        return found
+
+    def wide_weight(self) -> torch.Tensor:
+        """The base's weight and B of each adapter, twice; made at the first call, and again where the weight moved."""
+        weight, adapters = self.base_layer.weight, tuple(self.active_adapters)
+        if self.wide is None or self.wide.data_ptr() != weight.data_ptr() or self.wide_adapters != adapters:
+            parts = [self.lora_B[name].weight for name in adapters for _ in range(2)]
+            self.wide, self.wide_adapters = (
+                torch.cat([weight.detach(), *(part.detach() for part in parts)], 1),
+                adapters,
+            )
+            weight.data = self.wide[:, : weight.shape[1]]  # not kept twice
+        return self.wide
 
 
 def use_own_layers(config: LoraConfig, kind: type[LoraLinear] = LoraLinear) -> None:
