@@ -408,24 +408,23 @@ def test_max_memory_finds_the_cheapest_flags_that_fit(official, tmp_path, capsys
     whole = alone(args).peak / planner.GIB
     args.per_device_train_batch_size = 1
     one_row = alone(args).peak / planner.GIB
-    monkeypatch.setattr(
-        "tuning.arguments.quantization.missing_package", lambda: "pip install it"
-    )  # nothing that changes the base
+    # nothing that changes the base
+    monkeypatch.setattr("tuning.arguments.quantization.missing_package", lambda: "pip install it")
     for limit, found in (
         (whole + 0.1, "no change"),
         (one_row + 0.1, "--per_device_train_batch_size 1 --gradient_accumulation_steps 8"),
     ):
         planner.plan(train.parse_args([*flags, str(limit)]), planner.plan_setup)
         assert f"with: {found} " in capsys.readouterr().out
-    with pytest.raises(
-        UserError, match=r"nothing fits into 1\.6 GiB per GPU: the least .* is [0-9.]+ GiB, with --per_d"
-    ):
+    least = r"nothing fits into 1\.6 GiB per GPU: the least .* is [0-9.]+ GiB, with --per_d"
+    with pytest.raises(UserError, match=least):
         planner.plan(train.parse_args([*flags, "1.6"]), planner.plan_setup)
     monkeypatch.undo()
     assert "--quantization_bit 4" in [change for change, _ in planner.suggestions(args, alone)]
     sets = planner.all_changes(args, 4)
     assert {"quantization_bit": 4} in sets and {"ds_file": "ds_zero3_no_offload.json"} in sets
-    assert not any({"quantization_bit", "ds_file"} <= one.keys() for one in sets)  # ZeRO-3 would cut quantised weights
+    quantised = [one for one in sets if "quantization_bit" in one]
+    assert not any("zero3" in one.get("ds_file", "") for one in quantised)  # it would cut quantised weights
 
 
 def test_flags_that_cannot_be_meant_are_refused(official, tmp_path):
