@@ -32,6 +32,10 @@ def make_parser() -> Parser:
         "--output_dir", type=NewPath(), default_text="the adapter's with -merged appended",
         help="folder to write; must be empty or new",
     )  # fmt: skip
+    group.add_argument(
+        "--into_quantized", **SWITCH,
+        help="merge into the base as it was in the training of an adapter on a quantised base: quantised and back",
+    )  # fmt: skip
     group.add_argument("--no_verify", **SWITCH, help="do not compare the merged with the unmerged model")
     return parser
 
@@ -54,12 +58,22 @@ from glm_models.checkpoint import (
     write_safetensors,
     write_side_files,
 )
+from tuning.arguments.quantization import missing_package, needs_package
 from tuning.engine.loading import load_tokenizer
 from tuning.errors import UserError
 from tuning.exits import exit_on_user_errors
 from tuning.folders import check_space, claimed_folder
-from tuning.lora.adapter import Adapter, add_adapter, check_base, has_patterns, read_adapter, read_config, unread_keys
-from tuning.lora.verify import logits, skeleton, tied_weights
+from tuning.lora.adapter import (
+    Adapter,
+    add_adapter,
+    check_base,
+    has_patterns,
+    read_adapter,
+    read_config,
+    trained_bits,
+    unread_keys,
+)
+from tuning.lora.verify import BaseWeights, logits, quantized_weights, skeleton, tied_weights
 from utils import silence_libraries
 
 CHUNK = 2**21  # values of a weight that are added at a time: 8 MiB in float32
@@ -108,6 +122,21 @@ def check_fit(model: nn.Module, base: str, adapter: Adapter) -> None:
             )
 
 
+def check_types(base: str, adapter: Adapter, types: dict[str, torch.dtype]) -> None:
+    """Check that the base's files have a float weight for each of the adapter.
+
+    Raises:
+        CheckpointError: they have not.
+    """
+    for name in sorted(adapter.changed()):
+        if name not in types:
+            raise CheckpointError(f"{adapter.folder} adapts {name}, but {base} has no weights of its own for it")
+        if not types[name].is_floating_point:
+            raise CheckpointError(
+                f"{name} of {base} is {DTYPES[types[name]]}; only float weights can be merged with an adapter"
+            )
+
+
 class Rows(NamedTuple):
     """Some rows of a weight [rows, in], the same of B [rows, rank], and their lengths [rows] with DoRA, else None."""
 
@@ -136,14 +165,14 @@ def stretch(total: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     return (magnitude.to(total.dtype) / total.norm(dim=1))[:, None]
 
 
-def merged(name: str, weight: torch.Tensor, adapter: Adapter):
-    """Yield what the adapter makes of a weight, some rows at a time, in the weight's type.
+def merged(name: str, weight: torch.Tensor, adapter: Adapter, dtype: torch.dtype):
+    """Yield what the adapter makes of a weight, some rows at a time, in `dtype`.
 
     Raises:
         CheckpointError: a value is NaN or out of the range of that type.
     """
     if name not in adapter.changed():
-        yield weight
+        yield weight.to(dtype)
         return
     wide = torch.promote_types(weight.dtype, torch.float32)
     if name in adapter.whole:
@@ -152,21 +181,26 @@ def merged(name: str, weight: torch.Tensor, adapter: Adapter):
         a = adapter.pairs[name][0].to(wide)
         parts = (add(rows, a, adapter.scale) for rows in chunks(name, weight, adapter))
     for part in parts:
-        total = part.to(weight.dtype)
+        total = part.to(dtype)
         if not total.isfinite().all():
-            raise CheckpointError(f"{name}: base and adapter together are NaN or too large for {weight.dtype}")
+            raise CheckpointError(f"{name}: base and adapter together are NaN or too large for {dtype}")
         yield total
 
 
-def write_merged(folder: str, base: str, adapter: Adapter) -> dict[str, str]:
-    """Write base + adapter, one file per file of the base. Returns the base's file for each written file."""
+def write_merged(folder: str, base: str, adapter: Adapter, weights: BaseWeights) -> dict[str, str]:
+    """Write base + adapter, one file per file of the base. Returns the base's file for each written file.
+
+    Args:
+        weights: of the base.
+    """
     layout = weight_layout(base)
     names = [f"model-{i:05d}-of-{len(layout):05d}.safetensors" for i in range(1, len(layout) + 1)]
     names = names if len(names) > 1 else ["model.safetensors"]
-    for file, (path, weights) in zip(names, layout.items(), strict=True):
-        source = WeightFile(path)
+    for file, shapes in zip(names, layout.values(), strict=True):
         write_safetensors(
-            os.path.join(folder, file), weights, lambda name, source=source: merged(name, source[name], adapter)
+            os.path.join(folder, file),
+            shapes,
+            lambda name, shapes=shapes: merged(name, weights[name], adapter, shapes[name][0]),
         )
     if len(names) > 1:
         weight_map = {name: file for file, weights in zip(names, layout.values(), strict=True) for name in weights}
@@ -181,7 +215,7 @@ def total_bytes(layout: dict) -> int:
     return sum(shape.numel() * dtype.itemsize for weights in layout.values() for dtype, shape in weights.values())
 
 
-def compare_weights(files: dict[str, str], adapter: Adapter) -> float:
+def compare_weights(files: dict[str, str], adapter: Adapter, weights: BaseWeights) -> float:
     """Read the merged weights again and compare each with base and adapter.
 
     A weight that the adapter does not change must equal the base's bit for bit; one that was trained whole, the
@@ -189,6 +223,7 @@ def compare_weights(files: dict[str, str], adapter: Adapter) -> float:
 
     Args:
         files: see write_merged.
+        weights: of the base.
 
     Returns:
         The share of the adapted values that differ from the base's: small changes are lost in rounding.
@@ -198,14 +233,14 @@ def compare_weights(files: dict[str, str], adapter: Adapter) -> float:
     """
     changed = adapted = 0
     for path, base_path in files.items():
-        found, base = WeightFile(path), WeightFile(base_path)
-        for name in base.names:
-            weight, result = base[name], found[name]
+        found = WeightFile(path)
+        for name in WeightFile(base_path).names:
+            weight, result = weights[name], found[name]
             if name in adapter.pairs:
                 right = compare_sum(name, weight, result, adapter)
             else:
-                expected = adapter.whole[name].to(weight.dtype) if name in adapter.whole else weight
-                right = torch.equal(as_bytes(result), as_bytes(expected))
+                expected = adapter.whole.get(name, weight)
+                right = torch.equal(as_bytes(result), as_bytes(expected.to(result.dtype)))
             if not right:
                 what = "base + adapter" if name in adapter.changed() else "the base's"
                 raise CheckpointError(f"{path}: {name} is not {what}; the disk or the memory is at fault")
@@ -228,7 +263,7 @@ def compare_sum(name: str, weight: torch.Tensor, result: torch.Tensor, adapter: 
     row is a sum of as many squares as it has values, and quotient and product are rounded too.
     """
     a = adapter.pairs[name][0].double()
-    kind, wide = torch.finfo(weight.dtype), torch.finfo(torch.promote_types(weight.dtype, torch.float32))
+    kind, wide = torch.finfo(result.dtype), torch.finfo(torch.promote_types(result.dtype, torch.float32))
     results = result.split(max(1, CHUNK // weight.shape[1]))
     for rows, got in zip(chunks(name, weight, adapter), results, strict=True):
         exact = add(rows, a, adapter.scale)
@@ -245,7 +280,7 @@ def compare_sum(name: str, weight: torch.Tensor, result: torch.Tensor, adapter: 
     return True
 
 
-def compare_outputs(mode: str, base: str, folder: str, adapter: Adapter, tokenizer, dtype: torch.dtype) -> str:
+def compare_outputs(mode: str, base: str, folder: str, adapter: Adapter, batch, dtype: torch.dtype, bits: int) -> str:
     """Compare the logits of the merged model on QUESTIONS with those of base and adapter, unmerged, in float32.
 
     Merging rounds each adapted weight once. How much that changes the logits depends on the model, so it is measured: a
@@ -253,27 +288,69 @@ def compare_outputs(mode: str, base: str, folder: str, adapter: Adapter, tokeniz
     merged model may differ from the unmerged one three times as much (root mean square over all tokens and logits), and
     by 1e-4 of the root mean square of the logits more, because sums in float32 depend on their order.
 
+    Args:
+        batch: see logits.
+        bits: to which the base was quantised before it was merged; 0: it was not.
+
     Returns:
         A line with the measured differences.
 
     Raises:
         CheckpointError: they differ by more.
     """
-    batch = tokenizer.pad({"input_ids": [tokenizer.encode_prompt(text) for text in QUESTIONS]}, return_tensors="pt")
-    unmerged = logits(mode, base, batch, adapter)
-    rounded = rms(logits(mode, base, batch, adapter, rounding=dtype) - unmerged)
+    unmerged = logits(mode, base, batch, adapter, bits=bits)
+    rounded = rms(logits(mode, base, batch, adapter, rounding=dtype, bits=bits) - unmerged)
     found = logits(mode, folder, batch)
-    difference = found - unmerged
-    same = (found.argmax(-1) == unmerged.argmax(-1)).sum().item()
-    line = (
-        f"logits of merged and unmerged model on {len(QUESTIONS)} prompts, {len(found)} tokens: "
-        f"they differ by at most {difference.abs().max():.2g}, root mean square {rms(difference):.2g} "
-        f"(rounding at random: {rounded:.2g}); the largest is {unmerged.abs().max():.3g}; "
-        f"the likeliest next token is the same for {same} of {len(found)}"
+    line = "logits of merged and unmerged model on " + differences(
+        found, unmerged, f" (rounding at random: {rounded:.2g})"
     )
-    if not rms(difference) <= 3 * rounded + 1e-4 * rms(unmerged):
+    if not rms(found - unmerged) <= 3 * rounded + 1e-4 * rms(unmerged):
         raise CheckpointError(f"the merged model is not the unmerged one, nothing was kept; {line}")
     return line
+
+
+def compare_with_training(mode: str, base: str, folder: str, adapter: Adapter, batch, bits: int) -> str:
+    """How far a merged model on an unquantised base is from what was trained, which had a quantised base: a line."""
+    trained = logits(mode, base, batch, adapter, bits=bits)
+    found = logits(mode, folder, batch)
+    return f"merged model, and adapter on the base in {bits} bits as it was trained: on " + differences(found, trained)
+
+
+def differences(found: torch.Tensor, expected: torch.Tensor, note: str = "") -> str:
+    """How far logits [tokens, vocabulary] of QUESTIONS differ, as text."""
+    difference = found - expected
+    same = (found.argmax(-1) == expected.argmax(-1)).sum().item()
+    return (
+        f"{len(QUESTIONS)} prompts, {len(found)} tokens: "
+        f"they differ by at most {difference.abs().max():.2g}, root mean square {rms(difference):.2g}{note}; "
+        f"the largest is {expected.abs().max():.3g}; "
+        f"the likeliest next token is the same for {same} of {len(found)}"
+    )
+
+
+def check_quantization(folder: str, into_quantized: bool) -> tuple[int, int]:
+    """To how many bits the base was quantised in training, and to how many for the merged model; 0: it was not, is not.
+
+    Raises:
+        UserError: it is to be quantised and was not in training, or the package for it is missing.
+    """
+    trained = trained_bits(folder)
+    if not into_quantized:
+        return trained, 0
+    if not trained:
+        raise UserError(f"--into_quantized: {folder} was not trained on a quantised base; leave the flag out")
+    if problems := needs_package("--into_quantized"):
+        raise UserError(problems[0])
+    return trained, trained
+
+
+def describe_target(trained: int, bits: int) -> list[str]:
+    """A line if the base was quantised in training; the arguments are what `check_quantization` returns."""
+    if not trained:
+        return []
+    if bits:
+        return [f"merging into the base quantised to {bits} bits and back, as in training"]
+    return [f"merging into the base as it is; in training it was quantised to {trained} bits (see --into_quantized)"]
 
 
 def rms(x: torch.Tensor) -> float:
@@ -281,13 +358,14 @@ def rms(x: torch.Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -> None:
+def merge(mode: str, base: str, folder: str, output: str, verify: bool = True, into_quantized: bool = False) -> None:
     """Write base + adapter to `output`. Everything is checked before anything is written.
 
     Args:
         base: the base model's folder.
         folder: the adapter's folder.
         verify: read the result again and compare it; a wrong result is removed.
+        into_quantized: merge into the weights that a quantised base had in training.
 
     Raises:
         UserError, FolderError: output exists and is not an empty folder, the disk has too little room, or it cannot
@@ -300,20 +378,17 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
         raise UserError(f"--output_dir {output} is not empty; name another")
     check_family(base, mode)
     adapter = read_adapter(folder)
+    trained, bits = check_quantization(folder, into_quantized)
     model, layout = skeleton(mode, base), weight_layout(base)
     check_fit(model, base, adapter)
+    weights = BaseWeights(base, bits, quantized_weights(model))  # before peft renames layers
     config = read_config(folder)
     if not has_patterns(config):  # regular expressions from a file are not used
         add_adapter(model, folder, adapter.file)
     types = {name: dtype for weights in layout.values() for name, (dtype, _) in weights.items()}
-    for name in adapter.changed():
-        if name not in types:
-            raise CheckpointError(f"{folder} adapts {name}, but {base} has no weights of its own for it")
-        if not types[name].is_floating_point:
-            raise CheckpointError(
-                f"{name} of {base} is {DTYPES[types[name]]}; only float weights can be merged with an adapter"
-            )
-    print(*map(printable, [check_base(folder, mode, base), *unread_keys(folder, config)]), sep="\n")
+    check_types(base, adapter, types)
+    said = [check_base(folder, mode, base), *unread_keys(folder, config), *describe_target(trained, bits)]
+    print(*map(printable, said), sep="\n")
     tokenizer = load_tokenizer(mode, base)
     dtypes = {dtype for weights in layout.values() for dtype, shape in weights.values() if len(shape) == 2}
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
@@ -322,17 +397,21 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True) -
     # an adapted output layer that was tied to the embedding no longer equals it
     changes = {"tie_word_embeddings": False} if adapter.pairs.keys() & tied_weights(model) else {}
     with claimed_folder(output) as partial:
-        files = write_merged(partial, base, adapter)
+        files = write_merged(partial, base, adapter, weights)
         write_side_files(partial, base, mode, dtype, tokenizer.stop_token_ids, **changes)
         if verify:
-            changed = compare_weights(files, adapter)
+            changed = compare_weights(files, adapter, weights)
             print(
                 f"verified: the {len(types)} weights on disk are base + adapter, rounded once to {dtype}; "
                 f"{changed:.2%} of the values with an adapter changed"
             )
             if changed < 0.01:
                 print("WARNING: the other changes are lost in rounding; predict.py with the adapter itself loses none")
-            print("verified: " + compare_outputs(mode, base, partial, adapter, tokenizer, dtype))
+            prompts = [tokenizer.encode_prompt(text) for text in QUESTIONS]
+            batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+            print("verified: " + compare_outputs(mode, base, partial, adapter, batch, dtype, bits))
+            if trained and not bits and not missing_package():
+                print(compare_with_training(mode, base, partial, adapter, batch, trained))
         else:
             print("not verified (--no_verify): merged and unmerged model were not compared")
 
@@ -342,7 +421,7 @@ def main(argv=None) -> None:
         args = parse_args(argv)
         silence_libraries(verbose=False)
         output = args.output_dir or args.model_dir.rstrip("/") + "-merged"
-        merge(args.mode, args.ori_model_dir, args.model_dir, output, not args.no_verify)
+        merge(args.mode, args.ori_model_dir, args.model_dir, output, not args.no_verify, args.into_quantized)
         print(f"wrote {output}: {args.ori_model_dir} with {args.model_dir} merged in; both are unchanged")
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from glm_models.generation import generate_answers
 from glm_models.tokenization import Prompt
 from glm_models.tools import TOOLS_SYSTEM, ToolCallError, answer_text, read_answer
-from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, named_device
+from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, named_device, prediction_bits
 from tuning.errors import DataError, UserError
 from tuning.evaluate.answers import AnswerFile, Made, describe_model, describe_scores, file_hash
 from tuning.exits import exit_on_user_errors
@@ -96,9 +96,15 @@ def predict_file(args) -> None:
     print(*describe_scores(args.metrics, predictions, references, ended), sep="\n")
 
 
+def load_model(args):
+    """Tokenizer and model that the flags name."""
+    bits = args.quantization_bit
+    return load_result(args.mode, args.model_path, args.ori_model_dir, args.device, bits=bits)
+
+
 def answer_rows(file: AnswerFile, args) -> None:
     """Load the model and answer the rows that have no answer yet."""
-    tokenizer, model = load_result(args.mode, args.model_path, args.ori_model_dir, args.device)
+    tokenizer, model = load_model(args)
     with tqdm(total=len(file.rows), initial=len(file.done)) as bar:
         for start in range(len(file.done), len(file.rows), args.batch_size):
             part = file.rows[start : start + args.batch_size]
@@ -122,6 +128,8 @@ def describe_run(args, rows: int, base: str, tokenizer) -> Made:
     settings = {f"--{name}": getattr(args, name) for name in names}
     settings["SHA-256 of --predict_path"] = file_hash(args.predict_path)
     settings["type of numbers"] = str(choose_dtype(base, args.device)[0])
+    if bits := prediction_bits(args.model_path, args.quantization_bit)[0]:
+        settings["bits of the linear layers"] = bits
     settings |= describe_model(args.mode, args.model_path, base, tokenizer)
     return Made(settings, rows, args.model_path)
 
@@ -295,7 +303,7 @@ def main(argv=None) -> None:
             predict_file(args)
             return
         set_seed(args.seed)
-        tokenizer, model = load_result(args.mode, args.model_path, args.ori_model_dir, args.device)
+        tokenizer, model = load_model(args)
         if args.instruction or args.input:
             question = question_in({"instruction": args.instruction, "input": args.input})
             if encode(tokenizer, [question], args.max_src_len)[0].cut:

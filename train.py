@@ -28,6 +28,8 @@ import torch
 from data_set import Sources, batch_shape, data_settings, dump, load_sources, name_files, training_steps
 from glm_models import MODE
 from glm_models.ops import TiledMLP
+from glm_models.pretrained import check_not_quantised
+from glm_models.quantized import BITS
 from tuning.engine import patches
 from tuning.engine.ds_config import (
     compute_dtype,
@@ -38,7 +40,7 @@ from tuning.engine.ds_config import (
     split_groups,
     zero_layout,
 )
-from tuning.engine.loading import load_base, load_tokenizer
+from tuning.engine.loading import Quantize, load_base, load_tokenizer
 from tuning.engine.saving import check_room, count_results, is_save_step, result_size, save
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import record_base
@@ -57,7 +59,7 @@ from tuning.run.validation import Validation
 from tuning.samples.batches import Batch
 from tuning.samples.check import check_data
 from tuning.samples.epochs import RunLength, run_length
-from utils import is_rank_0, on_rank_0, print_rank_0, set_seed, silence_libraries
+from utils import device, is_rank_0, on_rank_0, print_rank_0, set_seed, silence_libraries
 
 
 def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
@@ -142,7 +144,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     for line in ds_notes(ds_config):
         print_rank_0(line)
     dtype = compute_dtype(ds_config)
-    base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype))
+    base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype, args.quantization_bit))
     run = describe_run(args, contents | data.sources.contents, data.tokenizer, base, ds_config, zero_layout(ds_config))
     check_resume(args, state, run, data.length.total_steps)
     engine = start_engine(args, ds_config, ds_section(state, run.ranks))
@@ -184,6 +186,7 @@ def read_data(args) -> Data:
     """Tokenizer and rows, after the errors in ds file and method: reading rows can take long."""
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
+    check_not_quantised(config)
     ds_config = load_training_config(args, 1, config.hidden_size)
     check_zero3(args, ds_config["zero_optimization"]["stage"])
     check_method(args)
@@ -201,15 +204,20 @@ def start_engine(args, ds_config: dict, more: dict):
     """
 
     def load(**config):
-        dtype = compute_dtype(ds_config)
-        return load_base(args.mode, args.model_name_or_path, dtype, ds_config, args.attn_implementation, **config)
+        dtype, bits = compute_dtype(ds_config), args.quantization_bit
+        quantize = Quantize(bits, device()) if bits else None
+        attention = args.attn_implementation
+        return load_base(args.mode, args.model_name_or_path, dtype, ds_config, attention, quantize, **config)
 
     model = build_model(args, load)
     if args.tiled_mlp and ds_config["zero_optimization"]["stage"] == 3:
         deepspeed.utils.set_z3_leaf_modules(model, [TiledMLP])  # see there
     trained, total = count_parameters(model)
+    bits = args.quantization_bit
+    quantised = f", linear layers of the base in {bits} bits ({BITS[bits]})" if bits else ""
     print_rank_0(
         f"model: {trained:,} of {total:,} parameters train ({trained / total:.2%}), in {compute_dtype(ds_config)}"
+        + quantised
     )
 
     fit_buckets(ds_config, trained)

@@ -198,6 +198,23 @@ def read_weights(folder: str):
             yield name, file[name]
 
 
+class FolderWeights:
+    """The weights of a folder by name, one file open at a time.
+
+    Raises:
+        CheckpointError: see weight_layout.
+    """
+
+    def __init__(self, folder: str):
+        self.where = {name: path for path, names in weight_layout(folder).items() for name in names}
+        self.file: WeightFile | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self.file is None or self.file.path != self.where[name]:
+            self.file = WeightFile(self.where[name])
+        return self.file[name]
+
+
 def write_json(path: str, content) -> None:
     """Write json in the style of the official folders: indented, Chinese not escaped."""
     with open(path, "w", encoding="utf-8") as file:

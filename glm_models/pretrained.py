@@ -13,6 +13,19 @@ from .checkpoint import CheckpointError, read_json, short_repr, weight_layout
 from .identify import check_family
 
 
+def check_not_quantised(config) -> None:
+    """Refuse a checkpoint whose own weights are quantised, such as the official ChatGLM-6B-int4.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if config.quantization_bit:
+        raise CheckpointError(
+            f"the checkpoint holds weights quantised to {config.quantization_bit} bits; "
+            "use the unquantised one (quantization_bit 0)"
+        )
+
+
 class ChatGLMPreTrainedModel(PreTrainedModel):
     """Base class of all models here."""
 
@@ -28,11 +41,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"prefix_encoder\."]
 
     def __init__(self, config, *args, **kwargs):
-        if config.quantization_bit:
-            raise CheckpointError(
-                f"the checkpoint holds weights quantised to {config.quantization_bit} bits; "
-                "use the unquantised one (quantization_bit 0)"
-            )
+        check_not_quantised(config)
         super().__init__(config, *args, **kwargs)
 
     @property

@@ -420,7 +420,7 @@ def test_flags_of_predict(flags, line):
         ("--max_train_steps 9", "did you mean --max_steps?"),
         ("--report_to wandb", "TensorBoard"),
         ("--lr_scheduler cosine", "did you mean --lr_scheduler_type?"),
-        ("--quantization_bit 4", "quantised models cannot be trained here"),
+        ("--load_in_4bit", "--quantization_bit 4 quantises the base model"),
         ("--num_gpus 2", "it is the launcher's and goes before the script"),
         ("--banana 2", "--help lists all flags"),
     ],
@@ -450,7 +450,7 @@ def test_a_run_may_be_resumed_with_other_values_of_what_changes_no_result():
         *("--loraplus_lr_ratio", "--neftune_noise_alpha"),
         *("--lora_module_name", "--num_train_epochs", "--max_steps", "--per_device_train_batch_size"),
         *("--gradient_accumulation_steps", "--learning_rate", "--weight_decay", "--warmup_ratio", "--seed"),
-        *("--eval_ratio", "--eval_steps", "--best_metric", "--early_stopping_patience"),
+        *("--eval_ratio", "--eval_steps", "--best_metric", "--early_stopping_patience", "--quantization_bit"),
     }
     assert set(by_answers) - set(by_loss) == {"--eval_generate", "--eval_generate_rows", "--eval_max_new_tokens"}
 

@@ -69,11 +69,11 @@ def echo(monkeypatch):
     """A model that answers at once, and says how often it was loaded."""
     loaded = []
 
-    def load_result(mode, folder, base, device):
-        loaded.append(folder)
-        return None, Path(folder).name
+    def load_model(args):
+        loaded.append(args.model_path)
+        return None, Path(args.model_path).name
 
-    monkeypatch.setattr(predict, "load_result", load_result)
+    monkeypatch.setattr(predict, "load_model", load_model)
     monkeypatch.setattr(
         predict,
         "answer",
@@ -353,7 +353,7 @@ def write_conversations(path: Path) -> list[dict]:
 
 def test_the_last_turn_of_each_conversation_is_asked_as_the_official_chat_asks_it(work, monkeypatch):
     asked = []
-    monkeypatch.setattr(predict, "load_result", lambda mode, folder, *_: (predict.load_tokenizer(mode, folder), None))
+    monkeypatch.setattr(predict, "load_model", lambda args: (predict.load_tokenizer(args.mode, args.model_path), None))
     monkeypatch.setattr(
         predict,
         "generate_answers",

@@ -9,11 +9,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import initialization as init
 
 from glm_models import MODE
+from glm_models.quantized import count_numbers
 from tuning.arguments.lora import LORA, changes_base
 from tuning.arguments.parser import split_names
 from tuning.errors import UserError
 from tuning.lora.earlier import copy_weights, read_start, target_modules
-from tuning.lora.layers import use_own_layers
+from tuning.lora.layers import more_than_plain, use_own_layers
 from tuning.lora.targets import find_targets, find_whole, linear_paths, tied_layers
 from tuning.lora.zero3 import peft_gathers, register_reads
 
@@ -85,6 +86,8 @@ def lora(args, load):
         bias="none",
         task_type="CAUSAL_LM",
     )
+    if args.quantization_bit and (key := more_than_plain(config.to_dict())):
+        raise UserError(f"--quantization_bit goes with plain LoRA, and {key} makes the adapter more than that")
     use_own_layers(config)
     # in the model's dtype: DeepSpeed keeps float32 masters, and ZeRO-3 does not cast parameters of another dtype
     with peft_gathers(model):
@@ -134,8 +137,8 @@ def decays_weight(model, name: str) -> bool:
 
 def count_parameters(model) -> tuple[int, int]:
     """Numbers of trained and of all parameters; under ZeRO-3 those of the whole model."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    return trained, count_numbers(model)
 
 
 def build_model(args, load):

@@ -1,6 +1,6 @@
 """The original project's memory tables (A40, batch 1) beside what the planner says this project needs.
 
-    python tests/benchmark/memory_table.py [--json FILE] [--ds_zero2 FILE] [--ds_zero3 FILE]
+    python tests/benchmark/memory_table.py [--json FILE] [--ds_zero2 FILE] [--ds_zero3 FILE] [--only FLAG]
 
 Runs the original's commands through `train.py --plan`'s planner on the official configurations. Planned is simulated;
 published is what the original's README says. No GPU, no weights.
@@ -29,6 +29,8 @@ METHODS = {
 }
 ALL_LINEAR = "query_key_value,dense_h_to_4h,dense_4h_to_h,dense"
 LORA_MODULES = {"glm": "query_key_value", "glm2": ALL_LINEAR, "glm3": ALL_LINEAR}  # of the original's commands
+
+LONG = ("--tiled_mlp", "--offload_inputs")
 
 # method, mode, ds file, checkpointing, max_len, GPUs, published GB, bound GiB, more flags
 ROWS = [
@@ -64,6 +66,19 @@ ROWS = [
     ("lora", "glm3", "zero2", True, 32768, 1, None, None),
     ("lora", "glm3", "zero2", True, 32768, 1, None, 25.5, "--tiled_mlp"),
     ("lora", "glm3", "zero2", True, 32768, 1, None, 19, "--tiled_mlp", "--offload_inputs"),
+    # the same on quantised bases, all linear layers adapted; needs bitsandbytes
+    *(
+        ("lora", mode, "zero2", True, length, 1, None, bound, "--quantization_bit", bits, *more)
+        for mode in ("glm3", "glm2", "glm")
+        for length, bits, bound, more in (
+            (2048, "4", 7.5, ()),
+            (2048, "8", None, ()),
+            (8192, "4", 10.4, ()),
+            (8192, "4", 8, LONG),
+            (16384, "4", 9, LONG),
+            (32768, "4", 11, LONG),
+        )
+    ),
 ]
 
 
@@ -75,7 +90,7 @@ def command(row: tuple, folder: str, files: dict[str, str], extra: list[str]) ->
     argv += ["--max_len", str(max_len), "--max_src_len", str(source), "--gradient_accumulation_steps", "4"]
     argv += ["--ds_file", files[ds], "--gradient_checkpointing", str(checkpointing), *METHODS[method], *more, *extra]
     if method == "lora":
-        argv += ["--lora_module_name", LORA_MODULES[mode]]
+        argv += ["--lora_module_name", ALL_LINEAR if "--quantization_bit" in more else LORA_MODULES[mode]]
     return train.parse_args(argv)
 
 
@@ -86,6 +101,7 @@ def main() -> None:
     parser.add_argument(
         "--ds_zero3", default="ds_zero3_no_offload.json", help="ds file of the ZeRO-3 row without offload"
     )
+    parser.add_argument("--only", default="", help="only the rows with this word among their flags")
     options, extra = parser.parse_known_args()  # what is left goes to train.py
     warnings.filterwarnings("ignore")
     files = {"zero2": options.ds_zero2, "zero3": options.ds_zero3, "zero3_offload": "ds_zero3_offload.json"}
@@ -93,7 +109,7 @@ def main() -> None:
     results = []
     print("| method | model | ds | checkpointing | length | GPUs | published | planned | ratio | bound | most in |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for row in ROWS:
+    for row in (row for row in ROWS if not options.only or options.only in row):
         method, mode, ds, checkpointing, max_len, gpus, published, bound, *more = row
         with tempfile.TemporaryDirectory() as folder:
             MODE[mode].config().save_pretrained(folder)  # the defaults are the official values

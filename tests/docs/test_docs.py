@@ -32,6 +32,7 @@ def test_the_readmes_are_short(name):
 
 # Flags. The documents' words for the defaults that have no value of their own.
 CHINESE = {
+    "as in its training, else 0": "与训练时相同，否则为 0",
     "required": "必填",
     "all": "全部",
     "none": "无",

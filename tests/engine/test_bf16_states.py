@@ -6,9 +6,10 @@ import math
 import ds_keys_losses
 import pytest
 import torch
+from jobs import run_jobs
 from runs import METHOD_FLAGS, make_lively_bases
 from safetensors import safe_open
-from test_train import RATES, ROOT, ROWS, run_jobs
+from test_train import RATES, ROOT, ROWS
 
 import merge_lora
 import train

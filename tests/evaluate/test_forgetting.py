@@ -118,9 +118,9 @@ def test_adapters_and_prefixes_are_results_too(tiny, load, tmp_path):
 def test_both_models_are_measured_in_the_type_of_the_base(tiny, tmp_path, monkeypatch):
     asked, load_result = [], forgetting.load_result
 
-    def load(mode, folder, base, device, dtype=None):
+    def load(mode, folder, base, device, dtype=None, bits=0):
         asked.append(dtype)
-        return load_result(mode, folder, base, device, dtype or torch.bfloat16)
+        return load_result(mode, folder, base, device, dtype or torch.bfloat16, bits)
 
     monkeypatch.setattr(forgetting, "load_result", load)
     report = compare("glm2", tiny["glm2"], tiny["glm2"], write(tmp_path / "suite.json", ROWS), CPU, max_new_tokens=1)

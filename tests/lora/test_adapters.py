@@ -16,6 +16,7 @@ from peft.tuners import lora as peft_lora
 from safetensors.torch import load_file, save_file
 from test_merge import B, change_json, make_adapter, make_base, rename
 from torch import nn
+from torch.nn import functional as F
 
 import merge_lora
 from glm_models import MODE, CheckpointError
@@ -23,6 +24,7 @@ from glm_models.ops import OutputLayer
 from tuning.engine import loading
 from tuning.engine.loading import load_result, prediction_dtype, stored_dtype
 from tuning.errors import UserError
+from tuning.lora import layers as lora_layers
 from tuning.lora.adapter import BASE_FILE, KEYS, write_adapter
 from tuning.lora.layers import LoraLinear, PredictionLinear, use_own_layers
 
@@ -114,6 +116,40 @@ def test_adapters_in_half_precision_answer_as_exactly_as_the_base_does(tiny, tok
         assert rms(found.wide.logits - alone.wide.logits) > error / 4  # the adapter does something
         assert found.error() < 1.15 * error  # 0.93 to 1.07: other roundings, as many
         assert found.same_answers() >= alone.same_answers() - 4
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("scale", [0.001, 0.03, 1])  # of the adapter's product, beside the base's
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_adapted_layer_rounds_no_more_than_its_base(dtype, scale, bias, monkeypatch):
+    """Against float64, on the same numbers; so also where an adapter is as large as the base."""
+    monkeypatch.setattr(lora_layers, "ROWS", 7)  # of 20: the last piece is a smaller one
+    torch.manual_seed(0)
+    base, rank = nn.Linear(96, 200, bias=bias).to(dtype), 4
+    config = LoraConfig(r=rank, lora_alpha=3 * rank, lora_dropout=0.5)
+    layer = PredictionLinear(base, "default", config=config, r=rank, lora_alpha=3 * rank).to(dtype).eval()
+    a, b = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+    x = torch.randn(2, 10, 96).to(dtype)
+    with torch.no_grad():
+        b.normal_(0, scale / 3 / rank**0.5)
+        own = F.linear(x.double(), base.weight.double(), None if base.bias is None else base.bias.double())
+        added = 3 * F.linear(F.linear(x.double(), a.double()), b.double())
+        for found, exact in ((base(x), own), (layer(x), own + added)):
+            # the least that an output in this type can have; 3 %: other roundings of the sum within
+            assert rms(found.double() - exact) < 1.03 * rms(exact.to(dtype).double() - exact)
+
+
+def test_the_weight_of_a_layer_stands_once_and_may_move():
+    layer = PredictionLinear(nn.Linear(16, 24, dtype=torch.bfloat16), "default", config=LoraConfig(r=2), r=2).eval()
+    before, x = layer.base_layer.weight.detach().clone(), torch.randn(3, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        nn.init.normal_(layer.lora_B["default"].weight)
+        answer = layer(x)
+        assert layer.base_layer.weight.equal(before) and layer.base_layer.weight.data_ptr() == layer.wide.data_ptr()
+        layer.base_layer.weight.data = before * 2  # as a move to another device: other memory
+        assert not layer(x).equal(answer)
+        layer.base_layer.weight.data = before.clone()
+        assert layer(x).equal(answer)
 
 
 def foreign(**config):

@@ -423,13 +423,13 @@ def wrong(kind):
     """`merge_lora.merged`, but not quite."""
     right = merge_lora.merged
 
-    def merged(name, weight, adapter):
+    def merged(name, weight, adapter, dtype):
         if kind == "scale":
-            yield from right(name, weight, adapter._replace(scale=adapter.scale * 1.1))
+            yield from right(name, weight, adapter._replace(scale=adapter.scale * 1.1), dtype)
         elif kind == "forgotten":
             yield weight
         else:
-            for part in right(name, weight, adapter):
+            for part in right(name, weight, adapter, dtype):
                 if name.endswith("layers.1.mlp.dense_4h_to_h.weight"):  # no adapter's
                     part = part.clone()
                     part[3, 5] += 0.01
@@ -449,7 +449,7 @@ def test_a_wrong_result_never_gets_its_name(glm3, tmp_path, monkeypatch, kind):
 @pytest.mark.parametrize("kind", ["scale", "forgotten"])
 def test_logits_alone_tell_a_wrong_result(glm3, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(merge_lora, "merged", wrong(kind))
-    monkeypatch.setattr(merge_lora, "compare_weights", lambda files, adapter: 1.0)
+    monkeypatch.setattr(merge_lora, "compare_weights", lambda files, adapter, weights: 1.0)
     with pytest.raises(CheckpointError, match="the merged model is not the unmerged one, nothing was kept; logits"):
         merge_lora.merge("glm3", *map(str, glm3), str(tmp_path / "merged"))
     assert list(tmp_path.iterdir()) == []

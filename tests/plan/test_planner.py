@@ -14,6 +14,7 @@ from torch import nn
 
 import train
 from glm_models import MODE, ops
+from glm_models.quantized import quantized_layers
 from tuning import methods
 from tuning.errors import UserError
 from tuning.plan import planner
@@ -49,6 +50,39 @@ def test_tracker_agrees_with_the_cpu_allocator(mode, method, checkpointing):
 
     again = build(args, config, "cpu")
     assert peak_bytes(trace_step(again.model, again.batch, engine=False)) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", [FP32, {}])
+@pytest.mark.parametrize("flags", ["--quantization_bit 4", "--quantization_bit 4 --gradient_checkpointing"])
+@pytest.mark.parametrize("mode", MODE)
+def test_tracker_agrees_with_the_cpu_allocator_on_a_quantised_base(mode, flags, kind):
+    linear, eight = "query_key_value,dense,dense_h_to_4h,dense_4h_to_h", flags.replace("4", "8")
+    for more in (f"--train_type lora --lora_module_name {linear} {flags}", f"--train_type ptuning {eight}"):
+        args = arguments(f"--mode {mode} {more}")
+        config = ds_config(args, 2, **kind)
+        real, meta = build(args, config, "cpu"), build(args, config, "meta")
+        measured = peak_of(lambda real=real: real.model(**real.batch).loss.backward())
+        trace = trace_step(meta.model, on_meta(meta.batch), on_gpu=False, engine=False)
+        assert peak_bytes(trace) == pytest.approx(measured, rel=0.01)
+
+
+def test_what_a_quantised_base_takes():
+    """As bitsandbytes stores it: 4 bits, 8 for each 64 of them, 32 for 256 of these; a step keeps it all the same."""
+    for bits, kept in (
+        (4, lambda n, out: n / 2 + n / 64 + 4 * -(-n // (64 * 256)) + 4 * (1 + 16 + 256)),
+        (8, lambda n, out: n + 4 * out),
+    ):
+        args = arguments(f"--mode glm3 --train_type lora --quantization_bit {bits}")
+        for device in ("cpu", "meta"):
+            setup = build(args, ds_config(args, 2), device)
+            run = Zero12Simulator(setup, 1, Exact())
+            run.allocate_states()
+            layers = quantized_layers(setup.model)
+            assert len(layers) == 4 * 3
+            packed = sum(kept(x.in_features * x.out_features, x.out_features) for x in layers)
+            assert sum(t.numel() * t.element_size() for x in layers for t in x.stored()) == packed
+            rest = sum(2 * p.numel() for p in setup.model.parameters() if p.is_floating_point())
+            assert run.memory.by_tag["weights"] == pytest.approx(packed + rest, abs=16)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -366,7 +400,7 @@ def test_plan_of_a_full_model_takes_seconds(official, capsys):
         assert flag in text
 
 
-def test_max_memory_finds_the_cheapest_flags_that_fit(official, tmp_path, capsys):
+def test_max_memory_finds_the_cheapest_flags_that_fit(official, tmp_path, capsys, monkeypatch):
     MODE["glm2"].config(num_layers=2).save_pretrained(tmp_path)
     flags = [*official, "--max_len", "1560", "--per_device_train_batch_size", "8", "--max_memory"]
     alone = planner.Plans(planner.plan_setup, 1)
@@ -374,14 +408,23 @@ def test_max_memory_finds_the_cheapest_flags_that_fit(official, tmp_path, capsys
     whole = alone(args).peak / planner.GIB
     args.per_device_train_batch_size = 1
     one_row = alone(args).peak / planner.GIB
+    # nothing that changes the base
+    monkeypatch.setattr("tuning.arguments.quantization.missing_package", lambda: "pip install it")
     for limit, found in (
         (whole + 0.1, "no change"),
         (one_row + 0.1, "--per_device_train_batch_size 1 --gradient_accumulation_steps 8"),
     ):
         planner.plan(train.parse_args([*flags, str(limit)]), planner.plan_setup)
         assert f"with: {found} " in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"nothing fits into 1\.6 GiB per GPU"):
+    least = r"nothing fits into 1\.6 GiB per GPU: the least .* is [0-9.]+ GiB, with --per_d"
+    with pytest.raises(UserError, match=least):
         planner.plan(train.parse_args([*flags, "1.6"]), planner.plan_setup)
+    monkeypatch.undo()
+    assert "--quantization_bit 4" in [change for change, _ in planner.suggestions(args, alone)]
+    sets = planner.all_changes(args, 4)
+    assert {"quantization_bit": 4} in sets and {"ds_file": "ds_zero3_no_offload.json"} in sets
+    quantised = [one for one in sets if "quantization_bit" in one]
+    assert not any("zero3" in one.get("ds_file", "") for one in quantised)  # it would cut quantised weights
 
 
 def test_flags_that_cannot_be_meant_are_refused(official, tmp_path):

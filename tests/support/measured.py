@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 from glm_models import MODE
+from glm_models.quantized import use_quantized_layers
 from tuning.engine.ds_check import STATES_IN_BF16
 from tuning.engine.ds_config import compute_dtype, ds_values, load_ds_config
 from tuning.plan import planner
@@ -88,7 +89,10 @@ def build(args: argparse.Namespace, config: dict, device: str) -> planner.Setup:
     family = MODE[args.mode]
 
     def load(**changes):
-        return family.model(family.config(**SIZES[args.mode], use_cache=False, **changes))
+        model = family.model(family.config(**SIZES[args.mode], use_cache=False, **changes))
+        if args.quantization_bit:
+            use_quantized_layers(model, args.quantization_bit, compute_dtype(config))
+        return model
 
     with torch.device(device):
         model = train.build_model(args, load).to(compute_dtype(config)).train()

@@ -6,6 +6,7 @@ import os
 from glm_models import MODE
 from tuning.arguments.data import add_columns
 from tuning.arguments.parser import SWITCH, File, Folder, Integer, NewPath, Number, Parser, Text
+from tuning.arguments.quantization import needs_package
 from tuning.metrics import HEADLINE, missing
 
 DESCRIPTION = """Answer with a trained model: a whole file, one sample, or a chat in the terminal.
@@ -16,7 +17,8 @@ DESCRIPTION = """Answer with a trained model: a whole file, one sample, or a cha
 
 HINTS = {
     "checkpoint": "the folder of the model goes to --model_path",
-    "quantization_bit": "models are not quantised here",
+    "load_in_4bit": "--quantization_bit 4 quantises the model",
+    "load_in_8bit": "--quantization_bit 8 quantises the model",
     "top_k": "--top_p and --temperature are what sampling has here",
 }
 
@@ -46,6 +48,10 @@ def make_parser() -> Parser:
     group.add_argument(
         "--device", type=Text(), default_text="the accelerator, else cpu", help="cuda, cuda:1, cpu or a number"
     )
+    group.add_argument(
+        "--quantization_bit", type=int, choices=("0", "4", "8"), default_text="as in its training, else 0",
+        help="quantise the linear layers: 4 (nf4), 8 (int8), 0: do not",
+    )  # fmt: skip
     group.add_argument("--verbose", **SWITCH, help="show the messages of the libraries")
 
     group = parser.group("one sample (without it and without a file: chat in the terminal)")
@@ -109,7 +115,7 @@ def make_parser() -> Parser:
 
 def contradictions(args: argparse.Namespace) -> list[str]:
     """Problems of flags that do not go together; see Parser."""
-    wrong = []
+    wrong = needs_package(f"--quantization_bit {args.quantization_bit}") if args.quantization_bit else []
     if args.predict_path and (args.instruction or args.input):
         wrong.append("--predict_path and --instruction or --input exclude each other")
     if (

@@ -22,6 +22,7 @@ from tuning.arguments.parser import (
     Text,
     read_number,
 )
+from tuning.arguments.quantization import training_problems
 from tuning.metrics import FROM_LOSS, HEADLINE, missing
 
 TRAIN_TYPES = ("freeze", "ptuning", "lora", "all")  # the keys of methods.TRAIN_TYPE, which needs torch
@@ -37,19 +38,17 @@ EVALUATE = "--eval_path or --eval_ratio"
 
 # Flags of other programs that have no counterpart here.
 IN_DS_FILE = "precision is set in the ds file, by bf16 and fp16"
-NOT_QUANTISED = "quantised models cannot be trained here"
 HINTS = {
     "bf16": IN_DS_FILE,
     "fp16": IN_DS_FILE,
     "do_train": "train.py always trains; leave it out",
     "eval_strategy": "--eval_path or --eval_ratio makes it validate, --eval_steps says how often",
     "evaluation_strategy": "--eval_path or --eval_ratio makes it validate, --eval_steps says how often",
-    "load_in_4bit": NOT_QUANTISED,
-    "load_in_8bit": NOT_QUANTISED,
+    "load_in_4bit": "--quantization_bit 4 quantises the base model",
+    "load_in_8bit": "--quantization_bit 8 quantises the base model",
     "max_grad_norm": "gradient clipping is set in the ds file: gradient_clipping",
     "max_samples": "a short trial needs --max_steps, or a short file: head -n 100 FILE",
     "optim": "the optimizer is set in the ds file",
-    "quantization_bit": NOT_QUANTISED,
     "report_to": "figures for TensorBoard and log.jsonl are always written to --output_dir",
     "torch_dtype": IN_DS_FILE,
     "warmup_steps": "--warmup_ratio gives the share of all steps",
@@ -269,6 +268,10 @@ def add_devices(parser: Parser) -> None:
         "--ds_file", type=File(), default="ds_zero2_no_offload.json", may_change=True, help="DeepSpeed config file"
     )
     group.add_argument(
+        "--quantization_bit", type=int, choices=("4", "8"),
+        help="quantise the frozen base model: 4 (nf4, QLoRA) or 8 (int8); with lora and ptuning",
+    )  # fmt: skip
+    group.add_argument(
         "--gradient_checkpointing", **SWITCH, may_change=True, help="keep one activation per layer, recompute the rest"
     )
     group.add_argument(
@@ -376,7 +379,7 @@ def add_interruptions(parser: Parser) -> None:
 
 def contradictions(args: argparse.Namespace) -> list[str]:
     """Problems of flags that do not go together; see Parser."""
-    wrong = []
+    wrong = training_problems(args)
     if args.max_src_len >= args.max_len:
         wrong.append(f"--max_src_len {args.max_src_len} must be less than --max_len {args.max_len}")
     if args.max_steps is not None and args.num_train_epochs is not None:

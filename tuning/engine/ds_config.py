@@ -66,7 +66,22 @@ def load_training_config(args, total_steps: int, hidden_size: int) -> dict:
     Raises:
         UserError, CheckpointError: see load_ds_config.
     """
-    return load_ds_config(args.ds_file, ds_values(args, data_parallel_size(), total_steps, hidden_size))
+    config = load_ds_config(args.ds_file, ds_values(args, data_parallel_size(), total_steps, hidden_size))
+    check_quantization(args, config)
+    return config
+
+
+def check_quantization(args, config: dict) -> None:
+    """Refuse ZeRO-3 for a quantised base.
+
+    Raises:
+        UserError: the ds file has it.
+    """
+    if args.quantization_bit and config["zero_optimization"]["stage"] == 3:
+        raise UserError(
+            f"--quantization_bit {args.quantization_bit} does not go with ZeRO-3 ({args.ds_file}), which would cut the "
+            "quantised weights into parts; use a ds file of stage 1 or 2, such as ds_zero2_no_offload.json"
+        )
 
 
 def ds_notes(config: dict) -> list[str]:

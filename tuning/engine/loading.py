@@ -7,6 +7,7 @@ An adapter is loaded together with its base, which its config names.
 """
 
 import os
+from typing import NamedTuple
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -16,8 +17,11 @@ from glm_models.checkpoint import printable, weight_layout
 from glm_models.families import how_to_download
 from glm_models.identify import check_ids
 from glm_models.pretrained import has_lost_prefix
+from glm_models.quantized import BITS
+from tuning.arguments.quantization import needs_package
 from tuning.engine.partitioned import load_partitioned
 from tuning.engine.patches import avoid_cudnn_attention
+from tuning.engine.quantized import load_quantized
 from tuning.errors import UserError
 from tuning.lora.adapter import (
     CONFIG,
@@ -26,8 +30,10 @@ from tuning.lora.adapter import (
     find_base,
     open_adapter,
     read_config,
+    trained_bits,
     unread_keys,
 )
+from tuning.lora.layers import more_than_plain
 from tuning.lora.verify import skeleton
 from utils import print_rank_0, supports_bf16
 
@@ -37,6 +43,17 @@ REFUSED = {
     "arrow_config": "leads to code or files elsewhere",
     "alora_invocation_tokens": "works for a part of each prompt only, which is not known here",
 }
+
+
+class Quantize(NamedTuple):
+    """How a model's linear layers are quantised while it loads.
+
+    bits: 4 or 8.
+    device: where they are quantised, and stay.
+    """
+
+    bits: int
+    device: torch.device
 
 
 def stored_dtype(folder: str) -> torch.dtype | None:
@@ -82,20 +99,22 @@ def load_result(
     base: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    bits: int | None = None,
 ):
     """Tokenizer and model of a result of train.py or merge_lora.py, or of an official folder, ready to generate.
 
     In float32 an adapter is merged, which loses nothing. In half precision it stays separate: merged into the weights
-    it would be rounded to their precision, and most of the update would be lost.
+    it would be rounded to their precision, and most of the update would be lost. So it does on a quantised base.
 
     Args:
         folder: a full model, a P-Tuning result or a LoRA adapter.
         base: the base model of an adapter; None for the one that the adapter's config names.
         device: as "cuda:1" or "cpu"; None for the accelerator, else the CPU.
         dtype: None for the dtype of the checkpoint if the device supports it, and for float32 on a CPU.
+        bits: quantise the linear layers of the base to 4 or 8 bits; 0: do not; None: as in the result's training.
 
     Raises:
-        UserError: no such folder, device or base.
+        UserError: no such folder, device or base; or a package is missing.
         CheckpointError, FolderError: files are broken, or base and adapter do not belong together.
     """
     if not os.path.isdir(folder):
@@ -106,9 +125,36 @@ def load_result(
         check_adapter(mode, folder, whole)
     tokenizer = load_tokenizer(mode, whole)
     dtype, reason = (dtype, "as asked") if dtype else choose_dtype(whole, device)
-    model = load_base(mode, whole, dtype) if whole == folder else load_adapted(mode, folder, whole, dtype)
-    print(f"{folder} on {device} in {str(dtype).removeprefix('torch.')} ({reason})")
+    bits, precision = prediction_bits(folder, bits)
+    quantize = Quantize(bits, device) if bits else None
+    print(f"{folder} on {device} in {str(dtype).removeprefix('torch.')} ({reason}){precision}")
+    if whole == folder:
+        model = load_base(mode, whole, dtype, quantize=quantize)
+    else:
+        model = load_adapted(mode, folder, whole, dtype, quantize)
     return tokenizer, model.to(device).eval()
+
+
+def prediction_bits(folder: str, bits: int | None = None) -> tuple[int, str]:
+    """To how many bits the base is quantised for prediction (0: not at all), and what to tell the user of it.
+
+    Args:
+        folder: of an adapter, or of a complete model.
+        bits: as asked; None: as in training.
+
+    Raises:
+        UserError: the package for it is missing. CheckpointError: see trained_bits.
+    """
+    trained = trained_bits(folder)
+    why = "as asked" if bits is not None else "as in its training"
+    bits = trained if bits is None else bits
+    name = f"quantised to {bits} bits ({BITS[bits]})" if bits else "not quantised"
+    if problems := needs_package(f"{folder}, with linear layers {name},") if bits else []:
+        raise UserError(problems[0])
+    if bits != trained:
+        before = f"quantised to {trained} bits" if trained else "not quantised"
+        why += f"; in its training they were {before}"
+    return bits, f", linear layers of the base {name} ({why})" if bits or trained else ""
 
 
 def check_adapter(mode: str, folder: str, base: str) -> None:
@@ -121,14 +167,24 @@ def check_adapter(mode: str, folder: str, base: str) -> None:
     print(*map(printable, said + unread_keys(folder, config)), sep="\n")
 
 
-def load_adapted(mode: str, folder: str, base: str, dtype: torch.dtype):
-    """Base and adapter as one model of the base's class."""
+def load_adapted(mode: str, folder: str, base: str, dtype: torch.dtype, quantize: Quantize | None = None):
+    """Base and adapter as one model of the base's class.
+
+    Raises:
+        UserError: the base is to be quantised, and the adapter is more than plain LoRA.
+        CheckpointError, FolderError: base and adapter do not belong together, or the adapter is broken.
+    """
+    if quantize and (key := more_than_plain(read_config(folder))):
+        raise UserError(
+            printable(f"{folder}: {key} in {CONFIG} makes it more than plain LoRA, which a quantised base needs here")
+        )
     weights = open_adapter(folder)  # raises if the file is broken or empty
     # an output layer that was tied to the embedding no longer equals it
     changes = {"tie_word_embeddings": False} if any(".lm_head." in name for name in weights.names) else {}
     add_adapter(skeleton(mode, base, **changes), folder, weights)  # raises on a misfit before the base is loaded
-    adapted = add_adapter(load_base(mode, base, dtype, **changes), folder, weights)
-    return adapted.merge_and_unload() if dtype == torch.float32 else adapted.get_base_model()
+    adapted = add_adapter(load_base(mode, base, dtype, quantize=quantize, **changes), folder, weights)
+    merges = dtype == torch.float32 and not quantize
+    return adapted.merge_and_unload() if merges else adapted.get_base_model()
 
 
 def load_tokenizer(mode: str, folder: str):
@@ -141,13 +197,20 @@ def load_tokenizer(mode: str, folder: str):
 
 
 def load_base(
-    mode: str, folder: str, dtype: torch.dtype, ds_config: dict | None = None, attention: str = "sdpa", **config
+    mode: str,
+    folder: str,
+    dtype: torch.dtype,
+    ds_config: dict | None = None,
+    attention: str = "sdpa",
+    quantize: Quantize | None = None,
+    **config,
 ):
     """The model of a checkpoint folder in `dtype`; under ZeRO-3 it is partitioned over the ranks while it loads.
 
     Args:
         ds_config: of the training run; None outside training.
         attention: implementation in transformers' registry.
+        quantize: see there; not under ZeRO-3.
         config: changed keys of config.json.
     """
     family = MODE[mode]
@@ -163,6 +226,8 @@ def load_base(
     try:
         if zero3:
             model = load_partitioned(family.model, folder, config, dtype, attention, ds_config, new_prefix)
+        elif quantize:
+            model = load_quantized(family.model, folder, config, dtype, attention, *quantize, new_prefix)
         else:
             model = family.model.from_pretrained(
                 folder, config=config, new_prefix=new_prefix, dtype=dtype, attn_implementation=attention

@@ -6,10 +6,11 @@ import os
 import deepspeed
 import torch
 
-from glm_models.checkpoint import write_side_files, write_weights
+from glm_models.checkpoint import FolderWeights, write_json, write_side_files, write_weights
+from glm_models.quantized import QuantizedLinear, count_numbers
 from tuning.arguments.train import validates
 from tuning.folders import check_space, free_space, new_folder
-from tuning.lora.adapter import write_adapter
+from tuning.lora.adapter import BASE_FILE, QUANTIZATION, write_adapter
 from tuning.lora.starts import Start, saved_sizes
 from tuning.run import results
 from tuning.run.resume import Checkpoints
@@ -21,8 +22,10 @@ def result_size(model, dtype) -> int:
     """Bytes of one result's weights."""
     adapter = hasattr(model, "peft_config")
     # a tied output layer is written beside the embedding
-    parameters = [p for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad or not adapter]
-    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters) * saved_sizes(model) * dtype.itemsize
+    if adapter:
+        trained = [p for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+        return sum(getattr(p, "ds_numel", p.numel()) for p in trained) * saved_sizes(model) * dtype.itemsize
+    return count_numbers(model, tied_twice=True) * dtype.itemsize
 
 
 def count_results(args, length: RunLength) -> int:
@@ -92,6 +95,14 @@ def gathered(named_parameters):
             yield name, parameter.data
 
 
+def unquantised(named_tensors, model, base: str):
+    """Yield (name, tensor), with a quantised layer's weight as it is in the files of the base."""
+    names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    weights = FolderWeights(base) if names else {}
+    for name, tensor in named_tensors:
+        yield name, weights[name] if name in names else tensor
+
+
 def save_model(
     model, tokenizer, base: str, folder: str, dtype: torch.dtype, record: dict, start: Start | None = None
 ) -> None:
@@ -101,7 +112,8 @@ def save_model(
 
     Args:
         base: folder of the base model; config, tokenizer and official code are copied from there.
-        record: what an adapter's folder says of its base, see adapter.record_base.
+        record: what the folder of an adapter, or of a prefix on a quantised base, says of it; see
+            adapter.record_base.
         start: see adapter.write_adapter.
     """
     if hasattr(model, "peft_config"):
@@ -111,17 +123,16 @@ def save_model(
             with new_folder(folder) as partial:
                 write_adapter(partial, model, tensors, base, record, start)
     else:
-        save_full_model(model, tokenizer, base, folder, dtype)
+        save_full_model(model, tokenizer, base, folder, dtype, record)
     on_rank_0(lambda: None)  # the others wait on the CPU: NCCL would time out before a large file is on a slow disk
 
 
-def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype) -> None:
-    """Write a complete model folder in the official layout."""
+def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype, record: dict) -> None:
+    """Write a complete model folder in the official layout; of a quantised base, with its weights before that."""
     parameters = list(model.named_parameters(remove_duplicate=False))  # a tied output layer too, for other tools
     buffers = model.official_buffers()
-    count = sum(getattr(p, "ds_numel", p.numel()) for _, p in parameters)
-    total = count * dtype.itemsize + sum(b.numel() * b.element_size() for b in buffers.values())
-    whole = gathered(parameters)
+    total = result_size(model, dtype) + sum(b.numel() * b.element_size() for b in buffers.values())
+    whole = unquantised(gathered(parameters), model, base)
     if not is_rank_0():
         for _ in whole:  # takes part in gathering, but copies nothing
             pass
@@ -133,3 +144,5 @@ def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype
     with new_folder(folder) as partial:
         write_weights(partial, itertools.chain(tensors, buffers.items()), total)
         write_side_files(partial, base, model.mode, dtype, tokenizer.stop_token_ids, **prefix)
+        if QUANTIZATION in record:
+            write_json(os.path.join(partial, BASE_FILE), record)

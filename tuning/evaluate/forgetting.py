@@ -81,6 +81,7 @@ from tuning.engine.loading import load_result, named_device
 from tuning.errors import DataError, UserError
 from tuning.exits import exit_on_user_errors
 from tuning.folders import check_space, file_hash, write_errors, write_file
+from tuning.lora.adapter import trained_bits
 from tuning.samples.batches import MicroBatch, collate
 from tuning.samples.encoding import Sample, encode_sample
 from tuning.samples.formats import KEYS, question_of, unused_keys
@@ -267,14 +268,15 @@ def compare(
     """
     device = device or named_device(None)
     lines, rows = read_suite(suite)
-    tokenizer, model = load_result(mode, base, None, device)
+    bits = trained_bits(tuned)  # of both: else the error of quantisation would count as forgetting
+    tokenizer, model = load_result(mode, base, None, device, bits=bits)
     samples = encode_suite(tokenizer, suite, lines, rows, max_length)
     before, kept = measure_base(model, tokenizer, samples, max_new_tokens, tempfile.gettempdir())
     dtype = model.dtype  # for both: else the difference of two types would count as forgetting
     del model
     gc.collect()
     get_accelerator().empty_cache()
-    other_tokenizer, model = load_result(mode, tuned, base, device, dtype)
+    other_tokenizer, model = load_result(mode, tuned, base, device, dtype, bits)
     if tokenizer.fingerprint() != other_tokenizer.fingerprint():
         raise UserError(f"{base} and {tuned} have different tokenizers: their distributions cannot be compared")
     after = measure_tuned(model, tokenizer, samples, max_new_tokens, kept)
@@ -286,6 +288,7 @@ def compare(
         "suite": suite,
         "suite_sha256": file_hash(suite),
         "dtype": str(dtype).removeprefix("torch."),
+        "quantization_bit": bits,
         "max_new_tokens": max_new_tokens,
         **figures,
     }

@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, s
 from safetensors.torch import save_file
 from torch import nn
 
-from glm_models.checkpoint import CheckpointError, WeightFile, printable, read_json, write_json
+from glm_models.checkpoint import CheckpointError, WeightFile, printable, read_json, short_repr, write_json
 from glm_models.identify import describe_base
+from glm_models.quantized import BITS
 from tuning.errors import UserError
 from tuning.folders import MANIFEST, check_folder
 from tuning.lora.layers import PredictionLinear, has_plain_layers, more_than_plain, use_own_layers
@@ -20,6 +21,7 @@ from tuning.lora.starts import Start
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there
 BASE_FILE = "base.json"  # in the adapter's folder: the base on which it was trained
+QUANTIZATION = "quantization_bit"  # its key if that base was quantised; P-Tuning results have the file then, too
 PREFIX = "base_model.model."  # peft adds it to the names of the base model's modules
 
 
@@ -50,9 +52,27 @@ class Adapter(NamedTuple):
 # The base
 
 
-def record_base(mode: str, folder: str, dtype: torch.dtype) -> dict:
-    """The content of BASE_FILE: `describe_base` of the model before training, its path, and its type in training."""
-    return describe_base(mode, folder) | {"path": folder, "dtype": str(dtype).removeprefix("torch.")}
+def record_base(mode: str, folder: str, dtype: torch.dtype, bits: int | None = None) -> dict:
+    """The content of BASE_FILE: `describe_base` of the model before training, its path, and its type in training.
+
+    Args:
+        bits: to which its linear layers were quantised in training; None: they were not.
+    """
+    record = describe_base(mode, folder) | {"path": folder, "dtype": str(dtype).removeprefix("torch.")}
+    return record | ({QUANTIZATION: bits} if bits else {})
+
+
+def trained_bits(folder: str) -> int:
+    """To how many bits the base of an adapter or of a P-Tuning result was quantised in training; 0: it was not.
+
+    Raises:
+        CheckpointError: the record is broken, or of a quantisation that is not known here.
+    """
+    path = os.path.join(folder, BASE_FILE)
+    bits = read_json(path).get(QUANTIZATION, 0) if os.path.isfile(path) else 0
+    if bits not in (0, *BITS):
+        raise CheckpointError(f"{path}: {QUANTIZATION} is {short_repr(bits)}; known are {', '.join(map(str, BITS))}")
+    return bits
 
 
 def check_base(adapter: str, mode: str, base: str) -> str:

@@ -6,7 +6,7 @@ from glm_models.checkpoint import CheckpointError, printable
 from tuning.arguments.parser import split_names
 from tuning.errors import UserError
 from tuning.folders import file_hash
-from tuning.lora.adapter import Adapter, check_base, read_adapter, read_config, unread_keys
+from tuning.lora.adapter import Adapter, check_base, read_adapter, read_config, trained_bits, unread_keys
 from utils import on_rank_0, print_rank_0
 
 
@@ -70,6 +70,9 @@ def start_from_adapter(args) -> dict[str, str]:
     kind += [f"whole {args.modules_to_save}"] if args.modules_to_save else []
     lines = [f"LoRA starts from {folder}: {', '.join(kind)}"]
     lines.append(on_rank_0(lambda: check_base(folder, args.mode, args.model_name_or_path)))
+    if (before := trained_bits(folder)) != (now := args.quantization_bit or 0):
+        names = [f"quantised to {bits} bits" if bits else "not quantised" for bits in (before, now)]
+        lines.append(f"warning: its base was {names[0]} in its training, and is {names[1]} here")
     print_rank_0("\n".join(map(printable, [*lines, *unread_keys(folder, read_config(folder))])))
     return {"--adapter_path": file_hash(read_start(folder).file.path)}
 

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from glm_models import MODE
-from glm_models.checkpoint import CheckpointError, WeightFile, weight_layout
+from glm_models.checkpoint import CheckpointError, FolderWeights, weight_layout
 from glm_models.pretrained import check_prefix
+from glm_models.quantized import quantized_names, round_trip
 from tuning.lora.adapter import Adapter
 
 
@@ -33,14 +34,43 @@ def skeleton(mode: str, folder: str, **config) -> nn.Module:
     return model
 
 
+def quantized_weights(model: nn.Module) -> frozenset[str]:
+    """Names of the weights that a quantised base keeps in few bits."""
+    return frozenset(f"{name}.weight" for name in quantized_names(model))
+
+
 def tied_weights(model: nn.Module) -> dict[str, str]:
     """Weights that share the memory of others, with the names of these: an output layer tied to the embedding."""
     return (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
 
 
+class BaseWeights:
+    """The weights of a base model's folder by name, those of quantised layers after quantisation and back.
+
+    Args:
+        bits: see quantized.round_trip; 0: as they are in the files.
+        names: of the weights that are quantised.
+
+    Raises:
+        CheckpointError: see weight_layout.
+    """
+
+    def __init__(self, folder: str, bits: int = 0, names: frozenset[str] = frozenset()):
+        self.weights, self.bits, self.names = FolderWeights(folder), bits, names if bits else frozenset()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self.weights[name]
+        return round_trip(weight, self.bits) if name in self.names else weight
+
+
 @torch.no_grad()
 def logits(
-    mode: str, folder: str, batch, adapter: Adapter | None = None, rounding: torch.dtype | None = None
+    mode: str,
+    folder: str,
+    batch,
+    adapter: Adapter | None = None,
+    rounding: torch.dtype | None = None,
+    bits: int = 0,
 ) -> torch.Tensor:
     """Logits of all tokens of a batch, padding left out: [tokens, vocabulary], float32.
 
@@ -50,28 +80,21 @@ def logits(
         batch: input_ids and attention_mask, as from the tokenizer's `pad`.
         adapter: added to the outputs of the modules that it adapts, as in training, not merged into weights; weights
             that were trained whole replace those of the folder.
-        rounding: change each adapted weight at random by up to the rounding error of this type.
+        rounding: change each adapted or quantised weight at random by up to the rounding error of this type.
+        bits: of the base's linear layers in the blocks; 0: not quantised.
     """
     model = skeleton(mode, folder)
-    tied = tied_weights(model)
-    where = {name: path for path, names in weight_layout(folder).items() for name in names}
-    opened: dict[str, WeightFile] = {}  # one at a time
+    tied, weights = tied_weights(model), BaseWeights(folder, bits, quantized_weights(model))
     pairs, whole, changed = (adapter.pairs, adapter.whole, adapter.changed()) if adapter else ({}, {}, set())
     generator = torch.Generator().manual_seed(0)
 
     def read(name: str) -> torch.Tensor:
-        if name in whole:
-            return whole[name].float()
-        path = where[name := tied.get(name, name)]
-        if path not in opened:
-            opened.clear()
-            opened[path] = WeightFile(path)
-        return opened[path][name].float()
+        return (whole[name] if name in whole else weights[tied.get(name, name)]).float()
 
     def fill(module: nn.Module, prefix: str) -> None:
         for key, parameter in module.named_parameters(recurse=False):
             weight = read(prefix + key)
-            if rounding is not None and prefix + key in changed:
+            if rounding is not None and (prefix + key in changed or prefix + key in weights.names):
                 noise = torch.rand(weight.shape, generator=generator).sub_(0.5).mul_(torch.finfo(rounding).eps)
                 weight = weight + noise.mul_(weight + adapter.update(prefix + key) if prefix + key in pairs else weight)
             setattr(module, key, nn.Parameter(weight, requires_grad=False))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import psutil
 
+from glm_models.quantized import count_numbers
 from tuning.folders import free_space
 from tuning.lora.starts import saved_sizes
 from tuning.plan.zero import Zero12Simulator
@@ -36,25 +37,22 @@ class HostPlan(NamedTuple):
 def plan_host(run: Zero12Simulator) -> HostPlan:
     """The main memory and disk space of a simulated training step."""
     model, gpus = run.setup.model, run.gpus
-    size = sum(p.numel() for p in run.parameters) * run.item
+    # a quantised weight is on the GPU as soon as it is read
+    size = sum(p.numel() for p in run.parameters) * run.item if not run.stored else 0
     trained = sum(p.numel() for p in run.trained)
     # a tied output layer is saved in addition to the embedding, because other programs expect it
-    saved = trained if hasattr(model, "peft_config") else sum(p.numel() for _, p in named_parameters(model))
+    saved = trained if hasattr(model, "peft_config") else count_numbers(model, tied_twice=True)
     result = saved * saved_sizes(model) * run.item
     phases = {
-        # ZeRO-3 maps the files and keeps partitions; otherwise each rank builds the whole model before moving it
-        "loading": size + gpus * READ if run.stage == 3 else gpus * size + READ,
+        # ZeRO-3 maps the files and keeps partitions, quantisation maps them and goes on on the GPU; otherwise each rank
+        # builds the whole model before moving it
+        "loading": size + gpus * READ if run.stage == 3 or run.stored else gpus * size + READ,
         "setting up": gpus * (run.cpu + run.cpu_once),
         "training": gpus * run.cpu,
         "saving": gpus * run.cpu + min(result, WRITTEN),
     }
     phase = max(phases, key=phases.get)
     return HostPlan(gpus * PROCESS + phases[phase], phase, result, trained * (run.item + 3 * run.master_item) + MIB)
-
-
-def named_parameters(model):
-    """Names and parameters as they are saved: tied ones under each of their names."""
-    return model.named_parameters(remove_duplicate=False)
 
 
 class Disk(NamedTuple):

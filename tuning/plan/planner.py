@@ -17,7 +17,17 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from glm_models import MODE
 from glm_models.ops import TILE
-from tuning.engine.ds_config import compute_dtype, ds_notes, ds_values, fit_buckets, load_ds_config, split_groups
+from glm_models.quantized import BITS, use_quantized_layers
+from tuning.arguments.quantization import training_problems
+from tuning.engine.ds_config import (
+    check_quantization,
+    compute_dtype,
+    ds_notes,
+    ds_values,
+    fit_buckets,
+    load_ds_config,
+    split_groups,
+)
 from tuning.errors import UserError
 from tuning.lora.earlier import take_lora_flags
 from tuning.methods import build_model, check_zero3, parameter_groups, zero3_problem
@@ -106,7 +116,7 @@ def simulate(
 
 
 # Changes of the command line. A new flag that saves memory is a new row: a cost that orders the search, and a function
-# that returns the changed flags, or None if it changes nothing.
+# that returns the changed flags, or None if it changes nothing or does not go with the flags that there are.
 
 
 def _single_rows(args, gpus):
@@ -120,18 +130,28 @@ def _checkpointing(args, gpus):
 
 
 def _zero3(args, gpus):
-    if gpus == 1 or "zero3" in args.ds_file or zero3_problem(args):
-        return None
-    return {"ds_file": "ds_zero3_no_offload.json"}
+    fits = gpus > 1 and "zero3" not in args.ds_file and _takes_zero3(args)
+    return {"ds_file": "ds_zero3_no_offload.json"} if fits else None
+
+
+def _takes_zero3(args) -> bool:
+    return not args.quantization_bit and not zero3_problem(args)
+
+
+def _nf4(args, gpus):
+    changes = {"quantization_bit": 4}
+    fits = args.quantization_bit != 4 and "zero3" not in args.ds_file
+    return changes if fits and not training_problems(changed(args, changes)) else None
 
 
 def _offload(args, gpus):
-    return None if "zero3_offload" in args.ds_file or zero3_problem(args) else {"ds_file": "ds_zero3_offload.json"}
+    fits = "zero3_offload" not in args.ds_file and _takes_zero3(args)
+    return {"ds_file": "ds_zero3_offload.json"} if fits else None
 
 
 def _bf16_states(args, gpus):
-    refused = "zero3_bf16_states" in args.ds_file or zero3_problem(args)
-    return None if refused else {"ds_file": "ds_zero3_bf16_states.json"}
+    fits = "zero3_bf16_states" not in args.ds_file and _takes_zero3(args)
+    return {"ds_file": "ds_zero3_bf16_states.json"} if fits else None
 
 
 def _offload_bf16_states(args, gpus):
@@ -165,9 +185,10 @@ CHANGES = [
     (3, _zero3),
     (4, _tiled),
     (5, _inputs),
-    (6, _offload),
-    (7, _bf16_states),
-    (8, _offload_bf16_states),
+    (6, _nf4),
+    (7, _offload),
+    (8, _bf16_states),
+    (9, _offload_bf16_states),
     (10, _shorter(0.75)),
     (20, _shorter(0.5)),
     (30, _shorter(0.25)),
@@ -230,20 +251,55 @@ def suggestions(args: argparse.Namespace, plans: Plans) -> list[tuple[str, Memor
     return sorted((one for one in found if one[1].peak < before), key=lambda one: one[1].peak)
 
 
-def search_flags(args: argparse.Namespace, plans: Plans, limit: float) -> Iterator[tuple[dict, MemoryPlan]]:
-    """Sets of flag changes that fit into `limit` bytes per GPU, with their plans; the cheapest first."""
-    candidates = []  # (cost, changes)
+def all_changes(args: argparse.Namespace, gpus: int) -> list[dict]:
+    """All sets of flag changes, the cheapest first."""
+    found = []  # (cost, changes)
     for subset in range(1 << len(CHANGES)):
         rows = [row for i, row in enumerate(CHANGES) if subset >> i & 1]
-        parts = [change(args, plans.gpus) for _, change in rows]
-        names = [name for part in parts if part for name in part]
-        if None not in parts and len(names) == len(set(names)):  # no two rows change the same flag
-            candidates.append((sum(cost for cost, _ in rows), {k: v for part in parts for k, v in part.items()}))
-    for _, changes in sorted(candidates, key=lambda one: one[0]):
+        changes: dict | None = {}
+        for _, change in rows:
+            part = change(changed(args, changes), gpus)
+            if part is None or part.keys() & changes.keys():  # no two rows change the same flag
+                changes = None
+                break
+            changes |= part
+        if changes is not None:
+            found.append((sum(cost for cost, _ in rows), changes))
+    return [changes for _, changes in sorted(found, key=lambda one: one[0])]
+
+
+def least_memory(args: argparse.Namespace, plans: Plans) -> tuple[dict, MemoryPlan]:
+    """The flag changes that need least, with their plan: among the sets to which no change can be added."""
+    found = all_changes(args, plans.gpus)
+    most = [one for one in found if not any(one.items() < other.items() for other in found)]
+    shortest = min(one.get("max_len", args.max_len) for one in most)
+    most = [one for one in most if one.get("max_len", args.max_len) == shortest]
+    return min(((one, plans(changed(args, one))) for one in most), key=lambda pair: pair[1].peak)
+
+
+def search_flags(args: argparse.Namespace, plans: Plans, limit: float) -> Iterator[tuple[dict, MemoryPlan]]:
+    """Sets of flag changes that fit into `limit` bytes per GPU, with their plans; the cheapest first.
+
+    Raises:
+        UserError: none fits; says what the least is.
+    """
+    changes, least = least_memory(args, plans)  # first, because there are many sets to try
+    if least.peak > limit:
+        raise UserError(
+            f"nothing fits into {limit / GIB:.4g} GiB per GPU: the least that train.py's flags give is "
+            f"{least.peak / GIB:.2f} GiB, with {marked(changes) or 'no change'}; use more GPUs (--plan_gpus), or a "
+            "method that trains less"
+        )
+    found = False
+    for some in all_changes(args, plans.gpus):
         try:
-            yield changes, plans(changed(args, changes), limit - CONTEXT)
+            fitting = some, plans(changed(args, some), limit - CONTEXT)
         except MemoryError:
             continue
+        found = True
+        yield fitting
+    if not found:  # the allocator's own retries may fail where the peak alone fits
+        yield changes, least
 
 
 # Output
@@ -271,6 +327,8 @@ def memory_table(found: MemoryPlan) -> str:
 def describe(args: argparse.Namespace, found: MemoryPlan, gpus: int) -> str:
     """The planned setting and its memory table."""
     dtype = str(found.dtype).removeprefix("torch.")
+    if args.quantization_bit:
+        dtype += f" on {BITS[args.quantization_bit]}"
     return (
         f"plan (simulated): {args.mode} {args.train_type} in {dtype}, {args.ds_file}, {gpus} GPU{'s' * (gpus > 1)}, "
         f"{args.per_device_train_batch_size} x {args.max_len} tokens each\n"
@@ -299,12 +357,7 @@ def advice_within(args: argparse.Namespace, plans: Plans) -> str:
         UserError: nothing fits.
     """
     fitting = search_flags(args, plans, args.max_memory * GIB)
-    changes, after = next(fitting, (None, None))
-    if after is None:
-        raise UserError(
-            f"nothing fits into {args.max_memory:.4g} GiB per GPU: fewer rows, checkpointing, ZeRO-3, offload, bf16 "
-            "states and a quarter of --max_len were tried; use more GPUs (--plan_gpus), or a method that trains less"
-        )
+    changes, after = next(fitting)
     found = f"{marked(changes) or 'no change'}  (peak {after.peak / GIB:.2f} GiB)"
     lines = [
         f"fits into {args.max_memory:.4g} GiB with: {found}; it then needs",
@@ -365,10 +418,14 @@ def plan_setup(args, gpus: int) -> Setup:
     config = family.config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, gpus, 1, config.hidden_size), as_gpu=True)
     check_zero3(args, ds_config["zero_optimization"]["stage"])
+    check_quantization(args, ds_config)
     dtype = compute_dtype(ds_config)
 
     def load(**changes):
-        return family.model(family.config.from_pretrained(args.model_name_or_path, use_cache=False, **changes))
+        model = family.model(family.config.from_pretrained(args.model_name_or_path, use_cache=False, **changes))
+        if args.quantization_bit:
+            use_quantized_layers(model, args.quantization_bit, dtype)
+        return model
 
     with torch.device("meta"):
         model = build_model(args, load).to(dtype).train()

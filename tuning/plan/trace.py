@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from glm_models.quantized import quantized_layers
+
 
 class Event(NamedTuple):
     """One entry of a trace.
@@ -202,7 +204,8 @@ def trace_step(model, batch: dict, on_gpu: bool = True, engine: bool = True, lin
         linear: replaces torch's F.linear.
     """
     parameters = list(model.parameters())
-    known = [*parameters, *model.buffers(), *(x for x in batch.values() if isinstance(x, torch.Tensor))]
+    known = [*parameters, *model.buffers(), *(t for layer in quantized_layers(model) for t in layer.stored())]
+    known += (x for x in batch.values() if isinstance(x, torch.Tensor))
     tracker = StorageTracker(known, getattr(model.config, "vocab_size", None))
     with contextlib.ExitStack() as stack:
         if engine:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from deepspeed.runtime.config import DtypeEnum
 
+from glm_models.quantized import quantized_layers
 from tuning.engine.ds_config import holds_states_in_bf16
 from tuning.errors import UserError
 from tuning.plan.allocator import CachingAllocator
@@ -52,6 +53,8 @@ class Zero12Simulator:
         self.gpus, self.setup, self.on_gpu = gpus, setup, on_gpu
         self.parameters = list(setup.model.parameters())  # tied ones once
         self.trained = [p for group in setup.groups for p in group["params"]]
+        # the tensors of quantised weights, by the id of the parameter
+        self.stored = {id(layer.weight): layer.stored() for layer in quantized_layers(setup.model)}
         config = setup.ds_config
         self.zero = config["zero_optimization"]
         self.stage = self.zero["stage"]
@@ -146,7 +149,8 @@ class Zero12Simulator:
         trained = set(map(id, self.trained))
         for parameter in self.parameters:
             if id(parameter) not in trained:
-                self.allocate("weights", parameter.numel() * self.item)
+                for tensor in self.stored.get(id(parameter), [parameter]):
+                    self.allocate("weights", tensor.numel() * tensor.element_size())
         for group in self.setup.groups:
             numel = sum(p.numel() for p in group["params"])
             numel = -(-numel // (2 * self.gpus)) * 2 * self.gpus  # alignment for NCCL

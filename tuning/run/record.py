@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 
 from glm_models.checkpoint import CheckpointError, read_json
 from tuning import ROOT
+from tuning.arguments.quantization import PACKAGE, missing_package
 from tuning.arguments.train import fixed_flags
 from tuning.errors import FolderError, UserError
 from tuning.folders import lock_folder, sweep, write_errors, write_file
@@ -40,7 +41,8 @@ PACKAGES = ("torch", "transformers", "deepspeed", "peft", "safetensors", "senten
 
 def describe_versions() -> dict[str, str]:
     """Versions of Python and of the libraries on which results depend."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    names = (*PACKAGES, *([] if missing_package() else [PACKAGE]))
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
 def describe_git() -> dict | None:

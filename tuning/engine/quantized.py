@@ -1,0 +1,76 @@
+"""Loading with quantised linear layers: each weight is quantised as it is read, so no more than one is there whole."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from glm_models.checkpoint import read_weights
+from glm_models.pretrained import read_generation_config
+from glm_models.quantized import QuantizedLinear, use_quantized_layers
+from tuning.engine.partitioned import initialise, tie
+
+
+def load_quantized(
+    model_class,
+    folder: str,
+    config,
+    dtype: torch.dtype,
+    attention: str,
+    bits: int,
+    device: torch.device | str,
+    new_prefix: bool = False,
+):
+    """Like `model_class.from_pretrained`, but the blocks' linear layers are quantised (glm_models/quantized.py).
+
+    The files are read once, one after the other; a weight goes to the device and is quantised there.
+
+    Args:
+        model_class: model class of a family.
+        config: its configuration.
+        dtype: of all that is not quantised, and of what is computed.
+        attention: implementation in transformers' registry.
+        bits: 4 or 8.
+        device: where the model is wanted.
+        new_prefix: see check_prefix.
+
+    Raises:
+        CheckpointError: the weights do not fit the config, or a file is missing or broken.
+    """
+    model_class.check_weights(folder, config, new_prefix)
+    config.dtype, config._attn_implementation, config.name_or_path = dtype, attention, folder
+    with torch.device("meta"), init.no_init_weights():
+        model = model_class(config)
+    use_quantized_layers(model, bits, dtype)
+    missing, unknown = fill(model, folder, dtype, device)
+    tie(model, missing)
+    model_class.check_fit(folder, missing, unknown, [])
+    if missing:  # on the CPU, so that a new prefix is the same on all devices
+        for name in missing:
+            put(model, name, torch.empty(model.get_parameter(name).shape, dtype=dtype))
+        initialise(model, missing)
+    model.generation_config = read_generation_config(folder, config)
+    return model.to(device).eval()
+
+
+def put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Make a tensor the parameter of this name."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
+
+
+@torch.no_grad()
+def fill(model: nn.Module, folder: str, dtype: torch.dtype, device) -> tuple[set[str], list[str]]:
+    """Read the model's weights. Returns the names of those that the files lack, and of those that the model lacks."""
+    missing, unknown = set(dict(model.named_parameters(remove_duplicate=False))), []
+    for name, tensor in read_weights(folder):
+        if name not in missing:
+            unknown += [] if model.is_computed(name) else [name]
+            continue
+        missing.discard(name)
+        path, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(path)
+        if leaf == "weight" and isinstance(layer, QuantizedLinear):
+            layer.quantize(tensor.to(device))
+        else:
+            put(model, name, tensor.to(device, dtype, copy=True))  # a copy: files are mapped into memory
+    return missing, unknown
