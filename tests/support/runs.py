@@ -124,7 +124,9 @@ class Forked:
             action(rank)
             os._exit(0)
         except SystemExit as end:
-            os._exit(end.code)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr, flush=True)
+            os._exit(end.code if isinstance(end.code, int) else bool(end.code))  # as Python would end
         except BaseException:
             import traceback
 
