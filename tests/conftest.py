@@ -31,18 +31,18 @@ TINY = {
 
 # Files that take longest, the longest first, so that at the end no worker is left alone with one of them.
 LONGEST = [
+    "test_half_precision.py",
     "test_train.py",
     "test_stops.py",
-    "test_half_precision.py",
     "test_planner.py",
     "test_evaluation.py",
-    "test_benchmarks.py",
     "test_merge.py",
-    "test_bf16_states.py",
-    "test_compare_methods.py",
     "test_models.py",
+    "test_compare_methods.py",
     "test_gpu_check.py",
+    "test_benchmarks.py",
     "test_fuzz.py",
+    "test_forgetting.py",
 ]
 
 TEXT = """\

@@ -126,14 +126,14 @@ def measure(args: argparse.Namespace, config: dict) -> list[int]:
     def backward():
         engine.backward(engine(**setup.batch).loss)
 
-    peaks = []
-    for number in range(4):
+    def step(watched) -> tuple:
         for _ in range(args.gradient_accumulation_steps - 1):
             backward()
             engine.step()
-        measured = peak_of(backward), peak_of(engine.step)
-        if number:  # the first step makes the optimizer's state
-            peaks.append(measured)
+        return watched(backward), watched(engine.step)
+
+    step(lambda part: part())  # makes the optimizer's state
+    peaks = [step(peak_of) for _ in range(3)]
     engine.destroy()
     return [min(both) for both in zip(*peaks, strict=True)]
 
