@@ -29,6 +29,22 @@ TINY = {
     "glm3": {"layers": 4, "hidden_size": 64, "heads": 4, "vocab_size": 1000},
 }
 
+# Files that take longest, the longest first, so that at the end no worker is left alone with one of them.
+LONGEST = [
+    "test_half_precision.py",
+    "test_train.py",
+    "test_stops.py",
+    "test_planner.py",
+    "test_evaluation.py",
+    "test_merge.py",
+    "test_models.py",
+    "test_compare_methods.py",
+    "test_gpu_check.py",
+    "test_benchmarks.py",
+    "test_fuzz.py",
+    "test_forgetting.py",
+]
+
 TEXT = """\
 你现在是一个信息抽取模型，请你帮我抽取出关系内容为"性能故障", "部件故障", "组成"和 "检测工具"的相关三元组，\
 三元组内部用"_"连接，三元组之间用\\n分割。文本：
@@ -134,6 +150,11 @@ See /usr/share/doc or C:\\temp for more, and mail me@example.com.
 ABCDEFGHIJKLMNOPQRSTUVWXYZ abcdefghijklmnopqrstuvwxyz
 ~ ` @ # $ ^ & * _ = + \\ / €
 """.splitlines()
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @torch.no_grad()

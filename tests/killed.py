@@ -115,14 +115,14 @@ def wait_for_moment(
     time.sleep(chance.uniform(0, 0.25))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each setting")
     parser.add_argument("--in-save", action="store_true", help="kill while a state is written; one setting only")
     parser.add_argument("--conversations", action="store_true", help="rows are conversations, with plain text between")
-    parser.add_argument("--sample", action="store_true", help="one setting of each family and method")
+    parser.add_argument("--sample", action="store_true", help="one setting of each family and method, half the rows")
     parser.add_argument("--only", default="", help="settings whose name holds this")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     utils.silence_libraries(verbose=False)
     rest = list(itertools.product(STAGES, (1, 2), (False, True)))
     pairs = list(itertools.product(MODE, methods.TRAIN_TYPE))
@@ -135,7 +135,8 @@ def main():
         bases = {mode: make_base(mode, Path(work, mode)) for mode in MODE}
         rows = dict.fromkeys(MODE, make_rows(Path(work, "rows.json")))
         if args.conversations:
-            rows = {mode: make_conversations(Path(work, f"{mode}.json"), mode) for mode in MODE}
+            count = 12 if args.sample else 24
+            rows = {mode: make_conversations(Path(work, f"{mode}.json"), mode, count) for mode in MODE}
         total: dict[str, int] = {}
         for mode, method, stage, ranks, packing in settings:
             name = f"{mode} {method} ZeRO-{stage} {ranks} rank{'s' * (ranks > 1)}{' packed' * packing}"

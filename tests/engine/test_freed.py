@@ -5,9 +5,8 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from freed import CASES
-from measured import ROOT
-from ranks import end_ranks, start_ranks
+from freed import CASES, compare
+from runs import Forked
 
 from tuning.engine import patches
 
@@ -16,13 +15,11 @@ from tuning.engine import patches
 def facts(tmp_path_factory):
     """facts[ranks][case]: what came out with DeepSpeed's own way, and with this project's."""
     folder = tmp_path_factory.mktemp("freed")
-    started = [
-        p
-        for n in (1, 2)
-        for p in start_ranks(n, str(ROOT / "tests" / "support" / "freed.py"), str(folder / f"{n}.json"))
-    ]
-    end_ranks(started)
-    return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in (1, 2)}
+    files = {ranks: folder / f"{ranks}.json" for ranks in (1, 2)}
+    for ranks, file in files.items():
+        run = Forked(ranks, folder / f"log-{ranks}", lambda rank, file=file: compare(file))
+        assert set(run.wait().values()) == {0}, run.log.read_text()[-3000:]
+    return {ranks: json.loads(file.read_text()) for ranks, file in files.items()}
 
 
 @pytest.mark.parametrize("case", CASES)

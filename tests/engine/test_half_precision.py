@@ -103,6 +103,7 @@ def test_results_in_half_precision_answer(losses, folder, rows, case):
     with safe_open(result / file, "pt") as weights:
         types = {weights.get_tensor(name).dtype for name in weights.keys() if "inv_freq" not in name}  # noqa: SIM118
     assert types == {torch.bfloat16 if kind == "bf16" else torch.float16}
-    predict.main(f"--mode {mode} --model_path {result} --predict_path {rows} --max_length 100 --device cpu".split())
+    few = "--max_length 100 --max_new_tokens 8 --device cpu"
+    predict.main(f"--mode {mode} --model_path {result} --predict_path {rows} {few}".split())
     answers = [json.loads(line) for line in (result / "predictions-rows.jsonl").read_text().splitlines()]
     assert [row["output"] for row in answers] == [row[2] for row in ROWS[:4]]

@@ -1,27 +1,24 @@
 """Loading under ZeRO-3, on three ranks, so that weights do not divide evenly: the same model, the same random numbers
 and the same errors as without it.
-
-    deepspeed --num_gpus 3 tests/engine/test_zero3.py CASES.json RESULTS.json
-
-CASES is {name: [mode, folder, changes of config.json]}; RESULTS gets {name: what differs}.
 """
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pytest
 import torch
+from runs import ROOT, STAGES, Forked
 from safetensors.torch import load_file
 
+import train
+import utils
 from glm_models import MODE, CheckpointError
+from tuning.engine import ds_config, loading, patches, saving
+from tuning.engine.ds_config import load_ds_config
+from tuning.run import launch
 
-ROOT = Path(__file__).resolve().parents[2]
 RANKS = 3
 PREFIX = {"pre_seq_len": 3, "prefix_projection": True}
 
@@ -29,25 +26,22 @@ PREFIX = {"pre_seq_len": 3, "prefix_projection": True}
 # What runs on the ranks
 
 
-def main():
-    import train
-    import utils
-    from tuning.engine import ds_config, loading, patches, saving
-    from tuning.engine.ds_config import load_ds_config
-    from tuning.run import launch
+def load_all(cases: dict[str, list], results: Path) -> None:
+    """Write {name of a case: what differs, by rank}.
 
-    torch.set_num_threads(1)
-    cases, results = [Path(arg) for arg in sys.argv if arg.endswith(".json")]
+    Args:
+        cases: {name: [mode, folder, changes of config.json]}.
+    """
     utils.silence_libraries(verbose=False)
     patches.apply()
     _, world_size = launch.start_distributed(verbose=False)
     found = {}
-    for name, (mode, folder, changes) in json.loads(cases.read_text()).items():
+    for name, (mode, folder, changes) in cases.items():
         args = train.parse_args(f"--mode {mode} --model_name_or_path {folder} --train_path {__file__}".split())
         values = ds_config.ds_values(args, world_size, 10, 64)
         plain, zero3 = (
             outcome(lambda: loading.load_base(mode, folder, torch.float32, config, **changes))  # noqa: B023
-            for config in (load_ds_config(f"ds_zero{stage}_no_offload.json", values) for stage in (2, 3))
+            for config in (load_ds_config(str(ROOT / STAGES[stage]), values) for stage in (2, 3))
         )
         mine = differences(saving.gathered, plain, zero3)
         everyone = [None] * world_size
@@ -180,13 +174,9 @@ SAYS = {
 @pytest.fixture(scope="module")
 def found(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero3")
-    cases, results = folder / "cases.json", folder / "results.json"
-    cases.write_text(json.dumps(good_cases(tiny, folder) | bad_cases(tiny, folder)))
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(RANKS)]
-    command += ["--master_port", str(29600 + os.getpid() % 300), __file__, str(cases), str(results)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert results.exists(), run.stdout[-3000:] + run.stderr[-3000:]
+    cases, results = good_cases(tiny, folder) | bad_cases(tiny, folder), folder / "results.json"
+    run = Forked(RANKS, folder / "log", lambda rank: load_all(cases, results))
+    assert set(run.wait().values()) == {0}, run.log.read_text()[-3000:]
     return json.loads(results.read_text())
 
 
@@ -207,7 +197,3 @@ def test_the_same_errors_as_without(found, mode, kind):
     for errors in found[f"{mode}-{kind}"]:
         assert len(errors) == 1, errors
         assert SAYS[kind] in errors[0]
-
-
-if __name__ == "__main__":
-    main()

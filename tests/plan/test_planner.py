@@ -8,8 +8,21 @@ import time
 
 import pytest
 import torch
-from measured import PURE, ROOT, SETTINGS, SIZES, SUMS, arguments, build, ds_config, peak_of, setting, sums_of
-from ranks import end_ranks, start_ranks
+from measured import (
+    PURE,
+    ROOT,
+    SETTINGS,
+    SIZES,
+    SUMS,
+    arguments,
+    build,
+    ds_config,
+    measure_all,
+    peak_of,
+    setting,
+    sums_of,
+)
+from runs import Forked
 from torch import nn
 
 import train
@@ -259,10 +272,11 @@ def measured(tmp_path_factory):
     """measured[stage, ranks]: what DeepSpeed allocates. Stages have their own processes: stage 3 changes modules."""
     folder = tmp_path_factory.mktemp("measured")
     files = {(stage, ranks): folder / f"{stage}-{ranks}.json" for stage, ranks in ((2, 1), (3, 1), (2, 2))}
-    program, started = str(ROOT / "tests" / "support" / "measured.py"), []
     for (stage, ranks), file in files.items():
-        started += start_ranks(ranks, program, str(stage), str(file), *(["large"] if ranks > 1 else []))
-    end_ranks(started)
+        names = SETTINGS if ranks == 1 else ["large"]
+        log = folder / f"log-{stage}-{ranks}"
+        run = Forked(ranks, log, lambda rank, call=(stage, names, file): measure_all(*call))
+        assert set(run.wait().values()) == {0}, log.read_text()[-3000:]
     return {key: json.loads(file.read_text()) for key, file in files.items()}
 
 

@@ -7,15 +7,15 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
+from runs import Forked
 
+import train
 from glm_models import MODE
 from tuning.errors import DataError
 from tuning.samples import check as data_check
@@ -27,7 +27,6 @@ from tuning.samples.flaws import Flaw
 from tuning.samples.formats import to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 modes = pytest.mark.parametrize("mode", MODE)
 MAX_LEN, MAX_SRC_LEN = 90, 60
 
@@ -350,22 +349,18 @@ def test_row_errors_reach_other_processes_whole():
 
 
 def test_train_py_checks_and_starts_nothing(tiny, write, tmp_path):
-    command = [sys.executable, "train.py", "--mode", "glm2", "--model_name_or_path", tiny["glm2"], "--check_data"]
+    command = ["--mode", "glm2", "--model_name_or_path", tiny["glm2"], "--check_data"]
     command += ["--output_dir", str(tmp_path / "out"), "--max_len", "90", "--max_src_len", "60"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     path = write([row(1), b"{", row(3)])
     for flags, code in (([], 2), (["--on_bad_row", "skip"], 0)):
-        run = subprocess.run(
-            [*command, "--train_path", path, *flags], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert run.returncode == code, run.stderr
-        assert "3 rows, 2 of them usable" in run.stdout
-        assert "first sample (line 1), token by token:" in run.stdout
-        assert "Traceback" not in run.stderr
+        log = tmp_path / f"log-{code}"
+        argv = [*command, "--train_path", path, *flags]
+        assert Forked(1, log, lambda rank, argv=argv: train.main(argv)).wait() == {0: code}
+        text = log.read_text()
+        assert "3 rows, 2 of them usable" in text
+        assert "first sample (line 1), token by token:" in text
+        assert "Traceback" not in text
         if code:
-            assert (
-                run.stderr.strip()
-                .splitlines()[-1]
-                .endswith("1 rows are broken; fix them, or train without them: --on_bad_row skip")
-            )
+            last = text.strip().splitlines()[-1]
+            assert last.endswith("1 rows are broken; fix them, or train without them: --on_bad_row skip")
     assert os.listdir(tmp_path / "out") == [FILE]

@@ -1,17 +1,12 @@
 """Train tiny models twice, with DeepSpeed's own way to take a gradient and with patches._reduce_gradient.
 
-    python tests/support/freed.py RESULTS
-
-writes {name of a case: [facts of the first, facts of the second]}, of rank 0. Equal facts are equal numbers bit by bit.
+Equal facts are equal numbers bit by bit.
 """
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import deepspeed
 import torch
@@ -74,20 +69,16 @@ def facts(config: dict) -> list:
     return found
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def compare(results: Path) -> None:
+    """On each rank: write {name of a case: [facts of the first way, facts of the second]} of rank 0."""
     utils.silence_libraries(verbose=False)
     get_accelerator().is_fp16_supported = lambda: True  # slow, but any CPU can
     patches.apply()
     rank, _ = launch.start_distributed(verbose=False)
-    results = {}
+    found = {}
     for name, case in CASES.items():
         with mock.patch.object(DeepSpeedZeroOptimizer, TAKES, patches._put_in_bucket):
-            results[name] = [facts(ds_config(*case))]
-        results[name].append(facts(ds_config(*case)))
+            found[name] = [facts(ds_config(*case))]
+        found[name].append(facts(ds_config(*case)))
     if rank == 0:
-        Path(sys.argv[1]).write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+        results.write_text(json.dumps(found))

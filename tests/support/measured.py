@@ -1,30 +1,26 @@
-"""What steps of small models really allocate, by torch's own CPU allocator, and the models themselves.
-
-    python tests/support/measured.py STAGE RESULTS [NAME ...]
-
-runs DeepSpeed's own steps of `SETTINGS` (all, or those named) under a ZeRO stage, as train.py trims it, and writes
-{name: [bytes of the backward, of the step]}; of several ranks, those of the one that needs most.
-"""
+"""What steps of small models really allocate, by torch's own CPU allocator, and the models themselves."""
 
 import argparse
 import gc
 import json
-import sys
+from collections.abc import Iterable
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 import train
+import utils
 from glm_models import MODE
 from glm_models.quantized import use_quantized_layers
+from tuning.engine import patches
 from tuning.engine.ds_check import STATES_IN_BF16
 from tuning.engine.ds_config import compute_dtype, ds_values, load_ds_config
 from tuning.plan import planner
+from tuning.run import launch
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Small, and yet so that activations, not weights, are what a step allocates.
 GLM = {"vocab_size": 1024, "hidden_size": 128, "num_layers": 3, "num_attention_heads": 4, "inner_hidden_size": 512}
@@ -134,29 +130,26 @@ def measure(args: argparse.Namespace, config: dict) -> list[int]:
     def backward():
         engine.backward(engine(**setup.batch).loss)
 
-    peaks = []
-    for number in range(4):
+    def step(watched) -> tuple:
         for _ in range(args.gradient_accumulation_steps - 1):
             backward()
             engine.step()
-        measured = peak_of(backward), peak_of(engine.step)
-        if number:  # the first step makes the optimizer's state
-            peaks.append(measured)
+        return watched(backward), watched(engine.step)
+
+    step(lambda part: part())  # makes the optimizer's state
+    peaks = [step(peak_of) for _ in range(3)]
     engine.destroy()
     return [min(both) for both in zip(*peaks, strict=True)]
 
 
-def main() -> None:
-    import utils
-    from tuning.engine import patches
-    from tuning.run import launch
+def measure_all(stage: int, names: Iterable[str], results: Path) -> None:
+    """On each rank: run DeepSpeed's own steps of some `SETTINGS` under a ZeRO stage, as train.py trims it.
 
-    stage, results, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or SETTINGS
-    torch.set_num_threads(1)
+    Writes {name: [bytes of the backward, of the step]}; of several ranks, those of the one that needs most.
+    """
     utils.silence_libraries(verbose=False)
     patches.apply()
     rank, ranks = launch.start_distributed(verbose=False)
-    gc.freeze()  # what was imported stays, and is not looked through each time
     measured = {}
     for name in names:
         for sums in sums_of(name):
@@ -165,7 +158,3 @@ def main() -> None:
             measured[f"{name} {sums}"] = [max(of_ranks) for of_ranks in zip(*peaks, strict=True)]
     if rank == 0:
         results.write_text(json.dumps(measured))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,6 +3,7 @@
 Forked from one process that has imported everything, since start-up would else take most of the time.
 """
 
+import functools
 import gc
 import json
 import os
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import cpuinfo
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - DeepSpeed gets it late, which takes seconds
 import torch
 import torch.utils.tensorboard
@@ -37,6 +39,11 @@ METHOD_FLAGS = {
 STAGES = {2: "ds_zero2_no_offload.json", 3: "ds_zero3_no_offload.json"}
 # Hooks of the run in this process, see StepHooks: `prepare` adds its own.
 BEFORE_STEP, AFTER_STEP = [], []
+# Most of a tiny run's start would be measuring the device's speed, which stands in the log alone, and asking a dozen
+# programs about the processor, as DeepSpeed does.
+train.matmul_peak = lambda dtype: 1e12
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+cpuinfo.get_cpu_info()
 LIMIT = 300  # seconds after which a run counts as one that hangs; most take a few, a busy machine far longer
 
 
@@ -117,7 +124,9 @@ class Forked:
             action(rank)
             os._exit(0)
         except SystemExit as end:
-            os._exit(end.code)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr, flush=True)
+            os._exit(end.code if isinstance(end.code, int) else bool(end.code))  # as Python would end
         except BaseException:
             import traceback
 
