@@ -48,7 +48,7 @@ from tuning.samples.foreign import (
 )
 from tuning.samples.text import KEY, is_text, text_dialogue, text_problem
 
-ROW_FORMAT = 4  # part of a cache file's key: increase it when other rows are accepted, or read in another way
+ROW_FORMAT = 5  # part of a cache file's key: increase it when other rows are accepted, or read in another way
 SHOWN_KEYS = 8  # that are not used
 DEEPEST = 100  # maximum nesting of objects and lists
 # keys that may hold the input's text where there is no input
