@@ -9,8 +9,9 @@ a file has --at_least so many: of a few rows one would measure how long it takes
 `sp.encode(texts, num_threads=N)` on the texts of the file, each once and as the chat has it, in memory. It is run
 in turn with preparation; seconds are those of the CPU, of all threads together, so that other programs on the machine
 change them little, and the ratio is the median of the pairs: 0.8 means that preparation takes 1.25 times as long as
-SentencePiece alone. Of each data file there are also conversations, of TURNS rows each, and for ChatGLM3 those with
-tools of --tools.
+SentencePiece alone. ChatGLM and ChatGLM2 have a sample for each answer of a conversation: ratio_to_every_prompt is that
+to all their prompts, in which earlier turns come again. Of each data file there are also conversations, of TURNS rows
+each, and for ChatGLM3 those with tools of --tools.
 """
 
 import argparse
@@ -38,8 +39,12 @@ TURNS = 4  # of a conversation
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def texts_of(tokenizer, path: str) -> list[str]:
-    """All texts of a file as SentencePiece gets them: the last prompt in its template and all answers, or messages."""
+def texts_of(tokenizer, path: str, every: bool = False) -> list[str]:
+    """All texts of a file as SentencePiece gets them: the last prompt in its template and all answers, or messages.
+
+    Args:
+        every: the prompt of each answer, not the last one alone; an earlier turn is then there several times.
+    """
     texts = []
     for _, row in read_rows(path, empty_outputs=True):
         dialogue = to_dialogue(row)
@@ -48,7 +53,8 @@ def texts_of(tokenizer, path: str) -> list[str]:
             continue
         each = [message.content for message in dialogue.messages]
         pairs = list(zip(each[::2], each[1::2], strict=True))
-        texts += (tokenizer.build_prompt(pairs[-1][0], pairs[:-1]), *each[1::2])
+        turns = range(len(pairs)) if every else [len(pairs) - 1]
+        texts += (*(tokenizer.build_prompt(pairs[turn][0], pairs[:turn]) for turn in turns), *each[1::2])
     return [tokenizer._to_pieces_text(text) for text in texts]
 
 
@@ -66,11 +72,11 @@ def seconds(action) -> float:
 
 def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
     """Preparation against SentencePiece alone on one file, and the second start."""
-    texts, threads = texts_of(tokenizer, path), available_cpus()
+    texts, every, threads = texts_of(tokenizer, path), texts_of(tokenizer, path, every=True), available_cpus()
     settings = DataSettings(path, *limits, empty_outputs=True)
 
-    def alone():
-        return tokenizer.sp_model.encode(texts, num_threads=threads)
+    def alone(some=texts):
+        return tokenizer.sp_model.encode(some, num_threads=threads)
 
     def ours(folder):
         return prepare(settings, tokenizer, folder)
@@ -80,7 +86,8 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = ours(f"{folder}/kept")
         for i in range(runs):
-            pairs.append((cpu_seconds(alone), cpu_seconds(lambda i=i: ours(f"{folder}/{i}"))))
+            times = cpu_seconds(alone), cpu_seconds(lambda: alone(every)) if every != texts else 0
+            pairs.append((*times, cpu_seconds(lambda i=i: ours(f"{folder}/{i}"))))
         data = InstructionData(settings, tokenizer, file)
         kept = int(data.lengths.sum())
         again = statistics.median(
@@ -92,9 +99,10 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
         "rows": sum(1 for _ in read_rows(path, empty_outputs=True)),
         "prompts_cut": data.prompts_cut,
         "threads": threads,
-        "alone_tokens_per_cpu_s": tokens / statistics.median(a for a, _ in pairs),
-        "ours_tokens_per_cpu_s": tokens / statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(a / b for a, b in pairs),
+        "alone_tokens_per_cpu_s": tokens / statistics.median(a for a, _, _ in pairs),
+        "ours_tokens_per_cpu_s": tokens / statistics.median(b for _, _, b in pairs),
+        "ratio": statistics.median(a / b for a, _, b in pairs),
+        "ratio_to_every_prompt": statistics.median((e or a) / b for a, e, b in pairs),
         "second_start_s_per_million_tokens": again / kept * 1e6,
     }
 
