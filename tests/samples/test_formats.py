@@ -180,6 +180,7 @@ BAD = [
     ({"messages": [USER | {"tools": [{"name": "f"}]}, ANSWER]}, "messages[0] has 'tools', which would be lost: it is"),
     ({"messages": [USER | {"tool_calls": [{"id": 1}]}, ANSWER]}, "messages[0] has 'tool_calls', which would be lost"),
     ({"messages": [USER, ANSWER | {"observation": "x"}]}, "messages[1] has 'observation', which would be lost"),
+    ({"messages": [USER, CALL | {"metadata": "g"}]}, "messages[1] has metadata, the name of a tool, and tool calls"),
     ({"messages": [USER, ANSWER | {"value": "x"}]}, "messages[1] has 'value', which would be lost: it is not read of"),
     ({"conversations": [USER, ANSWER], "tools": [3]}, "tools must be a list of objects"),
     ({"conversations": [USER, ANSWER | {"content": "\ud83d"}]}, "an unpaired surrogate"),

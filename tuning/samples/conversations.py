@@ -160,7 +160,7 @@ class _Reader:
             mixed = f"; it has {other!r}, of another format" if other in turn else ""
             raise BadRow("format", f"{self.where} has no {who!r}, as a row of {self.style} has it{mixed}")
         role = ROLES.get(turn[who]) if isinstance(turn[who], str) else None
-        if role == "user" or role == "assistant":
+        if role in ("user", "assistant"):
             content = turn.get(text)
             if len(turn) == 2 and isinstance(content, str) and not self.calls:  # most messages
                 self.messages.append(Message(role, content, "", role == "assistant"))
@@ -207,6 +207,8 @@ class _Reader:
         metadata = turn.get("metadata") or ""
         if not isinstance(metadata, str):
             raise BadRow("type", f"metadata of {self.where} must be a string, not {kind_of_value(metadata)}")
+        if calls and metadata.strip():
+            raise BadRow("keys", f"{self.where} has metadata, the name of a tool, and tool calls too")
         if content.strip() or not calls:
             self._add("assistant", content, metadata.strip(), learn)
         for call in calls:
