@@ -116,7 +116,7 @@ def measure_large(mode: str, folder: str, path: str) -> dict:
     tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
     before = peak()
     with tempfile.TemporaryDirectory() as cache:
-        settings = DataSettings(path, 256, 128)
+        settings = DataSettings(path, 1024, 512)
         cpu = time.process_time()
         first = seconds(lambda: prepare(settings, tokenizer, cache))
         cpu = time.process_time() - cpu
