@@ -112,7 +112,7 @@ class Sources(NamedTuple):
     data: all samples.
     packs: packs(epoch), from 1 on: the samples of that epoch; each epoch has the same number of packs.
     held_out: rows to validate on, None without validation.
-    contents: SHA-256 of each file, by the flag that names it.
+    contents: what a resumed run is compared by: "SHA-256 of" each flag that names files, and their weights.
     """
 
     data: InstructionData
@@ -148,25 +148,27 @@ def load_sources(args, tokenizer) -> Sources:
         print_rank_0("\n".join((*describe_file(args.replay_path), f"replay: {text}", *general.warnings())))
     if any(general.content == one.content for one in task.parts):
         print_rank_0("warning: --replay_path has the very rows of --train_path")
-    return Sources(mixture, mixture.epoch_packs, held_out, contents | more | {"--replay_path": general.content})
+    return Sources(
+        mixture, mixture.epoch_packs, held_out, contents | more | {"SHA-256 of --replay_path": general.content}
+    )
 
 
 def _load_files(args, tokenizer, flag: str, paths: list[str], several_outputs: bool = False) -> tuple[Mixture, dict]:
-    """The samples of the files of a flag, and what a resumed run is compared by: SHA-256 of each file."""
+    """The samples of the files of a flag, and their `contents`."""
     title = {"--train_path": "data", "--eval_path": "validation data"}[flag]
     parts = []
     for path in paths:
         parts.append(load_data(args, tokenizer, path, several_outputs))
         describe_data(title, parts[-1], Columns.of(args), len(paths) > 1)
     if is_rank_0():
-        for line in shared_samples(parts):
+        for line in shared_samples(parts, cache_folder(args)):
             print_rank_0(line)
     several = {f"file {number}": one.content for number, one in enumerate(parts, 1)}
-    return Mixture(parts), {flag: several if len(parts) > 1 else parts[0].content}
+    return Mixture(parts), {f"SHA-256 of {flag}": several if len(parts) > 1 else parts[0].content}
 
 
 def _hold_out(args, tokenizer, task: Mixture) -> tuple[np.ndarray, HeldOut | None, dict]:
-    """Rows to train on, those to validate on, and SHA-256 of the files of --eval_path."""
+    """Rows to train on, those to validate on, and `contents` of --eval_path."""
     rows, held_out, contents = np.arange(len(task)), None, {}
     if args.eval_ratio is not None:
         rows, held_out_rows = split_rows(task, args.eval_ratio)

@@ -38,12 +38,6 @@ def printable(text: str) -> str:
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in UNPRINTABLE else c for c in text)
 
 
-def short_repr(value) -> str:
-    """A value from a file for use in a message: short, and printable on any terminal."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def check_download(path: str) -> None:
     """Refuse what a failed download leaves in place of a file. The readers of a file find other damage.
 

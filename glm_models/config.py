@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedConfig
 
-from .checkpoint import CheckpointError, read_json, short_repr
+from .checkpoint import CheckpointError, read_json
+from .messages import short_repr
 
 # Maximum values, far above those of any model, so that a wrong number does not fill the memory.
 MAXIMUM = dict.fromkeys(("num_layers", "num_attention_heads", "multi_query_group_num"), 1000)

@@ -14,10 +14,11 @@ from transformers import GenerationMixin
 
 from .attention import LayerInputs, attention_forward, default_attention_mask, split_heads, visible_mask
 from .chat import OFFICIAL, ChatMixin
-from .checkpoint import CheckpointError, short_repr
+from .checkpoint import CheckpointError
 from .config import ChatGLMConfigBase
 from .families import FAMILIES
 from .histories import check_pairs
+from .messages import short_repr
 from .modeling import Block, LanguageModelMixin, PrefixEncoder, TransformerMixin, select_tokens
 from .ops import OutputLayer, TiledMLP, linear_of_recomputed
 from .pretrained import ChatGLMPreTrainedModel

@@ -5,15 +5,17 @@ import copy
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
 from transformers import BatchEncoding
 
-from .checkpoint import CheckpointError, short_repr
+from .checkpoint import CheckpointError
 from .families import FAMILIES
 from .glm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer
+from .messages import short_repr
 from .tokenization import Encoded, Prompt
 from .tools import CLOSING, TOOLS_SYSTEM, ToolCallError, read_parameters
 
@@ -26,9 +28,13 @@ class ChatGLM3Config(ChatGLM2Config):
 
 
 @functools.lru_cache(maxsize=1024)
-def _indented(tools: str) -> str:
-    """JSON as the official chat writes tools; json indents slowly, and rows have the same tools again and again."""
-    return json.dumps(json.loads(tools), indent=4, ensure_ascii=False)
+def _system_text(content: str, tools: str) -> str:
+    """A system message with tools, as the official chat writes it; rows have the same tools again and again.
+
+    Args:
+        tools: JSON.
+    """
+    return f"{content}\n{json.dumps(json.loads(tools), indent=4, ensure_ascii=False)}"
 
 
 class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
@@ -141,6 +147,8 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         beginning: a question and everything up to the next one. The system message with the tools, and the turn of the
         last learnt answer, are kept.
         """
+        most_before = max_src_len if max_src_len is not None else math.inf
+        most = max_len if max_len is not None else math.inf
         encoded = []
         for number, messages, contents in self._encode_messages(dialogues, threads):
             if len(messages) == 2 and (one := self._encode_turn(number, messages, contents, max_src_len)):
@@ -148,43 +156,59 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
                 continue
             if not any(message.learn for message in messages):
                 continue
-            messages, contents, dropped = self._drop_turns(messages, contents, max_src_len, max_len)
-            first = next(i for i, message in enumerate(messages) if message.learn)
-            parts, length, cut = self._lay_out(messages[:first], contents, max_src_len)
-            spans = []
-            for place in range(first, len(messages)):
-                role, head = self._head(messages[place].role, messages[place].metadata)
-                if spans and messages[place - 1].learn:
-                    spans[-1] = (spans[-1][0], length + 1)
-                if messages[place].learn:
-                    spans.append((length + 1, length + 1))  # its end is known with the next message
-                parts += (role, head, contents[place])
-                length += len(role) + len(head) + len(contents[place])
-            # the chat stops at an observation's role after a call
-            parts.append(self._bare_heads["observation"][0] if messages[-1].metadata else self._frame[1])
-            length += 1
-            if messages[-1].learn:
-                spans[-1] = (spans[-1][0], length)
-            encoded.append(Encoded(number, tuple(parts), length, tuple(spans), cut, dropped))
+            before, one = self._encode_conversation(number, messages, contents)
+            if before > most_before or one.length > most:
+                messages, contents, dropped = self._drop_turns(messages, contents, max_src_len, max_len)
+                first = next(i for i, message in enumerate(messages) if message.learn)
+                parts, _, cut = self._lay_out(messages[:first], contents, max_src_len)
+                if first:
+                    contents = [*contents[: first - 1], parts[-1], *contents[first:]]
+                _, one = self._encode_conversation(number, messages, contents)
+                one = one._replace(cut=cut, dropped=dropped)
+            encoded.append(one)
         return encoded
+
+    def _encode_conversation(self, number: int, messages, contents) -> tuple[int, Encoded]:
+        """What --max_src_len counts (the tokens before the first learnt answer, without the prefix), and the sample."""
+        prefix, end = self._frame
+        head_of = self._heads
+        parts, spans = [prefix], []
+        length, start, before = len(prefix), 0, 0
+        for (role, _, metadata, learn), ids in zip(messages, contents, strict=True):
+            head = head_of(role, metadata)
+            if start:  # the answer before is learnt with the role of this message, at which the chat stops
+                spans.append((start, length + 1))
+                start = 0
+            if learn:
+                start = length + 1
+                before = before or length
+            parts += (head, ids)
+            length += len(head) + len(ids)
+        # the chat stops at an observation's role after a call
+        parts.append(self._roles["observation"] if messages[-1].metadata else end)
+        length += 1
+        if start:
+            spans.append((start, length))
+        return before - len(prefix), Encoded(number, tuple(parts), length, tuple(spans), False)
 
     def _encode_turn(self, number: int, messages, contents, max_src_len) -> Encoded | None:
         """One question and its learnt answer, if nothing is cut: what most data has, in a third of the time."""
         question, answer = messages
-        begin, role, head, end = self._turn_frame
+        begin, head, end = self._turn_frame
         counted = len(begin) - len(self._frame[0]) + len(contents[0])
         if (question.role, answer.role, answer.learn) != ("user", "assistant", True):
             return None
         if question.metadata or answer.metadata or (max_src_len is not None and counted > max_src_len):
             return None
         start = len(begin) + len(contents[0]) + 1
-        length = start + len(head) + len(contents[1]) + 1
-        return Encoded(number, (begin, contents[0], role, head, contents[1], end), length, ((start, length),), False)
+        length = start + len(head) + len(contents[1])
+        return Encoded(number, (begin, contents[0], head, contents[1], end), length, ((start, length),), False)
 
     @functools.cached_property
     def _turn_frame(self) -> tuple[np.ndarray, ...]:
         """Ids before a first question, of the assistant's role and line break, and of the end token."""
-        return np.concatenate((self._frame[0], *self._head("user", ""))), *self._head("assistant", ""), self._frame[1]
+        prefix, end = self._frame
+        return np.concatenate((prefix, self._heads("user", ""))), self._heads("assistant", ""), end
 
     def _drop_turns(self, messages, contents, max_src_len, max_len, question=False):
         """Messages and contents without the turns that are too much, and how many turns these are.
@@ -199,8 +223,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
             return messages, contents, 0
         # tokens before each message, without those of the frame
         sizes = [
-            1 + len(self._head(m.role, m.metadata)[1]) + len(content)
-            for m, content in zip(messages, contents, strict=True)
+            len(self._heads(m.role, m.metadata)) + len(content) for m, content in zip(messages, contents, strict=True)
         ]
         ends = [0, *itertools.accumulate(sizes)]
         frame = len(self._frame[0]) + 1
@@ -218,7 +241,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         for _, messages, contents in self._encode_messages(dialogues, threads):
             messages, contents, dropped = self._drop_turns(messages, contents, max_src_len, None, question=True)
             parts, _, cut = self._lay_out(messages, contents, max_src_len)
-            prompts.append(Prompt(np.concatenate(parts[:-1]), parts[-1], self._head("assistant", "")[0], cut, dropped))
+            prompts.append(Prompt(np.concatenate(parts[:-1]), parts[-1], self._roles["assistant"], cut, dropped))
         return prompts
 
     def _encode_messages(self, dialogues, threads):
@@ -234,24 +257,20 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         """The messages; tools are written into the system message as in the official chat."""
         if dialogue.tools is None:
             return dialogue.messages
-        first, rest = dialogue.messages[0], dialogue.messages[1:]
-        if first.role != "system":
-            first, rest = (
-                first._replace(role="system", content=TOOLS_SYSTEM, metadata="", learn=False),
-                dialogue.messages,
-            )
-        tools = _indented(json.dumps(dialogue.tools, ensure_ascii=False))
-        return (first._replace(content=f"{first.content}\n{tools}"), *rest)
+        first, rest = dialogue.messages[0], dialogue.messages
+        text, rest = (first.content, rest[1:]) if first.role == "system" else (TOOLS_SYSTEM, rest)
+        system = {"role": "system", "metadata": "", "learn": False}
+        return (first._replace(content=_system_text(text, dialogue.tools), **system), *rest)
 
     def _lay_out(self, messages, contents, max_src_len):
         """Ids and number of tokens of the messages before an answer, and whether the last was cut to max_src_len."""
         parts, counted = [self._frame[0]], 0
         for message, content in zip(messages, contents, strict=False):
-            parts += (*self._head(message.role, message.metadata), content)
-            counted += sum(map(len, parts[-3:]))
+            parts += (self._heads(message.role, message.metadata), content)
+            counted += sum(map(len, parts[-2:]))
         template = counted - len(parts[-1]) * (len(parts) > 1)
         if max_src_len is not None and max_src_len < template:
-            what = "of what stands before the last message" if len(parts) > 4 else "of the prompt's template"
+            what = "of what stands before the last message" if len(parts) > 3 else "of the prompt's template"
             raise ValueError(f"max_src_len {max_src_len} is less than the {template} ids {what}")
         cut = max_src_len is not None and counted > max_src_len
         if cut:
@@ -259,24 +278,22 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
             counted = max_src_len
         return parts, len(parts[0]) + counted, cut
 
-    def _head(self, role: str, metadata: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of the role, and of metadata with its line break."""
-        if role not in self.roles:
-            raise ValueError(f"role {role!r} is not one of {', '.join(self.roles)}")
-        if metadata:
-            return self._bare_heads[role][0], self._metadata_ids(metadata)
-        return self._bare_heads[role]
+    @functools.cached_property
+    def _heads(self) -> Callable[[str, str], np.ndarray]:
+        """Ids of a role, and of metadata with its line break; a file names few tools, but often."""
+
+        @functools.lru_cache(maxsize=1024)
+        def head(role: str, metadata: str) -> np.ndarray:
+            if role not in self.roles:
+                raise ValueError(f"role {role!r} is not one of {', '.join(self.roles)}")
+            return np.concatenate((self._roles[role], self.encode_texts([f"{metadata}\n"])[0]))
+
+        return head
 
     @functools.cached_property
-    def _metadata_ids(self) -> Callable[[str], np.ndarray]:
-        """Ids of metadata with its line break; a file names few tools, but often."""
-        return functools.lru_cache(maxsize=1024)(lambda metadata: self.encode_texts([f"{metadata}\n"])[0])
-
-    @functools.cached_property
-    def _bare_heads(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """`_head` of each role without metadata."""
-        line_break = np.array(self.line_break, np.int32)
-        return {role: (np.array([self.get_command(f"<|{role}|>")], np.int32), line_break) for role in self.roles}
+    def _roles(self) -> dict[str, np.ndarray]:
+        """The id of each role."""
+        return {role: np.array([self.get_command(f"<|{role}|>")], np.int32) for role in self.roles}
 
     @functools.cached_property
     def _frame(self) -> tuple[np.ndarray, np.ndarray]:

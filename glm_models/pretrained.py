@@ -9,8 +9,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .checkpoint import CheckpointError, read_json, short_repr, weight_layout
+from .checkpoint import CheckpointError, read_json, weight_layout
 from .identify import check_family
+from .messages import short_repr
 
 
 def check_not_quantised(config) -> None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizer
 from .checkpoint import CheckpointError, read_json
 from .histories import encode_fitting
 from .identify import check_family
+from .tools import NO_TOOLS
 from .vocabulary import load_vocabulary
 
 # Part of `fingerprint`: increase it when a code change gives other ids for the same text.
@@ -167,7 +168,7 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         history, before its question or its answer is cut.
 
         Args:
-            dialogues: each has `messages` (with role, content, metadata and learn) and `tools`.
+            dialogues: each has `messages` (with role, content, metadata and learn) and `tools` (JSON, or None).
             max_src_len, threads: as for `encode_prompts`.
             max_len: maximum ids of a sample; it only drops turns, and cuts nothing.
 
@@ -177,24 +178,17 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         numbers, queries, histories, answers = [], [], [], []
         for number, dialogue in enumerate(dialogues):
             pairs = self._pairs(dialogue)
-            if len(dialogue.messages) == 2:  # most data has no other dialogues: without the loop it is faster
-                if dialogue.messages[1].learn:
+            for turn, message in enumerate(dialogue.messages[1::2]):
+                if message.learn:
                     numbers.append(number)
-                    queries.append(pairs[0][0])
-                    histories.append(None)
-                    answers.append(pairs[0][1])
-                continue
-            for turn in [i for i, message in enumerate(dialogue.messages[1::2]) if message.learn]:
-                query, answer = pairs[turn]
-                numbers.append(number)
-                queries.append(query)
-                histories.append(pairs[:turn])
-                answers.append(answer)
+                    queries.append(pairs[turn][0])
+                    histories.append(pairs[:turn])
+                    answers.append(pairs[turn][1])
         end = np.array([self.eos_token_id], np.int32)
         encoded = []
         answer_ids = self.encode_answers(answers, threads)
         rooms = None if max_len is None else [max_len - len(answer) - 1 for answer in answer_ids]
-        prompts = encode_fitting(self._encode_each, queries, histories, max_src_len, rooms, threads)
+        prompts = encode_fitting(self, queries, histories, max_src_len, rooms, threads)
         for number, (before, text, after, cut, dropped), answer in zip(numbers, prompts, answer_ids, strict=True):
             start = len(before) + len(text) + len(after)
             length = start + len(answer) + 1
@@ -207,13 +201,14 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
         """Prompts for the answer to the last message of each dialogue. Arguments and errors: see `encode_dialogues`."""
         pairs = [self._pairs(dialogue) for dialogue in dialogues]
         queries = [dialogue.messages[-1].content for dialogue in dialogues]
-        return encode_fitting(self._encode_each, queries, pairs, max_src_len, None, threads)
+        return encode_fitting(self, queries, pairs, max_src_len, None, threads)
 
     def dialogue_problem(self, dialogue) -> str | None:
         """Why this family cannot take a conversation, and the way out; None if it can."""
         roles = [message.role for message in dialogue.messages]
         way_out = "train --mode glm3, which has them"
-        if dialogue.tools or any(message.metadata or message.role == "observation" for message in dialogue.messages):
+        has_tools = dialogue.tools not in (None, NO_TOOLS)
+        if has_tools or any(message.metadata or message.role == "observation" for message in dialogue.messages):
             return f"{self.mode} has no tools: {way_out}"
         if "system" in roles:
             return f"{self.mode} has no system message: write it into the first question, or {way_out}"
@@ -234,6 +229,23 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
             raise ValueError(problem)
         texts = [message.content for message in dialogue.messages]
         return list(zip(texts[::2], texts[1::2], strict=False))
+
+    @functools.cached_property
+    def line_break_id(self) -> int | None:
+        """The id of a line break in a prompt, if no piece joins one to other characters; else None.
+
+        Then the ids of a line do not depend on the lines around it.
+        """
+        pieces = list(map(self.sp_model.IdToPiece, range(self.sp_model.GetPieceSize())))
+        name = self._to_pieces_text("\n")
+        holders = [piece for piece in pieces if name in piece]
+        if holders == [name] or (not holders and "<0x0A>" in pieces):
+            return self._convert_token_to_id(holders[0] if holders else "<0x0A>")
+        return None
+
+    def _to_pieces_text(self, text: str) -> str:
+        """A text as SentencePiece gets it."""
+        return text
 
     def encode_answers(self, answers: list[str], threads: int = 1) -> list[np.ndarray]:
         """Ids of answers as they follow the prompt, int32 [tokens] each, without the end token."""

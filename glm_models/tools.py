@@ -20,8 +20,11 @@ import unicodedata
 import warnings
 from typing import Any, NamedTuple
 
+from .messages import short_repr
+
 # The official example has this text before the tools in the system message.
 TOOLS_SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
+NO_TOOLS = "[]"  # descriptions of tools, where there are none
 FUNCTION = "tool_call"
 OPENING, CLOSING = "```python", "```"
 ROLE_TOKEN = "<|assistant|>"  # separates the messages of one reply
@@ -61,10 +64,10 @@ def check_name(name: str) -> None:
         ToolCallError: it would not be.
     """
     if not isinstance(name, str) or not name.strip():
-        raise ToolCallError(f"a tool's name must be a text that is not empty, not {_shown(name)}")
+        raise ToolCallError(f"a tool's name must be a text that is not empty, not {short_repr(name)}")
     if name != name.strip() or "\n" in name or ROLE_TOKEN in name:
         wanted = f"must be one line, without spaces at its ends and without {ROLE_TOKEN}"
-        raise ToolCallError(f"the tool's name {_shown(name)} {wanted}")
+        raise ToolCallError(f"the tool's name {short_repr(name)} {wanted}")
 
 
 def write_parameters(parameters: dict[str, Any]) -> str:
@@ -79,13 +82,11 @@ def write_parameters(parameters: dict[str, Any]) -> str:
         ToolCallError: parameters is not a dict with text keys, or a value is not a JSON value.
     """
     if not isinstance(parameters, dict):
-        raise ToolCallError(f"parameters must be an object of names and values, not {_shown(parameters)}")
+        raise ToolCallError(f"parameters must be an object of names and values, not {short_repr(parameters)}")
     words = []
     for key, value in parameters.items():
-        literal = _literal(value, f"parameter {_shown(key)}")
-        words.append(
-            f"{key}={literal}" if _is_keyword(key) else f"**{{{_literal(key, 'a parameter name')}: {literal}}}"
-        )
+        literal = _literal(value, key)
+        words.append(f"{key}={literal}" if _is_keyword(key) else f"**{{{key!r}: {literal}}}")
     call = f"{FUNCTION}({', '.join(words)})".replace(ROLE_TOKEN, "\\x3c" + ROLE_TOKEN[1:])
     return f"{OPENING}\n{call}\n{CLOSING}"
 
@@ -107,15 +108,21 @@ def write_observation(observation: Any) -> str:
 def _is_keyword(key) -> bool:
     """Whether Python's parser takes `key=value` in a call and gives the key back unchanged."""
     if not isinstance(key, str):
-        raise ToolCallError(f"parameter names must be texts, not {_shown(key)}")
+        raise ToolCallError(f"parameter names must be texts, not {short_repr(key)}")
     usable = key.isidentifier() and not keyword.iskeyword(key) and key != "__debug__"
     return usable and unicodedata.normalize("NFKC", key) == key
 
 
-def _literal(value, where: str, depth: int = 0) -> str:
-    """A JSON value as a Python literal: its `repr`, with infinity written as a number."""
+def _literal(value, name: str, depth: int = 0) -> str:
+    """A JSON value as a Python literal: its `repr`, with infinity written as a number.
+
+    Args:
+        name: of the parameter, for messages.
+    """
     if depth > MAX_DEPTH:
-        raise ToolCallError(f"{where} has more than {MAX_DEPTH} levels of lists and objects inside each other")
+        raise ToolCallError(
+            f"parameter {short_repr(name)} has more than {MAX_DEPTH} levels of lists and objects inside each other"
+        )
     kind = type(value)
     if value is None or kind is bool or kind is str:
         return repr(value)
@@ -123,15 +130,15 @@ def _literal(value, where: str, depth: int = 0) -> str:
         try:
             return repr(value)
         except ValueError:  # Python's limit, which its parser has too
-            raise ToolCallError(f"{where} has a number of more digits than Python reads") from None
+            raise ToolCallError(f"parameter {short_repr(name)} has a number of more digits than Python reads") from None
     if kind is float and not math.isnan(value):
         return repr(value).replace("inf", INFINITY)
     if kind is list:
-        return f"[{', '.join(_literal(item, where, depth + 1) for item in value)}]"
+        return f"[{', '.join(_literal(item, name, depth + 1) for item in value)}]"
     if kind is dict and all(type(key) is str for key in value):
-        items = (f"{key!r}: {_literal(item, where, depth + 1)}" for key, item in value.items())
+        items = (f"{key!r}: {_literal(item, name, depth + 1)}" for key, item in value.items())
         return f"{{{', '.join(items)}}}"
-    raise ToolCallError(f"{where} is not a JSON value: {_shown(value)}")
+    raise ToolCallError(f"parameter {short_repr(name)} is not a JSON value: {short_repr(value)}")
 
 
 # ---- reading
@@ -196,13 +203,13 @@ def read_parameters(content: str) -> dict[str, Any]:
     call = _parse_block(content)
     parameters: dict[str, Any] = {}
     for word in call.keywords:
-        value = _value(word.value, "an argument" if word.arg is None else f"parameter {_shown(word.arg)}")
+        value = _value(word.value, "an argument" if word.arg is None else f"parameter {short_repr(word.arg)}")
         if word.arg is not None:
             value = {word.arg: value}
         elif not isinstance(value, dict):
             raise ToolCallError("what follows ** in the call is not an object")
         if repeated := value.keys() & parameters.keys():
-            raise ToolCallError(f"parameter {_shown(min(repeated))} is given twice")
+            raise ToolCallError(f"parameter {short_repr(min(repeated))} is given twice")
         parameters |= value
     return parameters
 
@@ -211,7 +218,7 @@ def _parse_block(content: str) -> ast.Call:
     """The syntax tree of the call in a fenced block."""
     lines = content.strip().split("\n")
     if len(lines) < 3 or not lines[0].startswith(CLOSING) or lines[-1].strip() != CLOSING:
-        raise ToolCallError(f"a call is a block between {OPENING} and {CLOSING}, not {_shown(content)}")
+        raise ToolCallError(f"a call is a block between {OPENING} and {CLOSING}, not {short_repr(content)}")
     code = "\n".join(lines[1:-1]).strip()
     if len(code) > MAX_CHARACTERS:
         raise ToolCallError(f"the call has {len(code)} characters, more than {MAX_CHARACTERS}")
@@ -221,11 +228,11 @@ def _parse_block(content: str) -> ast.Call:
             call = ast.parse(code, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         reason = ascii(getattr(error, "msg", None) or type(error).__name__)[1:-1]
-        raise ToolCallError(f"the call cannot be parsed ({reason[:60]}): {_shown(code)}") from None
+        raise ToolCallError(f"the call cannot be parsed ({reason[:60]}): {short_repr(code)}") from None
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != FUNCTION:
-        raise ToolCallError(f"the block is not one call of {FUNCTION}(...): {_shown(code)}")
+        raise ToolCallError(f"the block is not one call of {FUNCTION}(...): {short_repr(code)}")
     if call.args:
-        raise ToolCallError(f"the call has arguments without a name: {_shown(code)}")
+        raise ToolCallError(f"the call has arguments without a name: {short_repr(code)}")
     return call
 
 
@@ -248,12 +255,3 @@ def _json(value):
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError
-
-
-def _shown(value) -> str:
-    """A value for a message: short, and printable on any terminal."""
-    try:
-        text = ascii(value)
-    except ValueError:  # a number with too many digits
-        text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -4,10 +4,13 @@
     python tests/benchmark/data_preparation.py --rows 1000000 --json results.json
 
 Only the tokenizer files of a checkpoint folder are read. Without --checkpoint, a tokenizer of each family is trained on
-the first data file. Rows are repeated, each time with another number in front of the input, until a file has
---at_least so many: of a few rows one would measure how long it takes to start. "Alone" is
-`sp.encode(texts, num_threads=N)` on the very texts that preparation encodes, already in memory; it is run in turn with
-preparation, and the ratio is the median of the pairs. Of each data file there are also conversations, of TURNS rows
+the data files, with --vocab_size pieces. Rows are repeated, each time with another number in front of the input, until
+a file has --at_least so many: of a few rows one would measure how long it takes to start. "Alone" is
+`sp.encode(texts, num_threads=N)` on the texts of the file, each once and as the chat has it, in memory. It is run
+in turn with preparation; seconds are those of the CPU, of all threads together, so that other programs on the machine
+change them little, and the ratio is the median of the pairs: 0.8 means that preparation takes 1.25 times as long as
+SentencePiece alone. ChatGLM and ChatGLM2 have a sample for each answer of a conversation: ratio_to_every_prompt is that
+to all their prompts, in which earlier turns come again. Of each data file there are also conversations, of TURNS rows
 each, and for ChatGLM3 those with tools of --tools.
 """
 
@@ -26,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from process import status
 
 from glm_models import MODE
-from glm_models.tiny import make_tiny_checkpoint
+from glm_models.tiny import make_tiny_checkpoint, read_lines
 from tuning.samples.dataset import DataSettings, InstructionData, prepare
 from tuning.samples.encoding import available_cpus
 from tuning.samples.formats import to_dialogue
@@ -36,8 +39,12 @@ TURNS = 4  # of a conversation
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def texts_of(tokenizer, path: str) -> list[str]:
-    """All texts of a file as SentencePiece gets them: prompts in their template and answers, or messages."""
+def texts_of(tokenizer, path: str, every: bool = False) -> list[str]:
+    """All texts of a file as SentencePiece gets them: the last prompt in its template and all answers, or messages.
+
+    Args:
+        every: the prompt of each answer, not the last one alone; an earlier turn is then there several times.
+    """
     texts = []
     for _, row in read_rows(path, empty_outputs=True):
         dialogue = to_dialogue(row)
@@ -46,9 +53,15 @@ def texts_of(tokenizer, path: str) -> list[str]:
             continue
         each = [message.content for message in dialogue.messages]
         pairs = list(zip(each[::2], each[1::2], strict=True))
-        for turn, (question, answer) in enumerate(pairs):
-            texts += (tokenizer.build_prompt(question, pairs[:turn]), answer)
-    return [tokenizer._to_pieces_text(text) for text in texts] if tokenizer.mode == "glm" else texts
+        turns = range(len(pairs)) if every else [len(pairs) - 1]
+        texts += (*(tokenizer.build_prompt(pairs[turn][0], pairs[:turn]) for turn in turns), *each[1::2])
+    return [tokenizer._to_pieces_text(text) for text in texts]
+
+
+def cpu_seconds(action) -> float:
+    start = time.process_time()
+    action()
+    return time.process_time() - start
 
 
 def seconds(action) -> float:
@@ -59,11 +72,11 @@ def seconds(action) -> float:
 
 def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
     """Preparation against SentencePiece alone on one file, and the second start."""
-    texts, threads = texts_of(tokenizer, path), available_cpus()
+    texts, every, threads = texts_of(tokenizer, path), texts_of(tokenizer, path, every=True), available_cpus()
     settings = DataSettings(path, *limits, empty_outputs=True)
 
-    def alone():
-        return tokenizer.sp_model.encode(texts, num_threads=threads)
+    def alone(some=texts):
+        return tokenizer.sp_model.encode(some, num_threads=threads)
 
     def ours(folder):
         return prepare(settings, tokenizer, folder)
@@ -73,7 +86,8 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = ours(f"{folder}/kept")
         for i in range(runs):
-            pairs.append((seconds(alone), seconds(lambda i=i: ours(f"{folder}/{i}"))))
+            times = cpu_seconds(alone), cpu_seconds(lambda: alone(every)) if every != texts else 0
+            pairs.append((*times, cpu_seconds(lambda i=i: ours(f"{folder}/{i}"))))
         data = InstructionData(settings, tokenizer, file)
         kept = int(data.lengths.sum())
         again = statistics.median(
@@ -85,9 +99,10 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
         "rows": sum(1 for _ in read_rows(path, empty_outputs=True)),
         "prompts_cut": data.prompts_cut,
         "threads": threads,
-        "alone_tokens_per_s": tokens / statistics.median(a for a, _ in pairs),
-        "ours_tokens_per_s": tokens / statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(a / b for a, b in pairs),
+        "alone_tokens_per_cpu_s": tokens / statistics.median(a for a, _, _ in pairs),
+        "ours_tokens_per_cpu_s": tokens / statistics.median(b for _, _, b in pairs),
+        "ratio": statistics.median(a / b for a, _, b in pairs),
+        "ratio_to_every_prompt": statistics.median((e or a) / b for a, e, b in pairs),
         "second_start_s_per_million_tokens": again / kept * 1e6,
     }
 
@@ -101,8 +116,10 @@ def measure_large(mode: str, folder: str, path: str) -> dict:
     tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
     before = peak()
     with tempfile.TemporaryDirectory() as cache:
-        settings = DataSettings(path, 256, 128)
+        settings = DataSettings(path, 1024, 512)
+        cpu = time.process_time()
         first = seconds(lambda: prepare(settings, tokenizer, cache))
+        cpu = time.process_time() - cpu
         prepared = peak()
         second = seconds(lambda: prepare(settings, tokenizer, cache))
         data = InstructionData(settings, tokenizer, prepare(settings, tokenizer, cache))
@@ -112,6 +129,7 @@ def measure_large(mode: str, folder: str, path: str) -> dict:
         "tokens": int(data.lengths.sum()),
         "file_mib": os.path.getsize(path) / 2**20,
         "first_s": first,
+        "first_cpu_s": cpu,
         "second_s_per_million_tokens": second / int(data.lengths.sum()) * 1e6,
         "mib_before": before,
         "mib_peak": prepared,
@@ -154,8 +172,8 @@ def write_tools(path: str, source: str, at_least: int) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def write_large(path: str, rows: int, turns: int) -> None:
-    """Short rows, each its own; of more than one turn they are conversations."""
+def write_large(path: str, rows: int, turns: int, tools: bool) -> None:
+    """Short rows, each its own; of more than one turn they are conversations, with tools each answers after a call."""
     with open(path, "w", encoding="utf-8") as file:
         for i in range(rows):
             row = {
@@ -169,6 +187,15 @@ def write_large(path: str, rows: int, turns: int) -> None:
                 texts = [text for pair in pairs for text in pair]
                 roles = ("user", "assistant") * turns
                 row = {"conversations": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]}
+            if tools:
+                call = {"role": "tool", "name": "find_car", "parameters": {"number": i, "days": i % 97}}
+                row = {"tools": [{"name": "find_car", "description": "查车：number 编号，days 天数"}]} | {
+                    "conversations": [
+                        {"role": "user", "content": f"第{i}辆车怎么样？"},
+                        call | {"observation": {"状态": f"水泵漏水{i % 89}"}},
+                        {"role": "assistant", "content": f"第{i}辆车水泵漏水{i % 89}，{i % 97}天后换。"},
+                    ]
+                }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -187,6 +214,7 @@ def show(results: list[dict]) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", action="append", default=[], metavar="MODE=FOLDER", help="may be given again")
+    parser.add_argument("--vocab_size", type=int, help="pieces of the trained tokenizers; default: one per character")
     parser.add_argument("--data", nargs="+", default=[str(ROOT / "data" / f"{n}_0.json") for n in ("spo", "d2q")])
     parser.add_argument(
         "--at_least", type=int, default=20_000, help="rows of each data file, repeated; 1 for as they are"
@@ -196,6 +224,7 @@ def main():
     parser.add_argument("--runs", type=int, default=7, help="pairs of runs")
     parser.add_argument("--rows", type=int, default=0, help="also prepare a generated file of so many short rows")
     parser.add_argument("--turns", type=int, default=1, help="of the generated rows; above 1 they are conversations")
+    parser.add_argument("--calls", action="store_true", help="the generated rows are conversations with a tool call")
     parser.add_argument("--tools", default=str(ROOT / "data" / "tools_0.json"), help="conversations with tools")
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--large", nargs=3, help=argparse.SUPPRESS)  # mode, folder, file: one measurement on its own
@@ -208,8 +237,7 @@ def main():
         folders = dict(item.split("=", 1) for item in args.checkpoint)
         for mode in MODE if not folders else ():
             folders[mode] = f"{scratch}/{mode}"
-            texts = [row["input"] for _, row in read_rows(args.data[0], empty_outputs=True)]
-            make_tiny_checkpoint(mode, folders[mode], texts)
+            make_tiny_checkpoint(mode, folders[mode], read_lines(args.data), layers=1, vocab_size=args.vocab_size)
         repeated = {f"{scratch}/{i}-{os.path.basename(path)}": path for i, path in enumerate(args.data)}
         for path, source in repeated.items():
             write_repeated(path, source, args.at_least)
@@ -229,8 +257,10 @@ def main():
         # a process each: the peak of memory is that of a process
         for rows in (args.rows // 10, args.rows) if args.rows else ():
             large = f"{scratch}/large.json"
-            write_large(large, rows, args.turns)
+            write_large(large, rows, args.turns, args.calls)
             for mode, folder in folders.items():
+                if args.calls and mode != "glm3":
+                    continue
                 command = [sys.executable, __file__, "--large", mode, folder, large]
                 results["large"].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
         if results["large"]:

@@ -17,7 +17,8 @@ from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
 from tuning.arguments.other_names import LAUNCHER
 from tuning.engine.ds_config import ds_values, load_ds_config
-from tuning.samples.formats import find_flaw
+from tuning.samples.dialogue import Dialogue
+from tuning.samples.formats import read_row
 
 
 def test_each_document_is_there_in_both_languages():
@@ -225,7 +226,7 @@ def test_the_example_of_an_optimizer_is_accepted(name, tmp_path, tiny):
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md", "docs/data.md", "docs/zh/data.md"])
 def test_the_example_of_a_row_is_one(name):
     rows = [line for block in fences(read(name), "json") for line in block.splitlines()]
-    assert rows and [find_flaw(json.loads(row)) for row in rows] == [None] * len(rows)
+    assert rows and all(isinstance(read_row(json.loads(row)), Dialogue) for row in rows)
 
 
 # Both languages

@@ -110,7 +110,7 @@ def test_another_base_is_refused(tiny, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"LoRA starts from {folder}: rank 4, alpha 10, query_key_value" in said and "only names and shapes" in said
     write_json(str(Path(folder, BASE_FILE)), record_base("glm3", str(tiny["glm3"]), torch.float32))
-    assert start_from_adapter(arguments("glm3", str(tiny["glm3"]), folder)).keys() == {"--adapter_path"}
+    assert start_from_adapter(arguments("glm3", str(tiny["glm3"]), folder)).keys() == {"SHA-256 of --adapter_path"}
     assert "has the fingerprint of the base" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="not on a model of --mode glm2"):
         start_from_adapter(arguments("glm2", str(tiny["glm2"]), folder))

@@ -27,7 +27,7 @@ from glm_models.tools import (
 )
 from tuning.errors import UserError
 from tuning.metrics.tool_calls import NAMES, same_json, tool_rows, tool_scores
-from tuning.samples.formats import find_flaw, to_dialogue
+from tuning.samples.formats import read_row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -398,11 +398,11 @@ def test_every_example_call_can_be_written(make_tools):
 
 def test_the_rows_of_both_test_files_end_with_a_call_and_with_its_answer(make_tools):
     for call, answer in zip(*map(make_tools.read_rows, ("tools_1.json", "tools_2.json")), strict=True):
-        assert find_flaw(call) is find_flaw(answer) is None
+        called, answered = read_row(call), read_row(answer)
         wanted = answer["conversations"][-2]
-        assert read_answer(to_dialogue(call).answer) == (wanted["name"], wanted["parameters"])
-        assert to_dialogue(call).messages == to_dialogue(answer).messages[:-2]
-        assert read_answer(to_dialogue(answer).answer) is None
+        assert read_answer(called.answer) == (wanted["name"], wanted["parameters"])
+        assert called.messages == answered.messages[:-2]
+        assert read_answer(answered.answer) is None
 
 
 def test_example_conversations_are_whole():

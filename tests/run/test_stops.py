@@ -532,6 +532,7 @@ def test_another_run_does_not_go_on_from_a_state(stopped, base, rows):
         (["--learning_rate", "1e-3"], "--learning_rate: 0.005 before, 0.001 now"),
         (["--seed", "1"], "--seed: 1234 before, 1 now"),
         (["--train_path", str(other_rows)], "SHA-256 of --train_path"),
+        (["--train_path", f"{rows}:2", str(other_rows)], "\n       weights of --train_path: None before, [2.0, 1"),
         (["--ds_file", STAGES[3]], "was saved under ZeRO stage 2"),
     ]:
         codes, text = stopped.run(*flags)

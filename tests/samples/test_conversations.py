@@ -41,7 +41,7 @@ from tuning.samples.batches import MicroBatch, collate
 from tuning.samples.dataset import DataSettings, InstructionData
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.encoding import Sample
-from tuning.samples.formats import find_flaw, to_dialogue
+from tuning.samples.formats import read_row
 
 TOGETHER = 25  # conversations of a file
 WHOLE = (10**6, 10**6)  # limits that cut nothing
@@ -56,8 +56,8 @@ class Wanted:
     def __init__(self, mode: str, pieces, talk: Talk):
         self.mode, self.pieces, self.talk = mode, pieces, talk
         row = json.loads(json.dumps(talk.row))
-        assert (flaw := find_flaw(row, empty_outputs=True)) is None, flaw
-        self.dialogue = to_dialogue(row, talk.train_on)
+        self.dialogue = read_row(row, empty_outputs=True, train_on=talk.train_on)
+        assert isinstance(self.dialogue, Dialogue), self.dialogue
         self.messages = [self.message(turn, i) for i, turn in enumerate(talk.turns)]
         self.learnt = [i for i, turn in enumerate(talk.turns) if turn.learn]
         if talk.tools is not None and self.messages[0]["role"] != "system":

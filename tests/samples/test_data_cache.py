@@ -2,7 +2,9 @@
 only then; the first broken row of the file is the one that is named.
 """
 
+import gzip
 import json
+import lzma
 import multiprocessing
 import os
 from dataclasses import replace
@@ -246,15 +248,29 @@ def test_a_file_that_changes_meanwhile_is_refused(tokenizers, write, tmp_path, m
     path = write(odd_rows(20))
 
     def read_and_append(*args, **kwargs):
-        yield from scan_rows(*args, **kwargs)
+        yield from scan_dialogues(*args, **kwargs)
         with open(path, "a") as file:
             file.write("\n")
 
-    scan_rows = dataset.scan_rows
-    monkeypatch.setattr(dataset, "scan_rows", read_and_append)
+    scan_dialogues = dataset.scan_dialogues
+    monkeypatch.setattr(dataset, "scan_dialogues", read_and_append)
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(DataSettings(path, 70, 40, False, True), tokenizers["glm3"], str(tmp_path / "cache"))
     assert os.listdir(tmp_path / "cache") == []
+
+
+def test_the_bar_has_a_total_only_where_lines_can_be_counted(tmp_path):
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in odd_rows(5))
+    for content, total in [
+        (text.encode(), 6),
+        (text.encode("utf-8-sig"), 6),
+        (text.encode("gb18030"), 6),
+        (text.encode("utf-16"), None),
+        (gzip.compress(text.encode()), None),
+        (lzma.compress(text.encode()), None),
+    ]:
+        (tmp_path / "rows").write_bytes(content)
+        assert dataset._count_lines(str(tmp_path / "rows"), content.count(b"\n")) == total
 
 
 def build(start, settings, cache, results):

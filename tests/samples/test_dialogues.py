@@ -46,7 +46,7 @@ def test_families_without_tools_or_system_messages_say_so(tokenizers, mode):
     with pytest.raises(ValueError, match="user and assistant in turn, not user, user"):
         tokenizers[mode].encode_dialogues([Dialogue((messages[1], messages[1]))])
     with pytest.raises(ValueError, match="has no tools"):
-        tokenizers[mode].encode_dialogues([conversation(TURNS[:1], {0})._replace(tools=({"name": "time"},))])
+        tokenizers[mode].encode_dialogues([conversation(TURNS[:1], {0})._replace(tools='[{"name": "time"}]')])
 
 
 def test_chatglm3_learns_several_answers_in_one_sample(tokenizers):
@@ -69,27 +69,27 @@ def test_chatglm3_learns_several_answers_in_one_sample(tokenizers):
 
 def test_chatglm3_writes_tools_as_its_chat_does(tokenizers):
     tokenizer = tokenizers["glm3"]
-    tools = ({"name": "time", "参数": {}},)
+    tools = [{"name": "time", "参数": {}}]
     history = [
-        {"role": "system", "content": "需要时用工具。", "tools": list(tools)},
+        {"role": "system", "content": "需要时用工具。", "tools": tools},
         {"role": "user", "content": "几点？"},
         {"role": "assistant", "metadata": "time", "content": "```python\ntool_call()\n```"},
     ]
     messages = [Message(m["role"], m["content"], m.get("metadata", ""), m["role"] == "assistant") for m in history]
     messages += [Message("observation", "10:30"), Message("assistant", "十点半。", learn=True)]
-    dialogue = Dialogue(tuple(messages), tools)
+    dialogue = Dialogue(tuple(messages), json.dumps(tools))
     sample = encode_samples(tokenizer, [dialogue], 1000, 1000)[0]
     second = tokenizer.encode_prompt("10:30", history, role="observation")
     assert sample.input_ids[: sample.spans[1][0]] == second
-    assert tokenizer.encode_questions([Dialogue(dialogue.asked, tools)])[0].ids.tolist() == second
+    assert tokenizer.encode_questions([Dialogue(dialogue.asked, json.dumps(tools))])[0].ids.tolist() == second
     call = tokenizer.build_single_message("assistant", "time", history[-1]["content"])
     assert pieces(sample)[0] == [*call[1:], tokenizer.get_command("<|observation|>")]
     assert pieces(sample)[1] == [*tokenizer.encode_answer("十点半。"), tokenizer.eos_token_id]
     # without a system message the official sentence stands before the tools
-    bare = tokenizer.encode_questions([Dialogue((Message("user", "几点？"),), tools)])[0].ids.tolist()
+    bare = tokenizer.encode_questions([Dialogue((Message("user", "几点？"),), json.dumps(tools))])[0].ids.tolist()
     text = tokenizer.decode(bare)
     assert "You have access to the following tools:" in text
-    assert json.dumps(list(tools), indent=4, ensure_ascii=False) in text
+    assert json.dumps(tools, indent=4, ensure_ascii=False) in text
 
 
 def fewest_turns_dropped(tokenizer, turns, learnt, max_len, max_src_len):
@@ -133,7 +133,7 @@ def test_a_conversation_that_is_too_long_loses_turns_from_its_beginning(tokenize
 
 def test_system_message_and_tools_stay_in_a_conversation_that_is_too_long(tokenizers):
     tokenizer, system = tokenizers["glm3"], Message("system", "说话简短。")
-    dialogue = Dialogue((system, *conversation(TURNS, {0, 1, 2}).messages), ({"name": "time"},))
+    dialogue = Dialogue((system, *conversation(TURNS, {0, 1, 2}).messages), '[{"name": "time"}]')
     sample = encode_samples(tokenizer, [dialogue], 100, 90)[0]
     assert sample.dropped == 1 and len(sample.input_ids) <= 100
     left = dialogue._replace(messages=(system, *dialogue.messages[3:]))
@@ -193,5 +193,5 @@ def test_rows_have_one_normal_form():
     assert to_dialogue({"instruction": "查", "input": "油"}) == Dialogue((question,))
     assert (to_dialogue(row).prompt, to_dialogue(row).answer, to_dialogue(row).prompt_key) == ("查油", "漏", "查油")
     many = conversation(TURNS, {2})
-    assert many.prompt_key != many._replace(tools=("a",)).prompt_key != conversation(TURNS[1:], {1}).prompt_key
+    assert many.prompt_key != many._replace(tools="[]").prompt_key != conversation(TURNS[1:], {1}).prompt_key
     assert many.answer == TURNS[-1][1] and TURNS[0][1] in many.prompt and many.answer not in many.prompt

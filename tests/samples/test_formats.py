@@ -15,8 +15,9 @@ from tuning.errors import DataError
 from tuning.run.validation import Validation
 from tuning.samples.check import FILE, check_data
 from tuning.samples.dataset import DataSettings, InstructionData
+from tuning.samples.dialogue import Dialogue
 from tuning.samples.encoding import IGNORE_INDEX
-from tuning.samples.formats import Columns
+from tuning.samples.formats import Columns, read_row, unused_keys
 from tuning.samples.row_files import read_rows, scan_rows
 
 FILES = Path(__file__).resolve().parent / "formats"
@@ -159,6 +160,28 @@ BAD = [
         {"conversations": [USER, {"role": "tool", "name": "f", "parameters": {}}, ANSWER]},
         "the tool message conversations[1] has no observation",
     ),
+    (
+        {"messages": [USER, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}}]}]},
+        "arguments of messages[1] is not valid JSON: the key 'a' stands twice in an object",
+    ),
+    (
+        {"messages": [USER, CALL | {"tool_calls": [{"name": "f", "arguments": "{}", "parameters": {}}]}]},
+        "a tool call of messages[1] has both arguments and parameters",
+    ),
+    (
+        {"conversations": [USER, {"role": "tool", "name": "f", "parameters": {}, "observation": 1, "content": "x"}]},
+        "conversations[1] has 'content', and what the tool returned under 'observation' too",
+    ),
+    (
+        {"messages": [USER, {"role": "tool_call", "content": "{}", "arguments": "{}"}]},
+        "messages[1] has 'arguments', and a call under 'content' too",
+    ),
+    ({"messages": [USER | {"metadata": "f"}, ANSWER]}, "messages[0] has 'metadata', which would be lost: it is not "),
+    ({"messages": [USER | {"tools": [{"name": "f"}]}, ANSWER]}, "messages[0] has 'tools', which would be lost: it is"),
+    ({"messages": [USER | {"tool_calls": [{"id": 1}]}, ANSWER]}, "messages[0] has 'tool_calls', which would be lost"),
+    ({"messages": [USER, ANSWER | {"observation": "x"}]}, "messages[1] has 'observation', which would be lost"),
+    ({"messages": [USER, CALL | {"metadata": "g"}]}, "messages[1] has metadata, the name of a tool, and tool calls"),
+    ({"messages": [USER, ANSWER | {"value": "x"}]}, "messages[1] has 'value', which would be lost: it is not read of"),
     ({"conversations": [USER, ANSWER], "tools": [3]}, "tools must be a list of objects"),
     ({"conversations": [USER, ANSWER | {"content": "\ud83d"}]}, "an unpaired surrogate"),
     ({"conversations": "user: 问"}, "conversations must be a list of messages, not a string"),
@@ -193,6 +216,35 @@ def test_a_row_that_cannot_be_read_has_one_line(tmp_path, row, says):
         list(read_rows(str(path)))
     message = str(error.value)
     assert message.startswith(f"{path} line 2: ") and says in message and message.isprintable() and len(message) < 600
+
+
+NULLS = dict.fromkeys(("metadata", "tools", "tool_calls", "function_call", "name", "tool_call_id", "weight", "loss"))
+NULLS |= dict.fromkeys(("parameters", "observation", "images", "role", "content", "from", "value", "id", "refusal"))
+ROW_NULLS = dict.fromkeys(("tools", "functions", "system", "id", "parallel_tool_calls", "history", "instruction"))
+ROW_NULLS |= dict.fromkeys(("input", "output", "conversations", "messages", "text", "label", "function_call"))
+
+
+@pytest.mark.parametrize("name", [*CONVERSATIONS, *(f"tools_{name}" for name in CONVERSATIONS)])
+def test_null_is_as_no_such_key(name):
+    """Programs that give all rows and messages the same keys write null under those of others."""
+    for line in (FILES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        row, full = json.loads(line), ROW_NULLS | json.loads(line)
+        key = "messages" if "messages" in row else "conversations"
+        full[key] = [NULLS | message for message in full[key]]
+        for message in full[key]:
+            if message["tool_calls"]:
+                message["tool_calls"] = [{"content": None, "index": 0} | call for call in message["tool_calls"]]
+        plain = read_row(row)
+        assert isinstance(plain, Dialogue) and read_row(full) == plain
+        assert unused_keys([full]) == unused_keys([dict.fromkeys(full.keys() - {"tools"}) | row])
+
+
+def test_keys_of_messages_that_nothing_reads_are_named():
+    messages = [USER | {"name": "Eva", "tool_call_id": "a", "seed": 1}, ANSWER | {"name": None, "refusal": None}]
+    row = {"messages": messages, "parallel_tool_calls": False, "id": 7}
+    assert isinstance(read_row(row), Dialogue)
+    named = ["id", "messages[].name", "messages[].seed", "messages[].tool_call_id", "parallel_tool_calls"]
+    assert unused_keys([row]) == "keys not used: " + ", ".join(f"{name} (1 row)" for name in named)
 
 
 def test_columns_that_are_not_there_are_named(tmp_path):

@@ -11,6 +11,7 @@ import data_set
 import utils
 from tuning.arguments.train import parse_args
 from tuning.errors import DataError, UserError
+from tuning.samples import mixture
 from tuning.samples.check import FILE, check_data
 from tuning.samples.data_files import find_files
 from tuning.samples.dataset import DataSettings, InstructionData, split_rows
@@ -83,18 +84,34 @@ def test_a_run_says_what_it_reads_and_is_compared_by_files_and_weights(files, tm
     more = ["--data_cache", str(tmp_path / "cache")]
     tokenizer = tokenizers["glm3"]
     alone, said = load(parse(files[0], more=more), tokenizer, monkeypatch)
-    assert isinstance(alone.contents["--train_path"], str) and "an epoch:" not in said
+    assert isinstance(alone.contents["SHA-256 of --train_path"], str) and "an epoch:" not in said
     assert list(alone.packs(1)) == [[row] for row in range(20)]
     both, said = load(parse(files[0], f"{files[1]}:2", more=[*more, "--eval_path", *files]), tokenizer, monkeypatch)
     assert f"{files[1]}: a CSV table, gzip, GB18030 text" in said and f"data: {files[1]}: 12 samples" in said
     assert f"an epoch: 44 rows, of {files[0]} x 1, {files[1]} x 2" in said
     assert f"warning: 2 samples of {files[1]} are in {files[0]} too" in said
     assert "warning: --eval_path has the very rows of --train_path" in said
-    assert len(both.held_out.rows) == 32 and len(os.listdir(tmp_path / "cache")) == 4  # two files, each for two uses
+    kept = sorted(os.path.splitext(name)[1] for name in os.listdir(tmp_path / "cache"))
+    assert len(both.held_out.rows) == 32 and kept == [*[".samples"] * 4, *[".shared"] * 2]  # two files, for two uses
+    with monkeypatch.context() as patch:  # the second start counts nothing
+        patch.setattr(mixture, "_count_shared", None)
+        again, said_again = load(parse(files[0], f"{files[1]}:2", more=more), tokenizer, monkeypatch)
+    assert (
+        "2 samples of" in said_again
+        and again.contents["SHA-256 of --train_path"] == both.contents["SHA-256 of --train_path"]
+    )
+    for path in (tmp_path / "cache").glob("*.shared"):
+        path.write_text('[[1, 5, "2"]]')  # damaged: counted again
     assert both.contents["weights of --train_path"] == [1, 2]
-    assert list(both.contents["--train_path"]) == ["file 1", "file 2"] == list(both.contents["--eval_path"])
+    assert (
+        list(both.contents["SHA-256 of --train_path"])
+        == ["file 1", "file 2"]
+        == list(both.contents["SHA-256 of --eval_path"])
+    )
     assert sorted(row for pack in both.packs(1) for row in pack) == sorted([*range(20), *range(20, 32), *range(20, 32)])
     assert both.data.place(25) == (files[1], 7)
+    _, said = load(parse(files[0], f"{files[1]}:2", more=more), tokenizer, monkeypatch)
+    assert f"warning: 2 samples of {files[1]} are in {files[0]} too" in said
     _, said = load(parse(files[0], files[0], more=more), tokenizer, monkeypatch)
     assert f"warning: {files[0]} has the very rows of {files[0]}: they come from both" in said
 
@@ -107,7 +124,7 @@ def test_rows_with_the_same_prompt_are_on_one_side_in_all_files(files, tokenizer
     assert held == {*split_rows(parts[0], 0.4)[1].tolist(), *(split_rows(parts[1], 0.4)[1] + 20).tolist()}
     weigh(both, [0.5, 1], split_rows(both, 0.4)[0], Packs, 2, 1)
     assert {row for epoch in (1, 2, 3) for pack in both.epoch_packs(epoch) for row in pack}.isdisjoint(held)
-    assert shared_samples(parts[:1]) == []
+    assert shared_samples(parts[:1], None) == []
 
 
 def test_dumps_and_checks_name_the_file(files, tmp_path, tokenizers, capsys):

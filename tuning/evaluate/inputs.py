@@ -12,7 +12,8 @@ from tuning.metrics import AS_WRITTEN, references_of
 from tuning.run.record import read_starts
 from tuning.samples.conversations import conversation_key
 from tuning.samples.data_files import find_files
-from tuning.samples.formats import Columns, find_flaw, to_dialogue
+from tuning.samples.flaws import Flaw
+from tuning.samples.formats import Columns, read_row, to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
 
 CURVES = {"curve": "log.jsonl", "validation": "validation.jsonl"}
@@ -70,8 +71,8 @@ def _answer_problem(row: dict) -> str | None:
         if key in row and not (texts and all(isinstance(text, str) for text in texts)):
             return f"{key} is neither a text nor a list of texts"
     if several or "history" in row or "system" in row:
-        flaw = find_flaw(dict(row), several_outputs=True, empty_outputs=True, missing_outputs=True)
-        return flaw and flaw.problem
+        found = read_row(dict(row), several_outputs=True, empty_outputs=True, missing_outputs=True)
+        return found.problem if isinstance(found, Flaw) else None
     return None
 
 

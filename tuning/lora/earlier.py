@@ -56,7 +56,7 @@ def start_from_adapter(args) -> dict[str, str]:
     """Take the adapter's flags, check its base and print both; nothing without --adapter_path. Called on every rank.
 
     Returns:
-        The flag and the SHA-256 of the adapter's weights: part of what a run is.
+        The name and the SHA-256 of the adapter's weights: part of what a run is.
 
     Raises:
         UserError, CheckpointError, FolderError: see take_lora_flags and adapter.check_base.
@@ -74,7 +74,7 @@ def start_from_adapter(args) -> dict[str, str]:
         names = [f"quantised to {bits} bits" if bits else "not quantised" for bits in (before, now)]
         lines.append(f"warning: its base was {names[0]} in its training, and is {names[1]} here")
     print_rank_0("\n".join(map(printable, [*lines, *unread_keys(folder, read_config(folder))])))
-    return {"--adapter_path": file_hash(read_start(folder).file.path)}
+    return {"SHA-256 of --adapter_path": file_hash(read_start(folder).file.path)}
 
 
 def target_modules(adapter: Adapter, names: list[str], linear: list[str]) -> list[str]:

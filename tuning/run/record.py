@@ -191,7 +191,7 @@ def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, l
     """All that losses depend on: flags, and the content of files that flags name.
 
     Args:
-        contents: SHA-256 of each data file, by its flag.
+        contents: of the files that flags name, see `data_set.Sources`.
         base: of `adapter.record_base`.
         ds_config: resolved.
         layout: of `ds_config.zero_layout`.
@@ -199,7 +199,7 @@ def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, l
     settings = fixed_flags(args)
     # The total number of micro-batches counts, so the number of processes may change.
     del settings["--gradient_accumulation_steps"]
-    settings |= {f"SHA-256 of {flag}": content for flag, content in contents.items()}
+    settings |= contents
     settings |= {
         "--gradient_accumulation_steps x processes": args.gradient_accumulation_steps * data_parallel_size(),
         "weights of --model_name_or_path": base["fingerprint"],

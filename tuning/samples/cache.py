@@ -63,10 +63,10 @@ def file_hash(path: str) -> tuple[str, int]:
     return digest.hexdigest(), breaks
 
 
-def cache_file(folder: str, *parts) -> str:
+def cache_file(folder: str, *parts, ending: str = "samples") -> str:
     """Path in `folder` for a key of these parts (strings, numbers)."""
     key = hashlib.sha256(repr((FORMAT, *parts)).encode()).hexdigest()
-    return os.path.join(folder, f"{key[:32]}.samples")
+    return os.path.join(folder, f"{key[:32]}.{ending}")
 
 
 def open_cache(path: str) -> CachedSamples:
@@ -136,7 +136,7 @@ def write_cache(path: str, chunks: Iterable[tuple[np.ndarray, np.ndarray, np.nda
     """
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
-    sweep(folder, r"\w+\.samples")
+    sweep(folder, r"\w+\.(?:samples|shared)")
     with (
         whole_file(path, "xb", opener=_private) as file,
         tempfile.TemporaryFile(dir=folder) as spans_file,

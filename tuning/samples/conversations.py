@@ -12,9 +12,11 @@ tool returned becomes an observation right behind it.
 import json
 from typing import NamedTuple
 
-from glm_models.tools import ToolCallError, write_call, write_observation
+from glm_models.messages import short_repr
+from glm_models.tools import NO_TOOLS, ToolCallError, write_call, write_observation
 from tuning.samples.dialogue import Dialogue, Message
-from tuning.samples.flaws import BadRow, has_half_pair, kind_of_value, says_something, shown_key
+from tuning.samples.flaws import HALF_PAIR, BadRow, has_half_pair, kind_of_value, says_something, shown_key
+from tuning.samples.strict_json import WRITTEN
 
 LISTS = ("conversations", "messages", "conversation")  # keys of a list of messages
 READ = frozenset({*LISTS, "tools", "functions", "system", "output"})  # keys of a row that are read
@@ -26,10 +28,23 @@ ROLES = {  # as they stand in files -> what such a message is
     **dict.fromkeys(("function_call", "tool_call"), "call"),
     "observation": "observation",
 }
-MESSAGE_KEYS = frozenset(
-    {"role", "from", "content", "value", "metadata", "loss", "weight", "name", "parameters", "observation", "tools"}
-    | {"tool_calls", "function_call", "tool_call_id"}
-)
+NAMES = {True: ("from", "value"), False: ("role", "content")}  # of role and text in ShareGPT's form, in the others
+MARKS = frozenset({"loss", "weight"})  # see _Reader._learn
+OF_ROLE = {  # keys that are read of a message of each kind, besides its role, its text and MARKS
+    "system": {"tools"},
+    "user": set(),
+    "assistant": {"metadata", "tool_calls", "function_call"},
+    "tool": {"name", "parameters", "observation", "tool_call_id"},
+    "call": {"name", "arguments", "parameters"},
+    "observation": {"name", "tool_call_id"},
+}
+# those of them, and texts, that would be lost where they are not read
+MEANT = {"tools", "metadata", "tool_calls", "function_call", "parameters", "observation", "content", "value"}
+_READ_OF = {  # role as it stands in a file -> all keys that are read of its message, by whether it is ShareGPT's form
+    sharegpt: {role: MARKS | OF_ROLE[kind] | {*names} for role, kind in ROLES.items()}
+    for sharegpt, names in NAMES.items()
+}
+MOST_TOOLS = 256  # descriptions that are kept
 NOT_TEXT = frozenset({"images", "image", "audio", "video", "videos", "input_audio"})
 
 
@@ -43,33 +58,44 @@ class Call(NamedTuple):
 def conversation_key(row: dict) -> str | None:
     """The key under which a row has a list of messages, None if there is none."""
     for key in LISTS:
-        if key in row and isinstance(row[key], list) and says_something(row[key]):
-            return key
+        value = row.get(key)
+        if value and isinstance(value, list):
+            first = value[0]
+            if (isinstance(first, dict) and any(first.values())) or says_something(value):
+                return key
     return None
 
 
 def style_of(row: dict, key: str) -> str:
     """What the users of a row's form call it; key is its `conversation_key`."""
-    first = row[key][0]
-    if isinstance(first, dict) and ("from" in first or "value" in first):
+    if is_sharegpt(row, key):
         return f"ShareGPT ({key} with from and value)"
     return "OpenAI messages" if key == "messages" else "ChatGLM3 conversations"
 
 
-def read_conversation(row: dict) -> Dialogue:
-    """The dialogue of a row that has a `conversation_key`. Every answer is learnt that is not marked otherwise.
+def is_sharegpt(row: dict, key: str) -> bool:
+    """Whether the messages of a row have `from` and `value`; key is its `conversation_key`."""
+    first = row[key][0]
+    return isinstance(first, dict) and (first.get("from") is not None or first.get("value") is not None)
+
+
+def read_conversation(row: dict, key: str) -> Dialogue:
+    """The dialogue of a row. Every answer is learnt that is not marked otherwise.
+
+    Args:
+        key: the row's `conversation_key`.
 
     Raises:
         BadRow: a message or the tools cannot be read, or an order of messages means nothing.
     """
-    key = conversation_key(row)
-    if other := [name for name in LISTS if name != key and says_something(row.get(name))]:
-        raise BadRow("format", f"a row with {key} and {other[0]}: a row has one conversation")
+    for name in LISTS:
+        if name != key and name in row and says_something(row[name]):
+            raise BadRow("format", f"a row with {key} and {name}: a row has one conversation")
     reader = _Reader(key, style_of(row, key))
     for number, turn in enumerate(row[key]):
         reader.read(number, turn)
     messages, tools = reader.finish(), reader.tools
-    if says_something(row.get("system")):
+    if "system" in row and says_something(row["system"]):
         if not isinstance(row["system"], str):
             raise BadRow("type", f"system must be a string, not {kind_of_value(row['system'])}")
         if messages[0].role == "system":
@@ -80,27 +106,27 @@ def read_conversation(row: dict) -> Dialogue:
             if tools is not None:
                 raise BadRow("format", "tools in two places of a row")
             tools = _tools(row[name], name)
-    if not tools and not reader.style.startswith("ChatGLM3"):
+    if tools == NO_TOOLS and not reader.style.startswith("ChatGLM3"):
         tools = None  # in ChatGLM3's form an empty list is written, as the official chat does
     _check_order(messages, key)
-    dialogue = Dialogue(tuple(messages), tools)
-    texts = [text for message in messages for text in (message.content, message.metadata)]
-    if has_half_pair("".join(texts) + (json.dumps(tools, ensure_ascii=False) if tools else "")):
-        raise BadRow("json", "a text has an unpaired surrogate, which is not valid Unicode")
-    return dialogue
+    if has_half_pair("".join([text for message in messages for text in message[1:3]])):  # content, metadata
+        raise BadRow(*HALF_PAIR[:2])
+    return Dialogue(tuple(messages), tools)
 
 
 def unread_keys(row: dict, key: str) -> set[str]:
     """Keys of a conversation's row and of its messages that nothing reads, those of messages as `messages[].id`.
 
     Args:
-        key: the row's `conversation_key`.
+        key: the row's `conversation_key`; its messages can be read.
     """
+    sharegpt = is_sharegpt(row, key)
+    who, read = NAMES[sharegpt][0], _READ_OF[sharegpt]
     inner = {
         f"{key}[].{name}"
         for turn in row[key]
-        if not turn.keys() <= MESSAGE_KEYS
-        for name in turn.keys() - MESSAGE_KEYS
+        if not turn.keys() <= read[turn[who]]
+        for name in turn.keys() - read[turn[who]]
         if says_something(turn[name])
     }
     return (row.keys() - READ) | inner
@@ -111,11 +137,12 @@ class _Reader:
 
     def __init__(self, key: str, style: str):
         self.key, self.style = key, style
-        self.names = ("from", "value") if style.startswith("ShareGPT") else ("role", "content")
+        sharegpt = style.startswith("ShareGPT")
+        self.names, self.read_of = NAMES[sharegpt], _READ_OF[sharegpt]
         self.number = 0  # of the message that is read
         self.messages: list[Message] = []
         self.calls: list[Call] = []  # that wait
-        self.tools: tuple | None = None
+        self.tools: str | None = None
 
     @property
     def where(self) -> str:
@@ -132,14 +159,27 @@ class _Reader:
             other = {"from": "role", "role": "from"}[who]
             mixed = f"; it has {other!r}, of another format" if other in turn else ""
             raise BadRow("format", f"{self.where} has no {who!r}, as a row of {self.style} has it{mixed}")
-        for name in () if NOT_TEXT.isdisjoint(turn) else NOT_TEXT & turn.keys():
-            if says_something(turn[name]):
-                raise BadRow("keys", f"{self.where} has {shown_key(name)}, but the models read text alone")
         role = ROLES.get(turn[who]) if isinstance(turn[who], str) else None
+        if role in ("user", "assistant"):
+            content = turn.get(text)
+            if len(turn) == 2 and isinstance(content, str) and not self.calls:  # most messages
+                self.messages.append(Message(role, content, "", role == "assistant"))
+                return
+        if not NOT_TEXT.isdisjoint(turn):
+            self._refuse(turn, NOT_TEXT & turn.keys(), "but the models read text alone")
         if role is None:
             wanted = f"must be one of {', '.join(ROLES)}"
-            raise BadRow("type", f"the {who} of {self.where} {wanted}, not {_shown(turn[who])}")
+            raise BadRow("type", f"the {who} of {self.where} {wanted}, not {short_repr(turn[who])}")
+        if not turn.keys() <= self.read_of[turn[who]]:
+            unread = MEANT & turn.keys() - self.read_of[turn[who]]
+            self._refuse(turn, unread, f"which would be lost: it is not read of a message of {turn[who]}")
         self.READ[role](self, turn, self._learn(turn, role), text)
+
+    def _refuse(self, turn, names, why):
+        """Refuse a message that says something under one of some names."""
+        for name in sorted(names):
+            if says_something(turn[name]):
+                raise BadRow("keys", f"{self.where} has {shown_key(name)}, {why}")
 
     def finish(self) -> list[Message]:
         """All messages. A call may stand at the end: the model learns to write it."""
@@ -167,6 +207,8 @@ class _Reader:
         metadata = turn.get("metadata") or ""
         if not isinstance(metadata, str):
             raise BadRow("type", f"metadata of {self.where} must be a string, not {kind_of_value(metadata)}")
+        if calls and metadata.strip():
+            raise BadRow("keys", f"{self.where} has metadata, the name of a tool, and tool calls too")
         if content.strip() or not calls:
             self._add("assistant", content, metadata.strip(), learn)
         for call in calls:
@@ -174,22 +216,29 @@ class _Reader:
 
     def _call(self, turn, learn, text):
         """A call: ShareGPT's function_call message, or one of OpenAI's tool_calls."""
-        value = _json(turn[text], f"{text} of {self.where}") if text in turn else turn
+        value = turn
+        if turn.get(text) is not None:
+            self._refuse(turn, OF_ROLE["call"] & turn.keys(), f"and a call under {text!r} too")
+            value = _json(turn[text], f"{text} of {self.where}")
         for one in value if isinstance(value, list) and value else [value]:
-            call = one.get("function", one) if isinstance(one, dict) else one
+            call = (one.get("function") or one) if isinstance(one, dict) else one
             if not isinstance(call, dict) or not {"name"} <= call.keys():
-                raise BadRow("type", f"a tool call of {self.where} must have name and arguments, not {_shown(one)}")
-            arguments = call.get("arguments", call.get("parameters"))
-            arguments = {} if arguments in (None, "") else _json(arguments, f"arguments of {self.where}")
+                raise BadRow("type", f"a tool call of {self.where} must have name and arguments, not {short_repr(one)}")
+            given = [call[name] for name in ("arguments", "parameters") if call.get(name) not in (None, "")]
+            if len(given) > 1:
+                raise BadRow("type", f"a tool call of {self.where} has both arguments and parameters")
+            arguments = _json(given[0], f"arguments of {self.where}") if given else {}
             self.calls.append(Call(one.get("id"), self._written(call["name"], arguments, learn)))
 
     def _tool(self, turn, learn, text):
         """ChatGLM3's tool message, which is a call and what it returned; elsewhere what a tool returned."""
-        if "parameters" not in turn:
+        if not _holds_call(turn):
             self._observation(turn, learn, text)
             return
         if "observation" not in turn:
             raise BadRow("type", f"the tool message {self.where} has no observation")
+        if text in turn:
+            self._refuse(turn, (text,), "and what the tool returned under 'observation' too")
         parameters = {} if turn["parameters"] is None else turn["parameters"]
         self._no_calls()
         self.messages.append(self._written(turn.get("name"), parameters, learn))
@@ -201,10 +250,10 @@ class _Reader:
         content = turn[text]
         content = self._text(turn, text) if _is_parts(content) else self._returned(content)
         if self.calls:
-            wanted = turn.get("tool_call_id")
+            wanted = turn.get("tool_call_id") or None
             place = next((i for i, call in enumerate(self.calls) if call.id == wanted), None)
             if place is None and wanted is not None and self.calls[0].id is not None:
-                raise BadRow("type", f"{self.where} answers the call {_shown(wanted)}, which is not there")
+                raise BadRow("type", f"{self.where} answers the call {short_repr(wanted)}, which is not there")
             self.messages.append(self.calls.pop(place or 0).message)
         elif not self.messages or self.messages[-1].role != "assistant":
             raise BadRow("format", f"{self.where} is what a tool returned, without a call before it")
@@ -217,7 +266,7 @@ class _Reader:
     def _no_calls(self):
         if self.calls:
             name = self.calls[0].message.metadata
-            raise BadRow("format", f"before {self.where} stands nothing that the tool {_shown(name)} returned")
+            raise BadRow("format", f"before {self.where} stands nothing that the tool {short_repr(name)} returned")
 
     READ = {"system": _system, "user": _user, "assistant": _assistant, "call": _call, "tool": _tool}
     READ |= {"observation": _observation}
@@ -226,14 +275,16 @@ class _Reader:
 
     def _learn(self, turn, role) -> bool:
         """Whether a message is learnt: `loss`, or OpenAI's `weight` of 0 or 1."""
-        answer = role in ("assistant", "call") or (role == "tool" and "parameters" in turn)
-        if "loss" not in turn and "weight" not in turn:
+        answer = role in ("assistant", "call") or (role == "tool" and _holds_call(turn))
+        if MARKS.isdisjoint(turn):
             return answer
         loss, weight = turn.get("loss"), turn.get("weight")
         if loss is not None and not isinstance(loss, bool):
-            raise BadRow("type", f"loss of {self.where} must be true or false, not {_shown(loss)}")
+            raise BadRow("type", f"loss of {self.where} must be true or false, not {short_repr(loss)}")
         if weight is not None and weight not in (0, 1):
-            raise BadRow("keys", f"weight of {self.where} must be 0 or 1, not {_shown(weight)}: answers count alike")
+            raise BadRow(
+                "keys", f"weight of {self.where} must be 0 or 1, not {short_repr(weight)}: answers count alike"
+            )
         if (loss or weight) and not answer:
             raise BadRow("keys", f"{self.where} asks to learn a message of the role {role}; only answers are learnt")
         return answer and loss is not False and (weight is None or bool(weight))
@@ -246,7 +297,7 @@ class _Reader:
             return ""
         if _is_parts(value):
             if other := [part for part in value if part.get("type") != "text" or not isinstance(part.get("text"), str)]:
-                kind = _shown(other[0].get("type"))
+                kind = short_repr(other[0].get("type"))
                 raise BadRow("keys", f"{key} of {self.where} has a part of type {kind}, but the models read text alone")
             return "".join(part["text"] for part in value)
         raise BadRow("type", f"{key} of {self.where} must be a string, not {kind_of_value(value)}")
@@ -270,25 +321,46 @@ def _is_parts(value) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "type" in part for part in value)
 
 
+def _holds_call(turn: dict) -> bool:
+    """Whether a tool's message is ChatGLM3's, with the call in it. Programs that give all messages the same keys write
+    null under those of others."""
+    return "parameters" in turn and (turn["parameters"] is not None or turn.get("observation") is not None)
+
+
 def _json(value, where: str):
     """A value that may also be written as JSON in a string."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return WRITTEN.decode(value)
     except (ValueError, RecursionError) as error:
         raise BadRow("json", f"{where} is not valid JSON: {error}") from None
 
 
-def _tools(value, where: str) -> tuple:
-    """Descriptions of tools, without the wrapper {"type": "function", "function": ...} of the OpenAI API."""
-    value = _json(value, where) if not isinstance(value, str) or value.strip() else []
+def _tools(value, where: str) -> str:
+    """Descriptions of tools as JSON, without the wrapper {"type": "function", "function": ...} of the OpenAI API."""
+    if isinstance(value, str):
+        value = _json(value, where) if value.strip() else []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRow("type", f"{where} must be a list of objects, one a tool, not {kind_of_value(value)}")
-    return tuple(
-        tool["function"] if tool.get("type") == "function" and isinstance(tool.get("function"), dict) else tool
-        for tool in value
-    )
+    written = repr(value)
+    if written not in _TOOLS:
+        text = json.dumps(
+            [
+                tool["function"] if tool.get("type") == "function" and isinstance(tool.get("function"), dict) else tool
+                for tool in value
+            ],
+            ensure_ascii=False,
+        )
+        if has_half_pair(text):
+            raise BadRow(*HALF_PAIR[:2])
+        if len(_TOOLS) >= MOST_TOOLS:
+            _TOOLS.clear()
+        _TOOLS[written] = text
+    return _TOOLS[written]
+
+
+_TOOLS: dict[str, str] = {}  # descriptions as they are read -> as JSON; rows have the same ones again and again
 
 
 def _check_order(messages: list[Message], key: str) -> None:
@@ -296,14 +368,10 @@ def _check_order(messages: list[Message], key: str) -> None:
     rest = messages[messages[0].role == "system" :]
     if not rest:
         raise BadRow("empty", f"{key} has a system message alone")
-    if any(message.role == "system" for message in rest):
-        raise BadRow("format", f"{key} has a system message that does not stand first")
-    if rest[0].role != "user":
+    if rest[0].role not in ("user", "system"):
         raise BadRow("format", f"{key} begins with a message of {rest[0].role}; it must begin with one of the user")
-    if empty := [message for message in rest if message.role == "user" and not message.content.strip()]:
-        raise BadRow("empty", f"{key} has an empty message of the {empty[0].role}")
-
-
-def _shown(value) -> str:
-    text = ascii(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    for message in rest:
+        if message.role == "system":
+            raise BadRow("format", f"{key} has a system message that does not stand first")
+        if message.role == "user" and not message.content.strip():
+            raise BadRow("empty", f"{key} has an empty message of the user")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tuning.errors import DataError
 from tuning.samples import cache
 from tuning.samples.batches import Batch, MicroBatch, collate
+from tuning.samples.decoding import open_text
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.encoding import (
     AHEAD,
@@ -33,8 +34,8 @@ from tuning.samples.encoding import (
 from tuning.samples.file_kinds import path_problem
 from tuning.samples.findings import BROKEN, FIRST, WARNINGS, Findings, lines_text
 from tuning.samples.flaws import Flaw
-from tuning.samples.formats import ROW_FORMAT, Columns, few_unused, to_dialogue, unused_text
-from tuning.samples.row_files import RowError, scan_rows
+from tuning.samples.formats import ROW_FORMAT, Columns, few_unused, unused_text
+from tuning.samples.row_files import RowError, scan_dialogues
 from tuning.samples.text import FIRST_BLOCK
 
 LOSSES = ("prompts_cut", "answers_cut", "turns_lost", "shortened", "skipped")
@@ -114,7 +115,8 @@ def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, pro
         findings.note(error.flaw.kind, error.line, problem=error.flaw.problem)
 
     hidden = not (progress and sys.stderr.isatty())
-    with tqdm(total=line_breaks + 1, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
+    total = None if hidden else _count_lines(path, line_breaks)
+    with tqdm(total=total, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
         chunks = _kept_chunks(settings, encode_file(settings, tokenizer, leave_out), findings, counts, bar)
         try:
             with without_garbage_collection():
@@ -132,6 +134,16 @@ def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, pro
         os.unlink(file)  # its rows may not be those of its key
         raise DataError(f"{path} changed while it was read")
     return file
+
+
+def _count_lines(path: str, line_breaks: int) -> int | None:
+    """How many lines a file has, for a progress bar; None if that is not known before it is read.
+
+    Args:
+        line_breaks: bytes of the file that are a line feed.
+    """
+    with open_text(path) as text:
+        return line_breaks + 1 if text.counts_lines else None
 
 
 class Chunk(NamedTuple):
@@ -155,12 +167,12 @@ def encode_file(settings: DataSettings, tokenizer, leave_out: Callable[[RowError
     path, limits = settings.path, (settings.max_len, settings.max_src_len)
 
     def usable():
-        how = settings.several_outputs, settings.empty_outputs, False, settings.columns
-        for line, row in scan_rows(path, *how, texts=True):
-            if isinstance(row, RowError):
+        how = {"several_outputs": settings.several_outputs, "empty_outputs": settings.empty_outputs}
+        how |= {"columns": settings.columns, "train_on": settings.train_on}
+        for line, row, dialogue in scan_dialogues(path, texts=True, **how):
+            if dialogue is None:
                 leave_out(row)
                 continue
-            dialogue = to_dialogue(row, settings.train_on)
             taken = dialogue.is_single_turn or dialogue.is_text
             if not taken and (problem := tokenizer.dialogue_problem(dialogue)):
                 leave_out(RowError(f"{path} line {line}: {problem}", line, Flaw("family", problem)))

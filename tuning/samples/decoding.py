@@ -43,6 +43,11 @@ class TextFile(NamedTuple):
     packing: str
     encoding: str
 
+    @property
+    def counts_lines(self) -> bool:
+        """Whether the bytes of the file have as many line feeds as its text."""
+        return not self.packing and not self.encoding.startswith("UTF-16")
+
     def describe(self) -> list[str]:
         """What is unusual about it, in words."""
         encoding = [] if self.encoding == "UTF-8" else [f"{self.encoding} text"]

@@ -26,11 +26,11 @@ class Message(NamedTuple):
 class Dialogue(NamedTuple):
     """A conversation. Without an assistant's message at its end it is a question, for prediction.
 
-    tools: descriptions of the tools that the model may call, values of JSON; an empty list is written too, None is not.
+    tools: descriptions of the tools that the model may call, a list as JSON; an empty one is written too, None is not.
     """
 
     messages: tuple[Message, ...]
-    tools: tuple | None = None
+    tools: str | None = None
 
     @property
     def is_text(self) -> bool:
@@ -68,4 +68,4 @@ class Dialogue(NamedTuple):
         asked = self.asked
         if len(asked) == 1 and asked[0].role == "user" and self.tools is None:
             return asked[0].content
-        return *(message[:3] for message in asked), repr(self.tools)  # without `learn`
+        return *(message[:3] for message in asked), self.tools  # without `learn`

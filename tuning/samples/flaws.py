@@ -18,6 +18,9 @@ class Flaw(NamedTuple):
     ends: bool = False  # the rest of the file cannot be read
 
 
+HALF_PAIR = Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
+
+
 class BadRow(ValueError):
     """A row that cannot be read. flaw: why."""
 

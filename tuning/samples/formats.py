@@ -1,6 +1,6 @@
 """Formats of rows: which ones are read, what is wrong with a row, and its normal form, a `Dialogue`.
 
-`find_flaw` checks a parsed row and gives it our keys, `to_dialogue` reads its fields; nothing else does. Read are:
+`read_row` checks a parsed row, gives it our keys, and makes its dialogue; nothing else does. Read are:
 
 - instruction, input, output, with `history` ([[question, answer], ...]) and `system` where there are any;
 - FLAT: the same under the names of other programs, and columns that flags name (`Columns`);
@@ -22,6 +22,7 @@ from tuning.samples.conversations import conversation_key, read_conversation, st
 from tuning.samples.dialogue import Dialogue, Message
 from tuning.samples.flaws import (
     EACH,
+    HALF_PAIR,
     BadRow,
     Flaw,
     as_string,
@@ -47,7 +48,7 @@ from tuning.samples.foreign import (
 )
 from tuning.samples.text import KEY, is_text, text_dialogue, text_problem
 
-ROW_FORMAT = 4  # part of a cache file's key: increase it when other rows are accepted, or read in another way
+ROW_FORMAT = 5  # part of a cache file's key: increase it when other rows are accepted, or read in another way
 SHOWN_KEYS = 8  # that are not used
 DEEPEST = 100  # maximum nesting of objects and lists
 # keys that may hold the input's text where there is no input
@@ -67,21 +68,23 @@ class Columns(NamedTuple):
         return cls(args.prompt_column, args.response_column, args.history_column) if args.prompt_column else None
 
 
-_HALF_PAIR = Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
-
-
-def find_flaw(
+def read_row(
     row,
+    *,
     several_outputs: bool = False,
     empty_outputs: bool = False,
     missing_outputs: bool = False,
     columns: Columns | None = None,
     texts: bool = False,
-) -> Flaw | None:
-    """Why a value from a file is not a valid row, None if it is one; for the arguments see `row_files.scan_rows`.
+    train_on: str | None = None,
+) -> Dialogue | Flaw:
+    """The normal form of a value from a file, or why it is no valid row.
 
     It changes the row: a question and an answer under other names get ours; a missing or null input becomes ""; with
     missing_outputs a null output is removed; a conversation that ends with an answer gets that as output.
+
+    Args:
+        train_on: see `to_dialogue`; for the others see `row_files.scan_rows`.
     """
     if not isinstance(row, dict):
         return Flaw("type", f"a row must be an object with instruction, input and output, not {kind_of_value(row)}")
@@ -89,18 +92,19 @@ def find_flaw(
         return flaw
     if row.keys() != KEYS:
         if key := conversation_key(row):
-            return _flaw_of_conversation(row, key, empty_outputs, missing_outputs)
+            found = _read_conversation(row, key, empty_outputs, missing_outputs)
+            return _learn_last(found) if train_on == "last" and isinstance(found, Dialogue) else found
         if flaw := _name_fields(row, missing_outputs):
             return flaw
     if missing_outputs and row.get("output", "") is None:
         del row["output"]
     if texts and is_text(row, KEYS):
-        return _flaw_of_text(row)
+        return _flaw_of_text(row) or text_dialogue(row)
     if row.keys() != KEYS and (flaw := _flaw_of_keys(row, missing_outputs)):
         return flaw
     if row.get("input") is None:
         row["input"] = ""
-    return _flaw_of_texts(row, several_outputs, empty_outputs)
+    return _flaw_of_texts(row, several_outputs, empty_outputs) or _dialogue_of_fields(row, train_on)
 
 
 def _flaw_of_texts(row: dict, several_outputs: bool, empty_outputs: bool) -> Flaw | None:
@@ -121,7 +125,7 @@ def _flaw_of_texts(row: dict, several_outputs: bool, empty_outputs: bool) -> Fla
     if len(row) > len(KEYS) and (flaw := _flaw_of_earlier(row)):
         return flaw
     if has_half_pair(query + "".join(outputs)):
-        return _HALF_PAIR
+        return HALF_PAIR
     return None
 
 
@@ -141,23 +145,17 @@ def _flaw_of_earlier(row: dict) -> Flaw | None:
                 return Flaw("type", f"{wanted} of strings; history[{number}] is {kind_of_value(pair)} of another form")
             texts += pair
     if has_half_pair("".join(texts)):
-        return Flaw("json", "a text has an unpaired surrogate, which is not valid Unicode")
+        return HALF_PAIR
     return None
 
 
-def _flaw_of_conversation(row: dict, key: str, empty_outputs: bool, missing_outputs: bool) -> Flaw | None:
+def _read_conversation(row: dict, key: str, empty_outputs: bool, missing_outputs: bool) -> Dialogue | Flaw:
+    """As `read_row`, of a row that has a `conversation_key`."""
     style = style_of(row, key)
-    beside = [name for name in ("instruction", "input", "history", KEY) if says_something(row.get(name))]
-    if beside or any(one in row and holds_text(row[one]) and holds_text(row.get(other)) for one, other in FLAT):
-        return Flaw(
-            "format", f"a row that mixes two formats: {style}, and {names_text(beside) or 'question and answer'}"
-        )
-    for name in _sort_keys(tuple(row)).lost:
-        lost = LOST[plain_name(name)]
-        if name not in conversations.READ and says_something(row[name], lost.neutral):
-            return _lost(name, lost)
+    if not row.keys() <= conversations.READ and (flaw := _flaw_beside_conversation(row, style)):
+        return flaw
     try:
-        dialogue = read_conversation(row)
+        dialogue = read_conversation(row, key)
     except BadRow as error:
         return error.flaw._replace(problem=f"a row of {style}: {error}")
     answers = [message for message in dialogue.messages if message.role == "assistant"]
@@ -172,6 +170,20 @@ def _flaw_of_conversation(row: dict, key: str, empty_outputs: bool, missing_outp
         row["output"] = dialogue.answer
     elif says_something(row.get("output")):
         return Flaw("format", f"a row that mixes two formats: {style}, and output")
+    return dialogue
+
+
+def _flaw_beside_conversation(row: dict, style: str) -> Flaw | None:
+    """What is wrong with the other keys of a conversation's row."""
+    beside = [name for name in ("instruction", "input", "history", KEY) if says_something(row.get(name))]
+    if beside or any(one in row and holds_text(row[one]) and holds_text(row.get(other)) for one, other in FLAT):
+        return Flaw(
+            "format", f"a row that mixes two formats: {style}, and {names_text(beside) or 'question and answer'}"
+        )
+    for name in _sort_keys(tuple(row)).lost:
+        lost = LOST[plain_name(name)]
+        if name not in conversations.READ and says_something(row[name], lost.neutral):
+            return _lost(name, lost)
     return None
 
 
@@ -228,7 +240,7 @@ def _set_fields(row: dict, others: dict, question: str, answer: str | None, hist
 
 
 def to_dialogue(row: dict, train_on: str | None = None) -> Dialogue:
-    """The normal form of a row in which `find_flaw` finds none: the one place that reads its fields.
+    """The normal form of a row that `read_row` has read before.
 
     Of several outputs the first is learnt. A row without output becomes a question.
 
@@ -236,25 +248,27 @@ def to_dialogue(row: dict, train_on: str | None = None) -> Dialogue:
         train_on: which answers are learnt: "all" of those that the row does not except, "last" the last one of them;
             None: all those of a conversation, and with a history the output alone.
     """
-    if row.keys() == KEYS and isinstance(row["output"], str):  # most rows
-        question = Message("user", row["instruction"] + row["input"])
-        return Dialogue((question, Message("assistant", row["output"], "", True)))
-    if conversation_key(row):
-        dialogue = read_conversation(row)
+    if row.keys() != KEYS and (key := conversation_key(row)):
+        dialogue = read_conversation(row, key)
         return _learn_last(dialogue) if train_on == "last" else dialogue
-    if is_text(row, KEYS):
-        return text_dialogue(row)
-    messages = []
-    if "system" in row and says_something(row["system"]):
-        messages.append(Message("system", row["system"]))
-    if "history" in row and says_something(row["history"]):
-        for question, answer in row["history"]:
-            messages += (Message("user", question), Message("assistant", answer, learn=train_on == "all"))
-    messages.append(Message("user", row["instruction"] + row["input"]))
+    return text_dialogue(row) if is_text(row, KEYS) else _dialogue_of_fields(row, train_on)
+
+
+def _dialogue_of_fields(row: dict, train_on: str | None) -> Dialogue:
+    """`to_dialogue` of a row with our keys."""
+    question = Message("user", row["instruction"] + row["input"])
     output = row.get("output")
     if output is not None:
-        messages.append(Message("assistant", output if isinstance(output, str) else output[0], learn=True))
-    return Dialogue(tuple(messages))
+        answer = Message("assistant", output if isinstance(output, str) else output[0], "", True)
+        if len(row) == len(KEYS):  # most rows
+            return Dialogue((question, answer))
+    messages = []
+    if says_something(row.get("system")):
+        messages.append(Message("system", row["system"]))
+    if says_something(row.get("history")):
+        for asked, answered in row["history"]:
+            messages += (Message("user", asked), Message("assistant", answered, learn=train_on == "all"))
+    return Dialogue((*messages, question, *([] if output is None else [answer])))
 
 
 def _learn_last(dialogue: Dialogue) -> Dialogue:
@@ -265,7 +279,7 @@ def _learn_last(dialogue: Dialogue) -> Dialogue:
 
 
 def format_of(row: dict) -> str:
-    """The name of a valid row's format, after `find_flaw`."""
+    """The name of a valid row's format, after `read_row`."""
     if key := conversation_key(row):
         return style_of(row, key)
     if is_text(row, KEYS):
@@ -362,7 +376,7 @@ def _flaw_of_text(row: dict) -> Flaw | None:
         return Flaw(*problem)
     if flaw := _flaw_of_unread(row, _sort_keys(tuple(row))):
         return flaw
-    return _HALF_PAIR if has_half_pair(row[KEY]) else None
+    return HALF_PAIR if has_half_pair(row[KEY]) else None
 
 
 def _flaw_inside(outer: str, value) -> Flaw | None:

@@ -10,24 +10,9 @@ from tuning.samples.decoding import BLOCK, LONGEST, likely_encoding
 from tuning.samples.file_kinds import HEAD, iconv
 from tuning.samples.flaws import EACH, Flaw, has_half_pair
 from tuning.samples.foreign import wrapper_flaw
+from tuning.samples.strict_json import DECODER
 
 TOO_LONG = Flaw("json", f"a row of more than {LONGEST >> 20} MiB, behind which nothing is read", True)
-
-
-def _object(pairs):
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
-    return row
-
-
-def _no_constant(name):
-    raise ValueError(f"{name} is no value of JSON")
-
-
-# strict JSON: Python's default accepts duplicate keys and NaN
-DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
 LENIENT = json.JSONDecoder(strict=False, parse_int=float)  # finds the end of a value that DECODER rejects
 SPACE = re.compile(r"[ \t\n\r]*")
 

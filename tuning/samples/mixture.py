@@ -4,11 +4,15 @@ A file may come more than once in an epoch, or with some of its rows only, other
 rows of a general file, so that the model forgets less of what it could do.
 """
 
+import contextlib
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import ConcatDataset
 
+from tuning.samples import cache
 from tuning.samples.dataset import InstructionData
 from tuning.samples.epochs import Packs, stable_order
 from tuning.samples.shuffle import Shuffler
@@ -152,20 +156,54 @@ def add_replay(
     return both, f"{about}{share.rows:.0f} rows an epoch, {part}, of {general.summary()}"
 
 
-def shared_samples(files: Sequence[InstructionData]) -> list[str]:
-    """A warning for each file that has samples which an earlier one has too."""
-    warnings, hashes = [], []
-    for data in files if len(files) > 1 else ():
+def shared_samples(files: Sequence[InstructionData], folder: str | None) -> list[str]:
+    """A warning for each file that has samples which an earlier one has too.
+
+    Args:
+        folder: where the counts are kept, beside the prepared files; None to count at each start.
+    """
+    if len(files) < 2:
+        return []
+    names = [os.path.basename(one.samples.ids.filename) for one in files]
+    kept = cache.cache_file(folder, *names, ending="shared") if folder else None
+    counts = _read_counts(kept, len(files)) if kept else None
+    if counts is None:
+        counts = _count_shared(files)
+        with contextlib.suppress(OSError):  # they are counted again next time
+            if kept:
+                with cache.whole_file(kept, "x", encoding="utf-8") as file:
+                    json.dump(counts, file)
+    warnings = []
+    for later, earlier, count in counts:
+        path, before = files[later].files[0][0], files[earlier].files[0][0]
+        if files[later].content == files[earlier].content:
+            warnings.append(f"warning: {path} has the very rows of {before}: they come from both")
+        else:
+            warnings.append(f"warning: {count} samples of {path} are in {before} too")
+    return warnings
+
+
+def _read_counts(path: str, files: int) -> list[list[int]] | None:
+    """What `_count_shared` counted before; None if that is not known."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            counts = json.load(file)
+        whole = all(0 <= earlier < later < files and count > 0 for later, earlier, count in counts)
+        return counts if whole else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _count_shared(files: Sequence[InstructionData]) -> list[list[int]]:
+    """For each pair of files that share samples: the later one, the earlier one, how many of the later one's."""
+    counts, hashes = [], []
+    for later, data in enumerate(files):
         content = memoryview(data.samples.ids).cast("B")
         ends = 4 * data.samples.records["end"]
         starts = ends - 4 * data.lengths
         spans = zip(starts.tolist(), ends.tolist(), strict=True)
-        mine = np.fromiter((hash(bytes(content[start:end])) for start, end in spans), np.int64, len(data))
-        for other, theirs in zip(files, hashes, strict=False):
-            path, before = data.files[0][0], other.files[0][0]
-            if data.content == other.content:
-                warnings.append(f"warning: {path} has the very rows of {before}: they come from both")
-            elif count := int(np.count_nonzero(np.isin(mine, theirs))):
-                warnings.append(f"warning: {count} samples of {path} are in {before} too")
-        hashes.append(mine)
-    return warnings
+        hashes.append(np.fromiter((hash(bytes(content[start:end])) for start, end in spans), np.int64, len(data)))
+        for earlier in range(later):
+            if count := int(np.count_nonzero(np.isin(hashes[later], hashes[earlier]))):
+                counts.append([later, earlier, count])
+    return counts

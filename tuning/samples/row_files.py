@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from tuning.errors import DataError
 from tuning.samples.decoding import TextFile, open_text
+from tuning.samples.dialogue import Dialogue
 from tuning.samples.flaws import Flaw
-from tuning.samples.formats import Columns, find_flaw
+from tuning.samples.formats import Columns, read_row
 from tuning.samples.json_rows import array_rows, line_rows, over_lines
 from tuning.samples.tables import DELIMITERS, find_delimiter, table_rows, without_commands
 
@@ -63,6 +64,19 @@ def scan_rows(
     Raises:
         DataError: the file cannot be read, is empty, or holds no rows.
     """
+    how = {"several_outputs": several_outputs, "empty_outputs": empty_outputs, "missing_outputs": missing_outputs}
+    for line, row, _ in scan_dialogues(path, columns=columns, texts=texts, **how):
+        yield line, row
+
+
+def scan_dialogues(
+    path: str, columns: Columns | None = None, **how
+) -> Iterator[tuple[int, dict | RowError, Dialogue | None]]:
+    """As `scan_rows`, with the normal form of each row behind it; None where the row cannot be used.
+
+    Args:
+        how: other arguments of `formats.read_row`.
+    """
     empty = True
     with open_text(path) as text:
         rows, is_table = _parse(path, text, columns)
@@ -71,10 +85,12 @@ def scan_rows(
             if flaw and empty and is_object and (whole := over_lines(text.head)):
                 raise RowError(f"{path} line {line}: {whole.problem}", line, whole)
             empty = False
-            flaw = flaw or find_flaw(row, several_outputs, empty_outputs, missing_outputs, columns, texts)
-            if flaw and is_table:
-                flaw = without_commands(flaw)
-            yield line, RowError(f"{path} line {line}: {flaw.problem}", line, flaw) if flaw else row
+            found = flaw or read_row(row, columns=columns, **how)
+            if isinstance(found, Dialogue):
+                yield line, row, found
+                continue
+            flaw = without_commands(found) if is_table else found
+            yield line, RowError(f"{path} line {line}: {flaw.problem}", line, flaw), None
     if empty:
         raise DataError(f"{path} holds no rows")
 

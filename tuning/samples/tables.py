@@ -15,7 +15,8 @@ from tuning.samples.decoding import LONGEST
 from tuning.samples.flaws import SHOWN_CHARACTERS, Flaw, shown_key
 from tuning.samples.foreign import FLAT, KEYS, OPTIONAL
 from tuning.samples.formats import Columns
-from tuning.samples.json_rows import DECODER, TOO_LONG, broken_text, json_flaw
+from tuning.samples.json_rows import TOO_LONG, broken_text, json_flaw
+from tuning.samples.strict_json import DECODER
 from tuning.samples.text import KEY
 
 DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV"}
