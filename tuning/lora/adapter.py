@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, s
 from safetensors.torch import save_file
 from torch import nn
 
-from glm_models.checkpoint import CheckpointError, WeightFile, printable, read_json, short_repr, write_json
+from glm_models.checkpoint import CheckpointError, WeightFile, printable, read_json, write_json
 from glm_models.identify import describe_base
+from glm_models.messages import short_repr
 from glm_models.quantized import BITS
 from tuning.errors import UserError
 from tuning.folders import MANIFEST, check_folder
