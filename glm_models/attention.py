@@ -4,6 +4,7 @@ Training batches are rows of whole samples end to end, without padding, and each
 (`Segment`). Generation has rows with padding on the left, and masks (`visible_mask`).
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,19 +26,19 @@ class LayerInputs(NamedTuple):
 
     A tuple, because the hooks of ZeRO-3 look for tensors in the tuples and lists among a module's arguments.
 
-    angles: cosine and sine of the rotary angles, as the family's `rotary_angles` gives them.
+    rotation: the matrices of the rotary positions, see rotary.rotation_matrices.
     mask: see `visible_mask`; None for plain causal attention.
     segments: the samples in the one row of a training batch; None for padded batches. Where given, mask is None.
-    prefix: keys and values of P-Tuning, [layers, 2, batch or segments, groups, pre_seq_len, head_dim], or None. For
-        one layer: without the first dimension.
+    prefix: keys and values of P-Tuning, for each layer [2, batch or segments, groups, pre_seq_len, head_dim]; None
+        without. For one layer: its tensor alone.
     cache: the key/value cache, or None.
     keep_positions: see `select_tokens`; acts in the last block only.
     """
 
-    angles: tuple[torch.Tensor, torch.Tensor]
+    rotation: torch.Tensor
     mask: torch.Tensor | None = None
     segments: tuple[Segment, ...] | None = None
-    prefix: torch.Tensor | None = None
+    prefix: tuple[torch.Tensor, ...] | torch.Tensor | None = None
     cache: DynamicCache | None = None
     keep_positions: torch.Tensor | None = None
 
@@ -60,6 +61,22 @@ def as_segments(segments: torch.Tensor | Sequence[tuple[int, int]] | None) -> tu
 def segments_tensor(segments: Sequence[tuple[int, int]], device: torch.device | str | None = None) -> torch.Tensor:
     """Segments as a tensor, int64 [segments, 2]: tokens and context. In this form they can be sent to other ranks."""
     return torch.tensor([tuple(segment) for segment in segments], dtype=torch.long, device=device).view(-1, 2)
+
+
+def to_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Some numbers on a device, int32. From pinned memory: otherwise the CPU would wait until the device is ready."""
+    tensor = torch.tensor(numbers, dtype=torch.int32)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def token_places(segments: Sequence[Segment], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each token of a row [tokens]: the number of its segment, and its position in that segment."""
+    ends = list(itertools.accumulate((segment.tokens for segment in segments), initial=0))
+    token, ends = torch.arange(ends[-1], device=device), to_device(ends, device)
+    number = torch.bucketize(token, ends[1:], right=True)
+    return number, token - ends[number]
 
 
 def default_attention_mask(input_ids: torch.Tensor, pad_token_id: int | None, cached: int) -> torch.Tensor:
@@ -175,13 +192,15 @@ def _segment_attention(module, q, k, v, segments, prefix) -> torch.Tensor:
     is computed twice: as part of the square for the answer, and by itself. A mask would cost tokens^2 bytes instead.
     """
     outputs = []
+    if prefix is not None:
+        prefix = tuple(x.split(1) for x in prefix.unbind())
     # split, not slices: the gradient of a slice is as large as the whole tensor
     parts = zip(*(x.split([segment.tokens for segment in segments], dim=2) for x in (q, k, v)), strict=True)
     for i, ((tokens, context), (query, key, value)) in enumerate(zip(segments, parts, strict=True)):
         before = 0
         if prefix is not None:
-            key, value = (torch.cat((prefix[n, i : i + 1], x), dim=2) for n, x in enumerate((key, value)))
-            before = prefix.shape[-2]
+            key, value = (torch.cat((prefix[n][i], x), dim=2) for n, x in enumerate((key, value)))
+            before = prefix[0][i].shape[-2]
         if context:
             front = (x[:, :, : before + context] for x in (key, value))
             outputs.append(_attention(module, query[:, :, :context], *front, None, is_causal=False))

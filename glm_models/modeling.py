@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .attention import LayerInputs, Segment, as_segments
 from .ops import TiledMLP, offload_checkpoint_input, summed_cross_entropy
+from .rotary import rotation_matrices
 
 IGNORE_INDEX = -100  # label of a token that the loss ignores, as in torch and transformers
 
@@ -70,8 +71,8 @@ class TransformerMixin:
     def last_norm(self) -> nn.Module:
         raise NotImplementedError
 
-    def rotary_angles(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of the rotary angles of some positions, of `dtype`."""
+    def rotary_angles(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """The rotary angles of some positions, float32; their shape fits the family's pairs, see apply_rotary."""
         raise NotImplementedError
 
     def segment_positions(self, input_ids: torch.Tensor, segments: tuple[Segment, ...]) -> torch.Tensor:
@@ -116,9 +117,11 @@ class TransformerMixin:
             if position_ids is None:
                 position_ids = self.default_positions(input_ids, attention_mask, cached)
             mask = self.visible_mask(input_ids, attention_mask, cached, prefix, hidden_states.dtype)
-        angles = self.rotary_angles(position_ids, hidden_states.dtype)
+        rotation = rotation_matrices(self.rotary_angles(position_ids), hidden_states.dtype)
+        # unbound at once: where each layer takes its part by index, its gradient is as large as that of all layers
+        prefixes = prefix.unbind() if prefix is not None else None
 
-        inputs = LayerInputs(angles, mask, segments, prefix, cache, keep_positions)
+        inputs = LayerInputs(rotation, mask, segments, prefixes, cache, keep_positions)
         hidden_states, all_hidden_states = self.run_layers(hidden_states, inputs, output_hidden_states)
         normed = self.last_norm(hidden_states)
         last = normed if self.last_norm_in_hidden_states else hidden_states

@@ -95,33 +95,37 @@ def linear_of_recomputed(function, module: nn.Module, x: torch.Tensor) -> torch.
 
 class _AddedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, total, x, weight):
+    def forward(ctx, total, x, weight, scale):
         ctx.save_for_backward(x, weight)
+        ctx.scale = scale
         # detached: autograd refuses to change the output of another function in place, which it is under ZeRO-3
         total = total.detach()
-        total.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
+        total.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t(), alpha=scale)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        tokens = grad.flatten(0, -2)
-        # both transposed: with so few rows or columns a CPU is three times as fast this way
-        grad_x = (weight.t() @ tokens.t()).t().view(x.shape) if ctx.needs_input_grad[1] else None
-        grad_weight = (x.flatten(0, -2).t() @ tokens).t() if ctx.needs_input_grad[2] else None
-        return grad, grad_x, grad_weight
+        tokens, nothing = grad.flatten(0, -2), grad.new_empty(())
+        grad_x = grad_weight = None
+        # beta 0: `nothing` is not read. Both transposed: with so few rows or columns a CPU is three times as fast
+        if ctx.needs_input_grad[1]:
+            grad_x = torch.addmm(nothing, weight.t(), tokens.t(), beta=0, alpha=ctx.scale).t().view(x.shape)
+        if ctx.needs_input_grad[2]:
+            grad_weight = torch.addmm(nothing, x.flatten(0, -2).t(), tokens, beta=0, alpha=ctx.scale).t()
+        return grad, grad_x, grad_weight, None
 
 
-def add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """total + x @ weight.t(), for x and weight of a low rank; overwrites `total`, which nothing else may use.
+def add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
+    """total + scale * x @ weight.t(), for x and weight of a low rank; overwrites `total`, which nothing else may use.
 
     Args:
         total: [..., out], contiguous.
         x: [..., rank].
         weight: [out, rank].
     """
-    return _AddedProduct.apply(total, x, weight)
+    return _AddedProduct.apply(total, x, weight, scale)
 
 
 # Long rows

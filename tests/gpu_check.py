@@ -181,7 +181,7 @@ def attention_kernels(machine: Machine) -> str:
                 torch.randn(1, 256, heads, 128, device=machine.device, dtype=dtype) for heads in (32, groups, groups)
             )
             segments = attention.as_segments([(200, 0), (56, 5)])
-            inputs = attention.LayerInputs(angles=(), segments=segments)  # the angles are not read here
+            inputs = attention.LayerInputs(rotation=None, segments=segments)  # the rotation is not read here
             with profile(activities=[ProfilerActivity.CPU]) as events:
                 attention.attention_forward(module, q, k, v, inputs)
             names = {event.key.removeprefix("aten::") for event in events.key_averages()}
