@@ -19,7 +19,7 @@ from .config import ChatGLMConfigBase
 from .families import FAMILIES
 from .histories import check_pairs
 from .modeling import Block, LanguageModelMixin, PrefixEncoder, TransformerMixin, select_tokens
-from .ops import OutputLayer, TiledMLP, linear_of_recomputed
+from .ops import OutputLayer, TiledMLP, fork, join, linear_of_recomputed
 from .pretrained import ChatGLMPreTrainedModel
 from .rotary import apply_rotary, glm_angles, glm_pairs
 from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
@@ -274,12 +274,11 @@ class GLMBlock(Block):
         return self.attention
 
     def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
-        normed = self.input_layernorm(hidden_states)
+        normed, skip = fork(self.input_layernorm(hidden_states), self.alpha)
         attended = self.attention(normed, inputs)
-        hidden_states = torch.add(attended, select_tokens(normed, inputs.keep_positions), alpha=self.alpha)
-        normed = self.post_attention_layernorm(hidden_states)
-        # not torch.add with alpha, which is one kernel: its gradient would come before the MLP's, where the peak is
-        return normed * self.alpha + self.mlp(normed, self.gradient_checkpointing)
+        hidden_states = join(attended, select_tokens(skip, inputs.keep_positions), self.alpha)
+        normed, skip = fork(self.post_attention_layernorm(hidden_states), self.alpha)
+        return join(self.mlp(normed, self.gradient_checkpointing), skip, self.alpha)
 
 
 class GLMPreTrainedModel(ChatGLMPreTrainedModel):

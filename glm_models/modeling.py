@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import LayerInputs, Segment, as_segments
+from .attention import LayerInputs, PackedRow, Segment, as_segments, pack_row, why_one_by_one
 from .ops import TiledMLP, offload_checkpoint_input, summed_cross_entropy
 from .rotary import rotation_matrices
 
@@ -108,9 +108,10 @@ class TransformerMixin:
         if self.training and self.noise_alpha:
             hidden_states = hidden_states + self.noise_like(hidden_states, attention_mask, segments)
         prefix = self.prefix_key_values(len(segments or input_ids))
-        mask = None
+        mask = packed = None
         if segments is not None:
             position_ids = self.segment_positions(input_ids, segments)
+            packed = self.packed_row(segments, hidden_states)
         else:
             if attention_mask is None:
                 attention_mask = self.default_mask(input_ids, cached)
@@ -121,7 +122,7 @@ class TransformerMixin:
         # unbound at once: where each layer takes its part by index, its gradient is as large as that of all layers
         prefixes = prefix.unbind() if prefix is not None else None
 
-        inputs = LayerInputs(rotation, mask, segments, prefixes, cache, keep_positions)
+        inputs = LayerInputs(rotation, mask, segments, packed, prefixes, cache, keep_positions)
         hidden_states, all_hidden_states = self.run_layers(hidden_states, inputs, output_hidden_states)
         normed = self.last_norm(hidden_states)
         last = normed if self.last_norm_in_hidden_states else hidden_states
@@ -162,6 +163,14 @@ class TransformerMixin:
         if self.config.pre_seq_len is None:
             return None
         return self.prefix_encoder(batch, self.config.num_layers, self.blocks[0].get_attention().head_dim)
+
+    def packed_row(self, segments: tuple[Segment, ...], hidden_states: torch.Tensor) -> PackedRow | None:
+        """The samples of a row for one call of attention; None where each needs a call, see attention.why_one_by_one."""
+        config, head_dim = self.config, self.blocks[0].get_attention().head_dim
+        device, dtype = hidden_states.device, hidden_states.dtype
+        if why_one_by_one(config._attn_implementation, device, dtype, head_dim) is not None:
+            return None
+        return pack_row(segments, config.pre_seq_len or 0, device)
 
     def run_layers(
         self, hidden_states: torch.Tensor, inputs: LayerInputs, output_hidden_states: bool = False

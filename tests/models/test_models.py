@@ -571,10 +571,10 @@ def assert_same_training(model, batch, other_model, other_batch):
         torch.testing.assert_close(gradient, others[name], atol=1e-5 * others[name].abs().max().item(), rtol=0)
 
 
-def packed_batch(tokenizer):
+def packed_batch(tokenizer, count=3):
     rows = [
         Sample(prompt + answer, ((len(prompt), len(prompt + answer)),), False, False)
-        for prompt, answer in samples(tokenizer)
+        for prompt, answer in samples(tokenizer)[:count]
     ]
     return collate(rows, tokenizer.context_length, MicroBatch([], 5.0))
 
