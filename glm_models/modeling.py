@@ -165,7 +165,7 @@ class TransformerMixin:
         return self.prefix_encoder(batch, self.config.num_layers, self.blocks[0].get_attention().head_dim)
 
     def packed_row(self, segments: tuple[Segment, ...], hidden_states: torch.Tensor) -> PackedRow | None:
-        """The samples of a row for one call of attention; None where each needs a call, see attention.why_one_by_one."""
+        """The samples of a row for one call of attention; None where each needs one, see attention.why_one_by_one."""
         config, head_dim = self.config, self.blocks[0].get_attention().head_dim
         device, dtype = hidden_states.device, hidden_states.dtype
         if why_one_by_one(config._attn_implementation, device, dtype, head_dim) is not None:
