@@ -57,7 +57,7 @@ from tuning.run.validation import Validation
 from tuning.samples.batches import Batch
 from tuning.samples.check import check_data
 from tuning.samples.epochs import RunLength, run_length
-from utils import is_rank_0, on_rank_0, print_rank_0, set_seed, silence_libraries
+from utils import device, is_rank_0, on_rank_0, print_rank_0, set_seed, silence_libraries
 
 
 def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
@@ -211,6 +211,8 @@ def start_engine(args, ds_config: dict, more: dict):
     print_rank_0(
         f"model: {trained:,} of {total:,} parameters train ({trained / total:.2%}), in {compute_dtype(ds_config)}"
     )
+    if reason := model.transformer.why_one_by_one(device(), compute_dtype(ds_config)):
+        print_rank_0(f"attention: a call for each sample of a row, not one for all: {reason}")
 
     fit_buckets(ds_config, trained)
     ds_config |= more

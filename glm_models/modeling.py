@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import LayerInputs, PackedRow, Segment, as_segments, pack_row, why_one_by_one
+from .attention import LayerInputs, Segment, as_segments, pack_row, why_one_by_one
 from .ops import TiledMLP, offload_checkpoint_input, summed_cross_entropy
 from .rotary import rotation_matrices
 
@@ -111,7 +111,8 @@ class TransformerMixin:
         mask = packed = None
         if segments is not None:
             position_ids = self.segment_positions(input_ids, segments)
-            packed = self.packed_row(segments, hidden_states)
+            if self.why_one_by_one(hidden_states.device, hidden_states.dtype) is None:
+                packed = pack_row(segments, self.config.pre_seq_len or 0, hidden_states.device)
         else:
             if attention_mask is None:
                 attention_mask = self.default_mask(input_ids, cached)
@@ -164,13 +165,10 @@ class TransformerMixin:
             return None
         return self.prefix_encoder(batch, self.config.num_layers, self.blocks[0].get_attention().head_dim)
 
-    def packed_row(self, segments: tuple[Segment, ...], hidden_states: torch.Tensor) -> PackedRow | None:
-        """The samples of a row for one call of attention; None where each needs one, see attention.why_one_by_one."""
-        config, head_dim = self.config, self.blocks[0].get_attention().head_dim
-        device, dtype = hidden_states.device, hidden_states.dtype
-        if why_one_by_one(config._attn_implementation, device, dtype, head_dim) is not None:
-            return None
-        return pack_row(segments, config.pre_seq_len or 0, device)
+    def why_one_by_one(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why each sample of a row needs a call of attention; None where one call takes all, see attention.py."""
+        head_dim = self.blocks[0].get_attention().head_dim
+        return why_one_by_one(self.config._attn_implementation, device, dtype, head_dim)
 
     def run_layers(
         self, hidden_states: torch.Tensor, inputs: LayerInputs, output_hidden_states: bool = False
