@@ -9,7 +9,7 @@ samples. Every ATen operation that autograd dispatches on a tensor of the device
 allocations; a copy from or to main memory counts too. What CUDA computes by one fused operation (attention, RMSNorm,
 dropout) counts as one, also where the meta device has only a stand-in of several. So a few operations that launch
 several kernels, as the backward pass of flash attention does, are counted too low. Not counted: DeepSpeed and the
-optimizer.
+optimizer. The GPU is one whose kernel takes a whole row of samples in one call: compute capability 8.0, half precision.
 
 Waits: operations for which the CPU would wait until the device has done all before. They read a value or a size that
 the device computes, or copy to or from main memory without non_blocking.

@@ -131,8 +131,7 @@ def test_models_in_bf16_train_as_exactly_as_with_one_call_a_sample(mode, prefix,
         sum(((some[name].double() - exact[name]) / exact[name].norm()).square().sum() for name in exact) ** 0.5
         for some in (found, own)
     )
-    print("RATIO", mode, error / own_error)
-    assert calls and error < 1.5 * own_error
+    assert calls and error < 1.5 * own_error  # 0.90 to 1.23: other roundings
 
 
 @pytest.mark.parametrize(

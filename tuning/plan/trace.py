@@ -182,6 +182,7 @@ def meta_kernels(on_gpu: bool):
         return FusedAttention.apply(query, key, value, attn_mask, on_gpu)
 
     def packed_attention(query, key, value, *_, **__):  # [tokens, heads, head_dim]
+        torch.zeros(2, dtype=torch.uint64, device=query.device)  # varlen_attn's state of random numbers
         heads = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         return FusedAttention.apply(*heads, None, on_gpu).squeeze(0).transpose(0, 1)
 
