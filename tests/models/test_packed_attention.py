@@ -50,6 +50,11 @@ def calls(monkeypatch):
     return windows
 
 
+def a_module(groups):
+    config = SimpleNamespace(_attn_implementation="sdpa")
+    return SimpleNamespace(config=config, scaling=0.3, is_causal=True, num_key_value_groups=4 // groups)
+
+
 ROWS = {
     "one sample": [(9, 5)],
     "samples": [(7, 3), (1, 0), (12, 5), (3, 3), (2, 1)],
@@ -70,8 +75,7 @@ def test_a_row_in_one_call_gives_what_its_samples_give_alone(row, before, groups
     sizes += [(2, len(segments), groups, before, 8)] if before else []
     inputs = [torch.randn(size).to(dtype) for size in sizes]
     toward = torch.randn(1, tokens, 32).to(dtype)
-    config = SimpleNamespace(_attn_implementation="sdpa")
-    module = SimpleNamespace(config=config, scaling=0.3, is_causal=True, num_key_value_groups=4 // groups)
+    module = a_module(groups)
 
     def results(packed, dtype):
         q, k, v, *prefix = leaves = [x.to(dtype).requires_grad_() for x in inputs]
@@ -85,6 +89,21 @@ def test_a_row_in_one_call_gives_what_its_samples_give_alone(row, before, groups
     for one, other, own in zip(found, exact, results(None, dtype), strict=True):
         error = (one.double() - other).abs().max()
         assert error < 1e-6 if dtype == torch.float64 else error <= 1.5 * (own.double() - other).abs().max()
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("row", ROWS)
+def test_torchs_own_function_takes_these_arguments(row, groups):
+    """On the meta device, where it has shapes and no kernel."""
+    segments = tuple(Segment(*pair) for pair in ROWS[row])
+    tokens = sum(segment.tokens for segment in segments)
+    sizes = [(1, tokens, 4, 8), *2 * [(1, tokens, groups, 8)], (2, len(segments), groups, 3, 8)]
+    leaves = [torch.empty(size, dtype=torch.bfloat16, device="meta", requires_grad=True) for size in sizes]
+    layer = LayerInputs(None, segments=segments, packed=pack_row(segments, 3, leaves[0].device), prefix=leaves[3])
+    out = attention.attention_forward(a_module(groups), *leaves[:3], layer)
+    assert out.shape == (1, tokens, 32)
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert [gradient.shape for gradient in gradients] == [leaf.shape for leaf in leaves]
 
 
 def one_by_one(model, batch):
