@@ -219,6 +219,8 @@ def start_engine(args, ds_config: dict, more: dict):
         f"model: {trained:,} of {total:,} parameters train ({trained / total:.2%}), in {compute_dtype(ds_config)}"
         + quantised
     )
+    if reason := model.transformer.why_one_by_one(device(), compute_dtype(ds_config)):
+        print_rank_0(f"attention: a call for each sample of a row, not one for all: {reason}")
 
     fit_buckets(ds_config, trained)
     ds_config |= more

@@ -4,13 +4,17 @@ Training batches are rows of whole samples end to end, without padding, and each
 (`Segment`). Generation has rows with padding on the left, and masks (`visible_mask`).
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .ops import choose
 
 
 class Segment(NamedTuple):
@@ -20,24 +24,53 @@ class Segment(NamedTuple):
     context: int = 0  # the first `context` tokens are seen by all tokens of the segment, the others by later ones only
 
 
+class Spans(NamedTuple):
+    """Where sequences lie end to end, for `varlen_attn`; the queries of each see its keys alone.
+
+    queries, keys: where each sequence begins among all queries, and among all keys; then the end of the last one.
+        int32 [sequences + 1], on the device.
+    max_queries, max_keys: of the longest sequence; numbers of the CPU, so that it need not wait for the device.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    max_queries: int
+    max_keys: int
+
+
+class PackedRow(NamedTuple):
+    """A row of segments for attention with one call for all of them; the same for all layers, see `pack_row`.
+
+    causal: the segments; a prefix is the first keys of each.
+    context: None where no segment has a context. Else the context of each segment, and its answer in pieces.
+    in_context: which tokens are context, bool [tokens, 1, 1]; None as `context`.
+    """
+
+    causal: Spans
+    context: Spans | None = None
+    in_context: torch.Tensor | None = None
+
+
 class LayerInputs(NamedTuple):
     """What a block needs beside hidden states; the same for all layers, except where `for_layer` selects.
 
     A tuple, because the hooks of ZeRO-3 look for tensors in the tuples and lists among a module's arguments.
 
-    angles: cosine and sine of the rotary angles, as the family's `rotary_angles` gives them.
+    rotation: the matrices of the rotary positions, see rotary.rotation_matrices.
     mask: see `visible_mask`; None for plain causal attention.
     segments: the samples in the one row of a training batch; None for padded batches. Where given, mask is None.
-    prefix: keys and values of P-Tuning, [layers, 2, batch or segments, groups, pre_seq_len, head_dim], or None. For
-        one layer: without the first dimension.
+    packed: the same for one call of attention; None where there is no kernel for it, see `why_one_by_one`.
+    prefix: keys and values of P-Tuning, for each layer [2, batch or segments, groups, pre_seq_len, head_dim]; None
+        without. For one layer: its tensor alone.
     cache: the key/value cache, or None.
     keep_positions: see `select_tokens`; acts in the last block only.
     """
 
-    angles: tuple[torch.Tensor, torch.Tensor]
+    rotation: torch.Tensor
     mask: torch.Tensor | None = None
     segments: tuple[Segment, ...] | None = None
-    prefix: torch.Tensor | None = None
+    packed: PackedRow | None = None
+    prefix: tuple[torch.Tensor, ...] | torch.Tensor | None = None
     cache: DynamicCache | None = None
     keep_positions: torch.Tensor | None = None
 
@@ -60,6 +93,53 @@ def as_segments(segments: torch.Tensor | Sequence[tuple[int, int]] | None) -> tu
 def segments_tensor(segments: Sequence[tuple[int, int]], device: torch.device | str | None = None) -> torch.Tensor:
     """Segments as a tensor, int64 [segments, 2]: tokens and context. In this form they can be sent to other ranks."""
     return torch.tensor([tuple(segment) for segment in segments], dtype=torch.long, device=device).view(-1, 2)
+
+
+def to_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Some numbers on a device, int32. From pinned memory: otherwise the CPU would wait until the device is ready."""
+    tensor = torch.tensor(numbers, dtype=torch.int32)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def token_places(segments: Sequence[Segment], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each token of a row [tokens]: the number of its segment, and its position in that segment."""
+    ends = list(itertools.accumulate((segment.tokens for segment in segments), initial=0))
+    token, ends = torch.arange(ends[-1], device=device), to_device(ends, device)
+    number = torch.bucketize(token, ends[1:], right=True)
+    return number, token - ends[number]
+
+
+PIECE = 128  # tokens
+
+
+def pack_row(segments: Sequence[Segment], prefix: int, device: torch.device) -> PackedRow:
+    """Where the segments of a row lie, and their contexts.
+
+    A context needs a second call, in which every query sees every key. So that this call takes the same tensors, the
+    answers are sequences in it too; their results are dropped, and short pieces of them cost little.
+
+    Args:
+        prefix: number of keys in front of those of each segment.
+    """
+    causal = _make_spans([(segment.tokens, prefix + segment.tokens) for segment in segments], device)
+    if not any(segment.context for segment in segments):
+        return PackedRow(causal)
+    pairs = []
+    for tokens, context in segments:
+        pieces = [min(PIECE, tokens - start) for start in range(context, tokens, PIECE)]
+        first, *others = [context, *pieces] if context else pieces
+        pairs += [(first, prefix + first), *((piece, piece) for piece in others)]
+    number, place = token_places(segments, device)
+    in_context = place < to_device([segment.context for segment in segments], device)[number]
+    return PackedRow(causal, _make_spans(pairs, device), in_context[:, None, None])
+
+
+def _make_spans(pairs: Sequence[tuple[int, int]], device: torch.device) -> Spans:
+    queries, keys = zip(*pairs, strict=True)
+    starts = (to_device(list(itertools.accumulate(lengths, initial=0)), device) for lengths in (queries, keys))
+    return Spans(*starts, max(queries), max(keys))
 
 
 def default_attention_mask(input_ids: torch.Tensor, pad_token_id: int | None, cached: int) -> torch.Tensor:
@@ -133,6 +213,8 @@ def attention_forward(module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     Returns:
         [batch, tokens, heads * head_dim].
     """
+    if inputs.packed is not None:
+        return _packed_attention(module, q, k, v, inputs)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     prefix, cache = inputs.prefix, inputs.cache
     if inputs.segments is not None:
@@ -156,6 +238,32 @@ def has_grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def why_one_by_one(implementation: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why attention is called for each segment of a row; None where `varlen_attn` takes the whole row.
+
+    Args:
+        implementation: that of the model, see --attn_implementation.
+    """
+    if implementation != "sdpa":
+        return f"--attn_implementation is {implementation}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "the kernel for a whole row is for half precision"
+    if head_dim % 8 or head_dim > 256:
+        return f"the kernel for a whole row takes no heads of {head_dim}"
+    return why_no_flash_attention(device)
+
+
+def why_no_flash_attention(device: torch.device) -> str | None:
+    """What keeps a device from torch's own flash attention, on which `varlen_attn` rests; None if nothing does."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "the kernel for a whole row is for NVIDIA's GPUs"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernel for a whole row needs a GPU of compute capability 8.0"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this build of torch has no kernel for a whole row"
+    return None
+
+
 def _attention(module, q, k, v, mask, is_causal=None) -> torch.Tensor:
     groups = q.shape[1] // k.shape[1]
     sdpa = module.config._attn_implementation == "sdpa"
@@ -175,13 +283,15 @@ def _segment_attention(module, q, k, v, segments, prefix) -> torch.Tensor:
     is computed twice: as part of the square for the answer, and by itself. A mask would cost tokens^2 bytes instead.
     """
     outputs = []
+    if prefix is not None:
+        prefix = tuple(x.split(1) for x in prefix.unbind())
     # split, not slices: the gradient of a slice is as large as the whole tensor
     parts = zip(*(x.split([segment.tokens for segment in segments], dim=2) for x in (q, k, v)), strict=True)
     for i, ((tokens, context), (query, key, value)) in enumerate(zip(segments, parts, strict=True)):
         before = 0
         if prefix is not None:
-            key, value = (torch.cat((prefix[n, i : i + 1], x), dim=2) for n, x in enumerate((key, value)))
-            before = prefix.shape[-2]
+            key, value = (torch.cat((prefix[n][i], x), dim=2) for n, x in enumerate((key, value)))
+            before = prefix[0][i].shape[-2]
         if context:
             front = (x[:, :, : before + context] for x in (key, value))
             outputs.append(_attention(module, query[:, :, :context], *front, None, is_causal=False))
@@ -189,6 +299,36 @@ def _segment_attention(module, q, k, v, segments, prefix) -> torch.Tensor:
             square = F.pad(query, (0, 0, before, 0)) if before else query
             outputs.append(_attention(module, square, key, value, None, is_causal=True)[:, before + context :])
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+
+
+def _packed_attention(module, q, k, v, inputs: LayerInputs) -> torch.Tensor:
+    """All segments in one call, in two where there is a context: the second sees in both directions."""
+    packed = inputs.packed
+    q, k, v = (x.squeeze(0) for x in (q, k, v))  # [tokens, heads, head_dim]
+    if inputs.prefix is not None:
+        k, v = (
+            _behind_prefix(x, part, inputs.segments) for x, part in zip((k, v), inputs.prefix.unbind(), strict=True)
+        )
+
+    def attend(spans: Spans, right: int) -> torch.Tensor:
+        # causal from the end: the last query of a sequence sees its last key, and all see the prefix
+        window, groups = (-1, right), q.shape[1] > k.shape[1]
+        return varlen_attn(q, k, v, *spans, scale=module.scaling, window_size=window, enable_gqa=groups)
+
+    attended = attend(packed.causal, right=0)
+    if packed.context is not None:
+        attended = choose(packed.in_context, attend(packed.context, right=-1), attended)
+    return attended.flatten(1)[None]
+
+
+def _behind_prefix(x: torch.Tensor, prefix: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    """Keys or values [tokens, heads, head_dim], those of each segment behind its prefix.
+
+    Args:
+        prefix: [segments, heads, pre_seq_len, head_dim].
+    """
+    parts = zip(prefix.transpose(1, 2).unbind(), x.split([segment.tokens for segment in segments]), strict=True)
+    return torch.cat(list(itertools.chain.from_iterable(parts)))
 
 
 def eager_attention(module, query, key, value, mask, scaling, dropout=0.0, is_causal=None, **_):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin
 
-from .attention import LayerInputs, attention_forward, default_attention_mask, split_heads, visible_mask
+from .attention import LayerInputs, attention_forward, default_attention_mask, split_heads, token_places, visible_mask
 from .chat import OFFICIAL, ChatMixin
 from .checkpoint import CheckpointError
 from .config import ChatGLMConfigBase
@@ -20,9 +20,9 @@ from .families import FAMILIES
 from .histories import check_pairs
 from .messages import short_repr
 from .modeling import Block, LanguageModelMixin, PrefixEncoder, TransformerMixin, select_tokens
-from .ops import OutputLayer, TiledMLP, linear_of_recomputed
+from .ops import OutputLayer, TiledMLP, fork, join, linear_of_recomputed
 from .pretrained import ChatGLMPreTrainedModel
-from .rotary import apply_rotary, glm_angles, glm_rotate
+from .rotary import apply_rotary, glm_angles, glm_pairs
 from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 from .vocabulary import add_pieces
 
@@ -234,11 +234,12 @@ class GLMAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
+        self.pairs = functools.partial(glm_pairs, config=config)
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
-        mixed = apply_rotary(self.query_key_value(hidden_states), *inputs.angles, glm_rotate)
+        mixed = apply_rotary(self.query_key_value(hidden_states), inputs.rotation, self.pairs)
         q, k, v = split_heads(mixed, 3 * self.head_dim).chunk(3, dim=-1)
         return self.dense(select_tokens(attention_forward(self, q, k, v, inputs), inputs.keep_positions))
 
@@ -274,11 +275,11 @@ class GLMBlock(Block):
         return self.attention
 
     def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
-        normed = self.input_layernorm(hidden_states)
+        normed, skip = fork(self.input_layernorm(hidden_states), self.alpha)
         attended = self.attention(normed, inputs)
-        hidden_states = select_tokens(normed, inputs.keep_positions) * self.alpha + attended
-        normed = self.post_attention_layernorm(hidden_states)
-        return normed * self.alpha + self.mlp(normed, self.gradient_checkpointing)
+        hidden_states = join(attended, select_tokens(skip, inputs.keep_positions), self.alpha)
+        normed, skip = fork(self.post_attention_layernorm(hidden_states), self.alpha)
+        return join(self.mlp(normed, self.gradient_checkpointing), skip, self.alpha)
 
 
 class GLMPreTrainedModel(ChatGLMPreTrainedModel):
@@ -351,12 +352,15 @@ class GLMModel(TransformerMixin, GLMPreTrainedModel):
     def last_norm(self):
         return self.final_layernorm
 
-    def rotary_angles(self, position_ids, dtype):
-        return glm_angles(self.config, position_ids, dtype)
+    def rotary_angles(self, position_ids):
+        return glm_angles(self.config, position_ids)
 
     def segment_positions(self, input_ids, segments):
-        parts = input_ids.split([segment.tokens for segment in segments], dim=1)
-        return torch.cat([self.position_ids(part, torch.ones_like(part)) for part in parts], dim=2)
+        # one sample below the other, padded on the right, which changes no position
+        number, place = token_places(segments, input_ids.device)
+        rows = input_ids.new_full((len(segments), max(s.tokens for s in segments)), self.config.pad_token_id)
+        rows[number, place] = input_ids[0]
+        return self.position_ids(rows, torch.ones_like(rows))[number, :, place].t()[None]
 
     def default_mask(self, input_ids, cached):
         return default_attention_mask(input_ids, self.config.pad_token_id, cached)

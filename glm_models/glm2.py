@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 
-from .attention import LayerInputs, attention_forward, split_heads, visible_mask
+from .attention import LayerInputs, attention_forward, split_heads, token_places, visible_mask
 from .chat import ChatMixin
 from .checkpoint import CheckpointError
 from .config import ChatGLMConfigBase
@@ -17,7 +17,7 @@ from .histories import check_pairs
 from .modeling import Block, LanguageModelMixin, PrefixEncoder, TransformerMixin, select_tokens
 from .ops import OutputLayer, TiledMLP, linear_of_recomputed, rms_norm, swiglu
 from .pretrained import ChatGLMPreTrainedModel
-from .rotary import apply_rotary, glm2_angles, glm2_frequencies, glm2_rotate
+from .rotary import apply_rotary, glm2_angles, glm2_frequencies, glm2_pairs
 from .tokenization import NO_IDS, ChatGLMTokenizerBase, Prompt
 
 
@@ -232,7 +232,7 @@ class SelfAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.num_heads = config.num_attention_heads
         self.num_groups = config.num_groups
-        self.rotate = functools.partial(glm2_rotate, config=config)
+        self.pairs = functools.partial(glm2_pairs, config=config)
         self.num_key_value_groups = (
             self.num_heads // self.num_groups
         )  # query heads per key/value head, for the registry
@@ -243,8 +243,8 @@ class SelfAttention(nn.Module):
         self.dense = nn.Linear(size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
-        mixed = apply_rotary(self.query_key_value(hidden_states), *inputs.angles, self.rotate)
-        if self.config.multi_query_attention:  # see glm2_rotate
+        mixed = apply_rotary(self.query_key_value(hidden_states), inputs.rotation, self.pairs)
+        if self.config.multi_query_attention:  # see glm2_pairs
             heads = split_heads(mixed, self.head_dim)
             q, k, v = heads.split([self.num_heads, self.num_groups, self.num_groups], dim=2)
         else:
@@ -333,11 +333,11 @@ class ChatGLM2Model(TransformerMixin, ChatGLM2PreTrainedModel):
     def last_norm(self):
         return self.encoder.final_layernorm
 
-    def rotary_angles(self, position_ids, dtype):
-        return glm2_angles(self.config, position_ids, dtype)
+    def rotary_angles(self, position_ids):
+        return glm2_angles(self.config, position_ids)
 
     def segment_positions(self, input_ids, segments):
-        return torch.cat([torch.arange(segment.tokens, device=input_ids.device) for segment in segments])[None]
+        return token_places(segments, input_ids.device)[1][None]
 
     def default_positions(self, input_ids, attention_mask, cached):
         tokens = input_ids.shape[1]

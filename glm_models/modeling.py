@@ -8,8 +8,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import LayerInputs, Segment, as_segments
+from .attention import LayerInputs, Segment, as_segments, pack_row, why_one_by_one
 from .ops import TiledMLP, offload_checkpoint_input, summed_cross_entropy
+from .rotary import rotation_matrices
 
 IGNORE_INDEX = -100  # label of a token that the loss ignores, as in torch and transformers
 
@@ -70,8 +71,8 @@ class TransformerMixin:
     def last_norm(self) -> nn.Module:
         raise NotImplementedError
 
-    def rotary_angles(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of the rotary angles of some positions, of `dtype`."""
+    def rotary_angles(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """The rotary angles of some positions, float32; their shape fits the family's pairs, see apply_rotary."""
         raise NotImplementedError
 
     def segment_positions(self, input_ids: torch.Tensor, segments: tuple[Segment, ...]) -> torch.Tensor:
@@ -107,18 +108,22 @@ class TransformerMixin:
         if self.training and self.noise_alpha:
             hidden_states = hidden_states + self.noise_like(hidden_states, attention_mask, segments)
         prefix = self.prefix_key_values(len(segments or input_ids))
-        mask = None
+        mask = packed = None
         if segments is not None:
             position_ids = self.segment_positions(input_ids, segments)
+            if self.why_one_by_one(hidden_states.device, hidden_states.dtype) is None:
+                packed = pack_row(segments, self.config.pre_seq_len or 0, hidden_states.device)
         else:
             if attention_mask is None:
                 attention_mask = self.default_mask(input_ids, cached)
             if position_ids is None:
                 position_ids = self.default_positions(input_ids, attention_mask, cached)
             mask = self.visible_mask(input_ids, attention_mask, cached, prefix, hidden_states.dtype)
-        angles = self.rotary_angles(position_ids, hidden_states.dtype)
+        rotation = rotation_matrices(self.rotary_angles(position_ids), hidden_states.dtype)
+        # unbound at once: where each layer takes its part by index, its gradient is as large as that of all layers
+        prefixes = prefix.unbind() if prefix is not None else None
 
-        inputs = LayerInputs(angles, mask, segments, prefix, cache, keep_positions)
+        inputs = LayerInputs(rotation, mask, segments, packed, prefixes, cache, keep_positions)
         hidden_states, all_hidden_states = self.run_layers(hidden_states, inputs, output_hidden_states)
         normed = self.last_norm(hidden_states)
         last = normed if self.last_norm_in_hidden_states else hidden_states
@@ -159,6 +164,11 @@ class TransformerMixin:
         if self.config.pre_seq_len is None:
             return None
         return self.prefix_encoder(batch, self.config.num_layers, self.blocks[0].get_attention().head_dim)
+
+    def why_one_by_one(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why each sample of a row needs a call of attention; None where one call takes all, see attention.py."""
+        head_dim = self.blocks[0].get_attention().head_dim
+        return why_one_by_one(self.config._attn_implementation, device, dtype, head_dim)
 
     def run_layers(
         self, hidden_states: torch.Tensor, inputs: LayerInputs, output_hidden_states: bool = False

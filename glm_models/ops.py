@@ -95,33 +95,97 @@ def linear_of_recomputed(function, module: nn.Module, x: torch.Tensor) -> torch.
 
 class _AddedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, total, x, weight):
+    def forward(ctx, total, x, weight, scale):
         ctx.save_for_backward(x, weight)
+        ctx.scale = scale
         # detached: autograd refuses to change the output of another function in place, which it is under ZeRO-3
         total = total.detach()
-        total.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
+        total.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t(), alpha=scale)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        tokens = grad.flatten(0, -2)
-        # both transposed: with so few rows or columns a CPU is three times as fast this way
-        grad_x = (weight.t() @ tokens.t()).t().view(x.shape) if ctx.needs_input_grad[1] else None
-        grad_weight = (x.flatten(0, -2).t() @ tokens).t() if ctx.needs_input_grad[2] else None
-        return grad, grad_x, grad_weight
+        tokens, rows, nothing = grad.flatten(0, -2), x.flatten(0, -2), grad.new_empty(())
+        grad_x = grad_weight = None
+
+        def product(a, b):  # of matrices, times the scale
+            if grad.device.type != "cpu":
+                return torch.addmm(nothing, a, b, beta=0, alpha=ctx.scale)  # beta 0: `nothing` is not read
+            # transposed: with so few rows or columns a CPU is three times as fast. But autograd copies such a gradient
+            return torch.addmm(nothing, b.t(), a.t(), beta=0, alpha=ctx.scale).t()
+
+        if ctx.needs_input_grad[1]:
+            grad_x = product(tokens, weight).view(x.shape)
+        if ctx.needs_input_grad[2]:
+            grad_weight = product(tokens.t(), rows)
+        return grad, grad_x, grad_weight, None
 
 
-def add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """total + x @ weight.t(), for x and weight of a low rank; overwrites `total`, which nothing else may use.
+def add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
+    """total + scale * x @ weight.t(), for x and weight of a low rank; overwrites `total`, which nothing else may use.
 
     Args:
         total: [..., out], contiguous.
         x: [..., rank].
         weight: [out, rank].
     """
-    return _AddedProduct.apply(total, x, weight)
+    return _AddedProduct.apply(total, x, weight, scale)
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, alpha):
+        ctx.alpha = alpha
+        return x.view_as(x), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_skip):
+        return torch.add(grad, grad_skip, alpha=ctx.alpha), None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, result, skip, alpha):
+        return torch.add(result, skip, alpha=alpha)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad, grad, None  # scaled in _Fork
+
+
+def fork(x: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x for a function, and for the way around it, see `join`; one kernel in the backward pass, where autograd's own
+    takes two and keeps one more tensor while it computes the function's gradient.
+    """
+    return _Fork.apply(x, alpha)
+
+
+def join(result: torch.Tensor, skip: torch.Tensor, alpha: float) -> torch.Tensor:
+    """result + alpha * skip, where skip is the second tensor of `fork` with the same alpha, or some rows of it."""
+    return _Join.apply(result, skip, alpha)
+
+
+class _Choice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mask, one, other):
+        ctx.save_for_backward(mask)
+        return torch.where(mask, one, other)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        grad_one = grad * mask
+        return None, grad_one, grad - grad_one
+
+
+def choose(mask: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """torch.where, whose own backward pass takes twice as many kernels."""
+    return _Choice.apply(mask, one, other)
 
 
 # Long rows

@@ -5,6 +5,7 @@ and adapter, unmerged, in float32; beside them the error of the base alone, and 
 """
 
 import contextlib
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -40,11 +41,15 @@ class Said(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """What a model says in float32 and what in half precision, where it is `model`."""
+    """What a model says in float32 and what in half precision, where it is `model`.
+
+    margins: for each answer that differs, by how much float32's logits prefer its own token where the two part.
+    """
 
     wide: Said
     half: Said
     model: torch.nn.Module
+    margins: list[float]
 
     def error(self) -> float:
         """Of the logits, root mean square."""
@@ -54,12 +59,31 @@ class Compared(NamedTuple):
         return sum(one == other for one, other in zip(self.wide.answers, self.half.answers, strict=True))
 
 
+def encode(tokenizer) -> list[list[int]]:
+    return [tokenizer.encode_prompt(text) for text in TEXT[:24]]
+
+
 @torch.inference_mode()
 def ask(model, tokenizer) -> Said:
-    prompts = [tokenizer.encode_prompt(text) for text in TEXT[:24]]
+    prompts = encode(tokenizer)
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
     logits = model(**batch).logits[batch["attention_mask"].bool()].float()
     return Said(logits, [ids for ids, _ in generate_ids(model, tokenizer, prompts, [LENGTH] * len(prompts))])
+
+
+@torch.inference_mode()
+def find_margins(model, tokenizer, own: Said, other: Said) -> list[float]:
+    """See Compared.margins, of a model and what it says itself, and what another one says."""
+    margins = []
+    for prompt, *answers in zip(encode(tokenizer), own.answers, other.answers, strict=True):
+        steps = enumerate(itertools.zip_longest(*answers))  # None: the answer has ended
+        parted = next(((place, pair) for place, pair in steps if pair[0] != pair[1]), None)
+        if parted is not None:
+            place, pair = parted
+            logits = model(torch.tensor([prompt + answers[0][:place]])).logits[0, -1]
+            mine, theirs = (logits[tokenizer.stop_token_ids if token is None else token].max() for token in pair)
+            margins.append((mine - theirs).item())
+    return margins
 
 
 def in_type(mode: str, base: str, folder: str, dtype: torch.dtype):
@@ -76,7 +100,8 @@ def wide_and_half(mode: str, base: str, folder: str, tokenizer, dtype: torch.dty
     else:
         half = load_result(mode, folder, base, CPU, dtype)[1]
     wide = wide if folder == base else wide.get_base_model()
-    return Compared(ask(wide, tokenizer), ask(half, tokenizer), half)
+    said, in_half = ask(wide, tokenizer), ask(half, tokenizer)
+    return Compared(said, in_half, half, find_margins(wide, tokenizer, said, in_half))
 
 
 def main() -> None:

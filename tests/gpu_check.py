@@ -181,7 +181,7 @@ def attention_kernels(machine: Machine) -> str:
                 torch.randn(1, 256, heads, 128, device=machine.device, dtype=dtype) for heads in (32, groups, groups)
             )
             segments = attention.as_segments([(200, 0), (56, 5)])
-            inputs = attention.LayerInputs(angles=(), segments=segments)  # the angles are not read here
+            inputs = attention.LayerInputs(rotation=None, segments=segments)  # the rotation is not read here
             with profile(activities=[ProfilerActivity.CPU]) as events:
                 attention.attention_forward(module, q, k, v, inputs)
             names = {event.key.removeprefix("aten::") for event in events.key_averages()}
@@ -190,6 +190,42 @@ def attention_kernels(machine: Machine) -> str:
     for name, kernels in chosen.items():
         assert kernels and not any("cudnn" in kernel or "math" in kernel for kernel in kernels), f"{name}: {kernels}"
     return "; ".join(f"{name}: {', '.join(sorted(kernels))}" for name, kernels in chosen.items())
+
+
+def packed_rows(machine: Machine) -> str:
+    """Attention of a packed row in one call, and its gradients: as near to float64 as one call for each sample."""
+    ratios = []
+    for mode in MODE:
+        model = loading.load_base(mode, str(machine.base(mode)), machine.dtype).to(machine.device)
+        if reason := model.transformer.why_one_by_one(machine.device, machine.dtype):
+            raise Skip(reason)
+        module = model.transformer.blocks[0].get_attention()
+        groups = getattr(module, "num_groups", 32)
+        module.num_key_value_groups = 32 // groups
+        contexts = (130, 5, 0, 1) if mode == "glm" else (0, 0, 0, 0)
+        segments = attention.as_segments(tuple(zip((200, 56, 300, 1), contexts, strict=True)))
+        for before in (0, 16):
+            torch.manual_seed(0)
+            shapes = [(1, 557, heads, 128) for heads in (32, groups, groups)]
+            shapes += [(2, len(segments), groups, before, 128)] if before else []
+            leaves = [torch.randn(shape, device=machine.device).to(machine.dtype) for shape in shapes]
+            toward = torch.randn(1, 557, 32 * 128, device=machine.device).to(machine.dtype)
+
+            def results(packed, dtype, leaves=leaves, toward=toward, module=module, segments=segments):
+                inputs = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+                prefix = inputs[3] if len(inputs) > 3 else None
+                layer = attention.LayerInputs(None, segments=segments, packed=packed, prefix=prefix)
+                out = attention.attention_forward(module, *inputs[:3], layer)
+                return [out, *torch.autograd.grad(out, inputs, toward.to(dtype))]
+
+            packed = attention.pack_row(segments, before, machine.device)
+            exact = results(None, torch.float64)
+            for one, own, right in zip(
+                results(packed, machine.dtype), results(None, machine.dtype), exact, strict=True
+            ):
+                ratios.append(((one - right).norm() / (own - right).norm()).item())
+    assert max(ratios) < 1.2, f"errors {', '.join(f'{ratio:.2f}' for ratio in ratios)} times those of single calls"
+    return f"one call a row: {min(ratios):.2f} to {max(ratios):.2f} times the errors of a call a sample"
 
 
 def norms(machine: Machine) -> str:
@@ -403,6 +439,7 @@ def several_gpus(machine: Machine) -> str:
 CHECKS = {
     "versions": versions,
     "attention kernels": attention_kernels,
+    "packed rows": packed_rows,
     "fused norm": norms,
     "half precision matrix": matrix,
     "signal and resume": stop_and_go_on,

@@ -104,7 +104,10 @@ def test_a_layer_with_an_adapter_is_as_exact_as_its_base_alone(dtype, share, bia
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("mode", MODE)
 def test_adapters_in_half_precision_answer_as_exactly_as_the_base_does(tiny, tokenizers, tmp_path, mode, dtype):
-    """Logits and greedy answers against the unmerged model in float32, beside those of the base against itself."""
+    """Logits and greedy answers against the unmerged model in float32, beside those of the base against itself.
+
+    How many answers are the same is luck: at some token of most answers this random model hardly decides.
+    """
     base = make_base(tiny, mode, tmp_path / "base", dtype)
     alone = wide_and_half(mode, base, base, tokenizers[mode], dtype)
     error = alone.error()
@@ -115,7 +118,8 @@ def test_adapters_in_half_precision_answer_as_exactly_as_the_base_does(tiny, tok
         assert any(isinstance(module, PredictionLinear) for module in found.model.modules())
         assert rms(found.wide.logits - alone.wide.logits) > error / 4  # the adapter does something
         assert found.error() < 1.15 * error  # 0.93 to 1.07: other roundings, as many
-        assert found.same_answers() >= alone.same_answers() - 4
+        # answers part only where float32 prefers its token by little: up to 4.9 times the error; most margins are wider
+        assert max(found.margins, default=0) < 8 * error
 
 
 @pytest.mark.parametrize("dtype", HALF)

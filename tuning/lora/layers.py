@@ -65,13 +65,14 @@ ROWS = 4096  # of which PredictionLinear makes copies at a time
 class AddedLinear(nn.Linear):
     """`lora_B`, added in place. Still called as a module, since under ZeRO-3 the call gathers the weight."""
 
-    def forward(self, x: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., rank] times the transposed weight: [..., out]. With `total` [..., out], added to it in place."""
-        return super().forward(x) if total is None else add_product(total, x, self.weight)
+    def forward(self, x: torch.Tensor, total: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+        """x [..., rank] times the transposed weight: [..., out]. With `total` [..., out], `scale` times that, added to
+        it in place."""
+        return super().forward(x) if total is None else add_product(total, x, self.weight, scale)
 
 
 class LoraLinear(lora.Linear):
-    """peft's layer around an nn.Linear: base(x) + B(A(dropout(x)) * scaling)."""
+    """peft's layer around an nn.Linear: base(x) + B(A(dropout(x))) * scaling."""
 
     def update_layer(self, adapter_name, *args, **kwargs):
         super().update_layer(adapter_name, *args, **kwargs)
@@ -88,9 +89,8 @@ class LoraLinear(lora.Linear):
             return super().forward(x)
         result = self.base_layer(x)
         for name in self.active_adapters:
-            # scaled here, where the tensor is small
-            low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
-            result = self.lora_B[name](low, result)
+            low = self.lora_A[name](self.lora_dropout[name](x))
+            result = self.lora_B[name](low, result, self.scaling[name])
         return result
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from glm_models import attention as model_attention
 from glm_models.quantized import quantized_layers
 
 
@@ -134,8 +135,11 @@ class FusedAttention(torch.autograd.Function):
         # the GPU kernel accumulates the query gradient in float32, and stores sum(grad * out) of each query
         accumulator = torch.empty_like(q, dtype=torch.float32) if ctx.on_gpu else None
         row_sums = torch.empty_like(log_sum) if ctx.on_gpu else None
+        # where queries share keys, it stores the gradients of keys and values for each query head, before it sums them
+        shared = ctx.on_gpu and k.shape[1] < q.shape[1]
+        unsummed = [x.new_empty(len(x), q.shape[1], *x.shape[2:]) for x in (k, v)] if shared else None
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        del accumulator, row_sums
+        del accumulator, row_sums, unsummed
         return *grads, None, None
 
 
@@ -163,6 +167,7 @@ def meta_kernels(on_gpu: bool):
         on_gpu: allocate like GPU kernels; otherwise like CPU kernels.
     """
     real_attention, real_dropout = F.scaled_dot_product_attention, F.dropout
+    real_missing = model_attention.why_no_flash_attention
 
     def attention(query, key, value, attn_mask=None, *args, **kwargs):
         if not query.is_meta:
@@ -177,6 +182,14 @@ def meta_kernels(on_gpu: bool):
             attn_mask = torch.empty(*attn_mask.shape[:-1], keys, dtype=query.dtype, device="meta")
         return FusedAttention.apply(query, key, value, attn_mask, on_gpu)
 
+    def packed_attention(query, key, value, *_, **__):  # [tokens, heads, head_dim]
+        torch.zeros(2, dtype=torch.uint64, device=query.device)  # varlen_attn's state of random numbers
+        heads = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        return FusedAttention.apply(*heads, None, on_gpu).squeeze(0).transpose(0, 1)
+
+    def missing(device):
+        return None if on_gpu and device.type == "meta" else real_missing(device)
+
     def dropout(input, p=0.5, training=True, inplace=False):
         if input.is_meta and on_gpu:
             return FusedDropout.apply(input) if training and p else input
@@ -185,6 +198,8 @@ def meta_kernels(on_gpu: bool):
     with (
         mock.patch.object(F, "scaled_dot_product_attention", attention),
         mock.patch.object(F, "dropout", dropout),
+        mock.patch.object(model_attention, "varlen_attn", packed_attention),
+        mock.patch.object(model_attention, "why_no_flash_attention", missing),
     ):
         yield
 
