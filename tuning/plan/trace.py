@@ -112,12 +112,16 @@ class StorageTracker(TorchDispatchMode):
 # Kernels that do not exist on the meta device
 
 
-@torch.library.custom_op("plan::attention", mutates_args=())
-def fused_attention(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log of the softmax denominator; one operation, so that selective checkpointing can keep them."""
+def attention_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log of the softmax denominator."""
     batch, heads, tokens, _ = q.shape
     out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
     return out, q.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+# one operation, so that selective checkpointing can keep its outputs
+fused_attention = torch.library.custom_op("plan::attention", attention_outputs, mutates_args=())
+fused_attention.register_fake(attention_outputs)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -129,7 +133,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask, on_gpu):  # q: [batch, heads, tokens, head_dim]
-        out, log_sum = torch.ops.plan.attention(q, v)
+        out, log_sum = fused_attention(q, v)
         ctx.save_for_backward(q, k, v, mask, out, log_sum)
         ctx.on_gpu = on_gpu
         return out
