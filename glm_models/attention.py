@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -262,6 +263,25 @@ def why_no_flash_attention(device: torch.device) -> str | None:
     if not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has no kernel for a whole row"
     return None
+
+
+# torch's fused kernels, as the dispatcher calls them
+FUSED = [
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
+]
+
+
+def keep_attention():
+    """Contexts of a layer's checkpoint that keeps what attention has given; all else in the layer is computed again.
+
+    Kept are [tokens, heads * head_dim] and a float32 for each token and head. Attention alone grows with the square of
+    a sample's length: in long ones it is most of what would be computed again.
+    """
+    return create_selective_checkpoint_contexts(FUSED)
 
 
 def _attention(module, q, k, v, mask, is_causal=None) -> torch.Tensor:

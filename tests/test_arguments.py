@@ -327,6 +327,11 @@ def test_flags_of_train_that_depend_on_others():
         ("--max_memory 24", "--max_memory does nothing without --plan"),
         ("--plan False --plan_gpus 4", "--plan_gpus does nothing without --plan"),
         ("--offload_inputs False", "--offload_inputs does nothing without --gradient_checkpointing"),
+        ("--keep_attention", "--keep_attention does nothing without --gradient_checkpointing"),
+        (
+            "--gradient_checkpointing --keep_attention --attn_implementation eager",
+            "--keep_attention goes with --attn_implementation sdpa, not with eager",
+        ),
         ("--resume_changed", "--resume_changed does nothing without --resume_from_checkpoint"),
         ("--eval_ratio 0.1 --eval_generate_rows 5", "--eval_generate_rows does nothing without --eval_generate"),
         ("--plan --check_data", "--plan and --check_data exclude each other"),

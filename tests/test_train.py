@@ -106,7 +106,7 @@ ONE_STEP = {
     "rows": "--per_device_train_batch_size 4",
     "packed": "--per_device_train_batch_size 2 --packing --max_len 100",
     "packed-z3-saving": "--gradient_accumulation_steps 2 --packing --max_len 100 --gradient_checkpointing --tiled_mlp "
-    f"--offload_inputs --ds_file {DS_FILES['z3']}",
+    f"--offload_inputs --keep_attention --ds_file {DS_FILES['z3']}",
 }
 ONE_STEP_TWO_RANKS = {"packed-z3-saving": ONE_STEP["packed-z3-saving"].removeprefix("--gradient_accumulation_steps 2 ")}
 ONE_STEP_PAIRS = [*PAIRS, *((mode, "lora_head") for mode in MODE)]

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import initialization as init
 
 from glm_models import MODE
+from glm_models.attention import keep_attention
 from glm_models.quantized import count_numbers
 from tuning.arguments.lora import LORA, changes_base
 from tuning.arguments.parser import split_names
@@ -156,7 +157,8 @@ def build_model(args, load):
 
     model = TRAIN_TYPE[args.train_type](args, load_lean)
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        more = {"context_fn": keep_attention} if args.keep_attention else {}
+        model.activation_checkpointing_enable({"use_reentrant": False, **more})
         model.disable_input_require_grads()  # on by transformers; costs a backward pass below what trains
     return model
 

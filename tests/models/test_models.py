@@ -19,6 +19,7 @@ from conftest import enliven, write_model
 from native import native_model, native_weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor, TextIteratorStreamer
@@ -673,13 +674,16 @@ def test_other_samples_of_a_row_are_not_seen(mode, load, tokenizers):
 @pytest.mark.parametrize(
     "options", [{"tiled_mlp": True}, {"offload_inputs": True}, {"tiled_mlp": True, "offload_inputs": True}]
 )
-def test_ways_to_save_memory_change_nothing(mode, prefix, options, load, tokenizers, monkeypatch):
+@pytest.mark.parametrize("keeps", [False, True])
+def test_ways_to_save_memory_change_nothing(mode, prefix, options, keeps, load, tokenizers, monkeypatch):
     monkeypatch.setattr(ops, "TILE", 7)
     monkeypatch.setattr(ops, "CHUNK", 3 * 1000)  # a few rows of logits
     batch = packed_batch(tokenizers[mode])
     plain, saving = (load(mode, **prefix, prefix_dropout=0.0).train() for _ in range(2))
     saving.save_memory(**options)
-    saving.gradient_checkpointing_enable({"use_reentrant": False})
+    saving.gradient_checkpointing_enable(
+        {"use_reentrant": False, **({"context_fn": attention.keep_attention} if keeps else {})}
+    )
     moved = []
 
     def offload_saved_tensor(x):  # else a CPU would have nothing to do
@@ -693,6 +697,29 @@ def test_ways_to_save_memory_change_nothing(mode, prefix, options, load, tokeniz
     copies = [copy for copy in moved if isinstance(copy, tuple)]
     # one a layer whose input anything is learnt from
     assert len(copies) == (plain.config.num_layers if options.get("offload_inputs") else 0)
+
+
+class CountAttention(TorchDispatchMode):
+    """Counts the calls of torch's fused kernels."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func in attention.FUSED
+        return func(*args, **(kwargs or {}))
+
+
+@modes
+@prefixes
+def test_kept_attention_is_not_computed_again(mode, prefix, load, tokenizers):
+    calls = []
+    for more in ({}, {"context_fn": attention.keep_attention}):
+        model = load(mode, **prefix).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False, **more})
+        with CountAttention() as count:
+            loss_and_gradients(model, packed_batch(tokenizers[mode]))
+        calls.append(count.calls)
+    assert calls[0] == 2 * calls[1] > 0
 
 
 def test_only_a_copy_of_the_kept_input_moves():

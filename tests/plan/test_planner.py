@@ -48,11 +48,11 @@ def on_meta(batch) -> dict:
 # The tracker
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("flags", ["", "--gradient_checkpointing", "--gradient_checkpointing --keep_attention"])
 @pytest.mark.parametrize("method", methods.TRAIN_TYPE)
 @pytest.mark.parametrize("mode", MODE)
-def test_tracker_agrees_with_the_cpu_allocator(mode, method, checkpointing):
-    args = arguments(f"--mode {mode} --train_type {method} --gradient_checkpointing {checkpointing}")
+def test_tracker_agrees_with_the_cpu_allocator(mode, method, flags):
+    args = arguments(f"--mode {mode} --train_type {method} {flags}")
     config = ds_config(args, 2, **FP32)
     real = build(args, config, "cpu")
     measured = peak_of(lambda: real.model(**real.batch).loss.backward())

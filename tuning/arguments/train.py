@@ -282,6 +282,10 @@ def add_devices(parser: Parser) -> None:
         help="for long rows: keep the activations of gradient checkpointing in main memory",
     )  # fmt: skip
     group.add_argument(
+        "--keep_attention", **SWITCH, needs="--gradient_checkpointing", may_change=True,
+        help="for long rows: keep what attention gives, too, and do not compute it again",
+    )  # fmt: skip
+    group.add_argument(
         "--attn_implementation", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa", may_change=True,
         help="attention: torch's fused kernels, plain operations, or the flash-attn package",
     )  # fmt: skip
@@ -395,6 +399,8 @@ def contradictions(args: argparse.Namespace) -> list[str]:
         wrong.append("--packing and --group_by_length exclude each other: packed rows are all about max_len long")
     if args.train_last_layers and args.freeze_module_name:
         wrong.append("--train_last_layers and --freeze_module_name exclude each other: both say what trains")
+    if args.keep_attention and args.attn_implementation != "sdpa":
+        wrong.append(f"--keep_attention goes with --attn_implementation sdpa, not with {args.attn_implementation}")
     wrong += lora_contradictions(args)
     if missing(args.eval_generate):
         wrong.append(f"--eval_generate {args.eval_generate} needs more packages: {missing(args.eval_generate)}")

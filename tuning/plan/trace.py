@@ -113,6 +113,18 @@ class StorageTracker(TorchDispatchMode):
 # Kernels that do not exist on the meta device
 
 
+def attention_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log of the softmax denominator."""
+    batch, heads, tokens, _ = q.shape
+    out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
+    return out, q.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+# one operation, so that selective checkpointing can keep its outputs
+fused_attention = torch.library.custom_op("plan::attention", attention_outputs, mutates_args=())
+fused_attention.register_fake(attention_outputs)
+
+
 class FusedAttention(torch.autograd.Function):
     """What torch's fused attention kernels allocate: the output and one float32 per query and head, but no scores.
 
@@ -122,9 +134,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask, on_gpu):  # q: [batch, heads, tokens, head_dim]
-        batch, heads, tokens, _ = q.shape
-        out = q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
-        log_sum = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+        out, log_sum = fused_attention(q, v)
         ctx.save_for_backward(q, k, v, mask, out, log_sum)
         ctx.on_gpu = on_gpu
         return out
@@ -200,6 +210,7 @@ def meta_kernels(on_gpu: bool):
         mock.patch.object(F, "dropout", dropout),
         mock.patch.object(model_attention, "varlen_attn", packed_attention),
         mock.patch.object(model_attention, "why_no_flash_attention", missing),
+        mock.patch.object(model_attention, "FUSED", [*model_attention.FUSED, torch.ops.plan.attention.default]),
     ):
         yield
 
