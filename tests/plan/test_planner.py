@@ -68,7 +68,9 @@ def test_tracker_agrees_with_the_cpu_allocator(mode, method, flags):
 @pytest.mark.parametrize("kind", [FP32, {}])
 @pytest.mark.parametrize("flags", ["--quantization_bit 4", "--quantization_bit 4 --gradient_checkpointing"])
 @pytest.mark.parametrize("mode", MODE)
-def test_tracker_agrees_with_the_cpu_allocator_on_a_quantised_base(mode, flags, kind):
+def test_tracker_agrees_with_the_cpu_allocator_on_a_quantised_base(mode, flags, kind, monkeypatch):
+    # oneDNN's products in bf16 have workspaces, which no GPU has; how large they are depends on the CPU
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     linear, eight = "query_key_value,dense,dense_h_to_4h,dense_4h_to_h", flags.replace("4", "8")
     for more in (f"--train_type lora --lora_module_name {linear} {flags}", f"--train_type ptuning {eight}"):
         args = arguments(f"--mode {mode} {more}")
