@@ -150,6 +150,13 @@ def hand_over(argv: list[str], rank: int, folder: Path) -> None:
     (folder / f"bytes-{rank}.json").write_text(json.dumps([[done["send"], sums, weights], computed]))
 
 
+def handed_over(folder: Path, argv: list[str], ranks: int) -> list[list[list[int]]]:
+    """Of each rank of a training, bytes counted and computed: to other stages, to be summed, of weights gathered."""
+    run = Forked(ranks, folder / "log", lambda rank: hand_over(argv, rank, folder))
+    assert set(run.wait().values()) == {0}, (folder / "log").read_text()[-3000:]
+    return [json.loads((folder / f"bytes-{rank}.json").read_text()) for rank in range(ranks)]
+
+
 def print_bytes() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
@@ -164,13 +171,9 @@ def print_bytes() -> None:
             ((name, argv),) = job(folder, case, ranks, stages).items()
             argv[argv.index("--ds_file") + 1] = f"{folder}/{ds_file}.json"
             argv += ["--overwrite_output_dir"]
-            run = Forked(ranks, folder / "log", lambda rank, argv=argv: hand_over(argv, rank, folder))
-            assert set(run.wait().values()) == {0}, (folder / "log").read_text()[-3000:]
-            for rank in range(ranks):
-                counted, computed = json.loads((folder / f"bytes-{rank}.json").read_text())
-                print(
-                    f"{name} {ds_file}, rank {rank}: stages, sums, weights: {counted}, computed {computed}", flush=True
-                )
+            for rank, (counted, computed) in enumerate(handed_over(folder, argv, ranks)):
+                figures = f"to other stages, sums, weights: {counted}, computed {computed}"
+                print(f"{name} {ds_file}, rank {rank}: {figures}", flush=True)
 
 
 def main():

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from jobs import run_jobs
-from pipelines import Case, compare, differences, job, make_inputs, result, weights_of
+from pipelines import Case, compare, differences, handed_over, job, make_inputs, result, weights_of
 from runs import ROOT, Launched, command, make_base, make_rows, read_losses, result_bytes
 
 import predict
@@ -266,3 +266,11 @@ def test_a_plan_tells_what_each_stage_needs_and_sends(folder, capsys):
     assert [line[1] for line in stages] == ["2", "2", "2", "1"]  # micro-batches in flight
     with pytest.raises(UserError, match="5 GPUs cannot share 4 stages"):
         plan_pipeline(train.parse_args([*argv.split(), "--plan_gpus", "5"]), train.plan_setup)
+
+
+def test_ranks_hand_over_what_is_computed(folder):
+    (argv,) = job(folder, CASES[0][0], 2, 2).values()
+    for counted, computed in handed_over(folder, [*argv, "--output_dir", str(folder / "counted")], 2):
+        assert counted == pytest.approx(computed, rel=0.01)
+        assert counted[0] > 0
+        assert counted[1] > 0  # the tied embedding
