@@ -12,6 +12,7 @@ keys are not rotated, and with a smaller eps Adam would take whole steps after i
 """
 
 import argparse
+import inspect
 import itertools
 import json
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
+import torch
 from conftest import make_lively_checkpoint
 from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -108,28 +110,35 @@ def differences(folder: Path, losses: dict[str, list[float]], case: Case, ranks:
 
 # Functions of DeepSpeed's communication through which tensors go, with the place of the tensor that counts.
 COUNTED = {"send": 0, "all_reduce": 0, "reduce": 0, "all_gather_into_tensor": 0, "reduce_scatter_tensor": 1}
-SMALL = 1000  # bytes: norms and flags are less, and are not counted
+SMALL = 1000  # bytes: norms and flags, of which sums are less, are not counted
 
 
 def count_handed_over(done: Counter) -> None:
-    """From now on, add to `done`, by function, the bytes that this process hands over."""
+    """From now on, add to `done`, by function, the bytes that this process hands over to others."""
     for name, place in COUNTED.items():
         real = getattr(TorchBackend, name)
 
         def counted(self, *args, name=name, place=place, real=real, **kwargs):
-            tensor = [*args, *kwargs.values()][place]
+            given = inspect.signature(real).bind(self, *args, **kwargs).arguments
+            tensor, alone = [*given.values()][1 + place], torch.distributed.get_world_size(given.get("group")) == 1
             size = tensor.numel() * tensor.element_size()
-            done[name] += size * (size >= SMALL)
+            done[name] += size * (name == "send" or (size >= SMALL and not alone))
             return real(self, *args, **kwargs)
 
         setattr(TorchBackend, name, counted)
 
 
 def hand_over(argv: list[str], rank: int, folder: Path) -> None:
-    """A training in this process; writes what it has handed over, and what --plan says of it."""
-    done, expected = Counter(), []
+    """A training in this process; writes what it has handed over in its steps, and what --plan says of it."""
+    done, counted, expected = Counter(), Counter(), []
+    done_before = Counter()
+
+    def before(watch, batches):
+        done_before.clear()
+        done_before.update(done)
 
     def after(watch, step):
+        counted.update(done - done_before)
         engine = watch.engine
         parameters = list(engine.module.parameters())
         trained, item = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad), 4
@@ -144,10 +153,11 @@ def hand_over(argv: list[str], rank: int, folder: Path) -> None:
         expected.append(stage_traffic(part, position, rows, hidden, item, item, engine.dp_world_size))
 
     count_handed_over(done)
-    train.train(train.parse_args(argv), StepHooks(after=after))
-    sums, weights = done["all_reduce"] + done["reduce"] + done["reduce_scatter_tensor"], done["all_gather_into_tensor"]
+    train.train(train.parse_args(argv), StepHooks(before, after))
+    sums = counted["all_reduce"] + counted["reduce"] + counted["reduce_scatter_tensor"]
+    found = [counted["send"], sums, counted["all_gather_into_tensor"]]
     computed = [sum(parts) for parts in zip(*expected, strict=True)]
-    (folder / f"bytes-{rank}.json").write_text(json.dumps([[done["send"], sums, weights], computed]))
+    (folder / f"bytes-{rank}.json").write_text(json.dumps([found, computed]))
 
 
 def handed_over(folder: Path, argv: list[str], ranks: int) -> list[list[list[int]]]:
@@ -166,9 +176,9 @@ def print_bytes() -> None:
         content["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
         content["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
         (folder / "zero3.json").write_text(json.dumps(content))
-        case = Case("glm", "all", False, 4)
-        for ranks, stages, ds_file in ((2, 2, "ds"), (4, 4, "ds"), (4, 2, "ds"), (2, 1, "ds"), (2, 1, "zero3")):
-            ((name, argv),) = job(folder, case, ranks, stages).items()
+        layouts = ((2, 2, "ds"), (4, 4, "ds"), (4, 2, "ds"), (2, 1, "ds"), (2, 1, "zero3"))
+        for mode, (ranks, stages, ds_file) in itertools.product(("glm", "glm3"), layouts):
+            ((name, argv),) = job(folder, Case(mode, "all", False, 4), ranks, stages).items()
             argv[argv.index("--ds_file") + 1] = f"{folder}/{ds_file}.json"
             argv += ["--overwrite_output_dir"]
             for rank, (counted, computed) in enumerate(handed_over(folder, argv, ranks)):
