@@ -113,8 +113,8 @@ class Check:
     def pipeline(self, config: dict) -> None:
         """Check what DeepSpeed's pipeline takes; ZeRO stage 2 becomes 1. Called after `sections`."""
         if "pipeline.stages" not in self.values:
-            if config.get("pipeline"):
-                self.wrong.append("pipeline is refused: without --pipeline_stages nothing would read it")
+            if "stages" in (config.get("pipeline") or {}):
+                self.wrong.append("pipeline.stages is refused: without --pipeline_stages there is no pipeline")
             return
         zero = config.get("zero_optimization")
         if not isinstance(zero, dict):
