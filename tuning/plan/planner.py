@@ -440,10 +440,10 @@ def plan_setup(args, gpus: int) -> Setup:
 
 def memory_advice(args) -> str:
     """Changes that need less memory, for the message of a training that ran out of it."""
-    if args.pipeline_stages:
-        return "what would lower it: --gradient_checkpointing, shorter rows, more --pipeline_stages; see --plan"
     try:
         check_deepspeed()
+        if args.pipeline_stages:
+            return "what would lower it: --gradient_checkpointing, shorter rows, more --pipeline_stages; see --plan"
         return advice(args, Plans(plan_setup, int(os.environ.get("WORLD_SIZE", 1))))
     except Exception as error:  # must not hide the error that it is appended to
         return f"--plan could not tell what would need less memory ({error})"
