@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 import train
 from glm_models import MODE
-from tuning.plan.traffic import Part, stage_traffic, zero_traffic
+from tuning.plan.traffic import Part, stage_traffic, used_numbers, zero_traffic
 from tuning.run.health import StepHooks
 
 FLAGS = METHOD_FLAGS | {"freeze": "--freeze_module_name layers.0.,layers.1.,layers.2.,layers.3."}  # on every stage
@@ -143,8 +143,8 @@ def hand_over(argv: list[str], rank: int, folder: Path) -> None:
         parameters = list(engine.module.parameters())
         trained, item = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad), 4
         if not isinstance(engine, PipelineEngine):
-            stage, whole = engine.zero_optimization_stage(), sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-            expected.append(zero_traffic(stage, trained, whole, len(step.batches), item))
+            stage, used = engine.zero_optimization_stage(), used_numbers(engine.module)
+            expected.append(zero_traffic(stage, trained, used, len(step.batches), item))
             return
         tied = [weight.numel() for weight, _ in engine.module.get_tied_weights_and_groups()]
         rows = [(batch["input_ids"].numel(), len(batch["segments"])) for batch in step.batches]

@@ -73,32 +73,35 @@ def stage_traffic(
     return Traffic(sent, sums, part.trained * item if ranks > 1 else 0)
 
 
-def zero_traffic(stage: int, trained: int, parameters: int, micro_batches: int, item: int) -> Traffic:
+def zero_traffic(stage: int, trained: int, used: int, micro_batches: int, item: int) -> Traffic:
     """Of a rank under ZeRO-2 or ZeRO-3 on several cards.
 
     Args:
-        trained, parameters: numbers of trained and of all weights.
+        trained: numbers of trained weights.
+        used: numbers of all weights, see `used_numbers`.
         micro_batches: of this rank.
     """
     sums = micro_batches * trained * item
     if stage < 3:
         return Traffic(sums=sums, weights=trained * item)
-    return Traffic(sums=sums, weights=2 * micro_batches * parameters * item)  # for the forward and the backward pass
+    return Traffic(sums=sums, weights=2 * micro_batches * used * item)  # for the forward and the backward pass
+
+
+def used_numbers(model) -> int:
+    """Numbers of all weights; of one that two layers share twice, since ZeRO-3 gathers it for each."""
+    numbers = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    shared = model.get_input_embeddings().weight
+    return numbers + (getattr(shared, "ds_numel", shared.numel()) if model.all_tied_weights_keys else 0)
 
 
 def describe_traffic(setup: Setup, gpus: int) -> list[str]:
     """A line with what a GPU of several sends in an optimizer step; none for a single one."""
     if gpus == 1:
         return []
-    zero, parameters = setup.ds_config["zero_optimization"], list(setup.model.parameters())
+    zero, item = setup.ds_config["zero_optimization"], next(setup.model.parameters()).element_size()
     trained = sum(p.numel() for group in setup.groups for p in group["params"])
-    sent = zero_traffic(
-        zero["stage"],
-        trained,
-        sum(p.numel() for p in parameters),
-        setup.ds_config["gradient_accumulation_steps"],
-        parameters[0].element_size(),
-    )
+    accumulation = setup.ds_config["gradient_accumulation_steps"]
+    sent = zero_traffic(zero["stage"], trained, used_numbers(setup.model), accumulation, item)
     gradients, weights = (f"{size / MIB:.0f} MiB" for size in (sent.sums, sent.weights))
     most = "at most " * (zero["stage"] == 3)  # what is used again soon is kept
     return [f"sent by each GPU in a step: {gradients} of gradients, {most}{weights} of weights"]
