@@ -28,6 +28,7 @@ import torch
 from data_set import Sources, batch_shape, data_settings, dump, load_sources, name_files, training_steps
 from glm_models import MODE
 from glm_models.ops import TiledMLP
+from glm_models.pipeline import pipeline_input
 from glm_models.pretrained import check_not_quantised
 from glm_models.quantized import BITS
 from tuning.engine import patches
@@ -41,6 +42,7 @@ from tuning.engine.ds_config import (
     zero_layout,
 )
 from tuning.engine.loading import Quantize, load_base, load_tokenizer
+from tuning.engine.pipeline import build_stages, cut_model, describe_stages, divide_ranks, own_groups
 from tuning.engine.saving import check_room, count_results, is_save_step, result_size, save
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import record_base
@@ -48,6 +50,7 @@ from tuning.lora.earlier import start_from_adapter
 from tuning.lora.starts import make_start
 from tuning.methods import build_model, check_method, check_zero3, count_parameters, parameter_groups
 from tuning.plan import planner
+from tuning.plan.pipeline import plan_pipeline
 from tuning.plan.planner import memory_advice, plan_setup
 from tuning.run.flops import matmul_peak, needed_flops
 from tuning.run.health import NO_HOOKS, PeerWatchdog, StepHooks, StepMonitor, explain_oom
@@ -59,7 +62,7 @@ from tuning.run.validation import Validation
 from tuning.samples.batches import Batch
 from tuning.samples.check import check_data
 from tuning.samples.epochs import RunLength, run_length
-from utils import device, is_rank_0, on_rank_0, print_rank_0, set_seed, silence_libraries
+from utils import data_parallel_size, device, is_rank_0, on_rank_0, print_rank_0, set_seed, silence_libraries
 
 
 def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
@@ -80,11 +83,28 @@ def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
     return losses
 
 
+def pipeline_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
+    """One optimizer step of this rank's stage, in place of `train_step` with --pipeline_stages.
+
+    The first stage gives the micro-batches to the engine one after the other, and while one is in a later stage the
+    next one begins; each goes forward, then backward. The last stage computes the losses.
+
+    Args:
+        batches: the step's micro-batches, the same on all stages.
+
+    Returns:
+        The loss of each, on the device; on all stages but the last one zeros.
+    """
+    engine.train_batch(iter([pipeline_input(batch) for batch in batches]))
+    return engine.fwd_outputs if engine.is_last_stage() else [torch.zeros((), device=engine.device)] * len(batches)
+
+
 class Data(NamedTuple):
-    """What a run learns from, and for how many optimizer steps."""
+    """What a run learns from, for how many optimizer steps, and how the model is divided."""
 
     tokenizer: object
     config: object  # of the model
+    stages: list[range] | None  # numbers of the blocks of each stage of a pipeline
     sources: Sources
     length: RunLength
 
@@ -108,9 +128,10 @@ def run_steps(args, engine, data: Data, parts: RunParts) -> str:
     """The loop over all steps that are left. Returns the name of the last result."""
     log, watch, validation, states, record, save_result = parts
     total_steps, result = data.length.total_steps, ""
+    optimizer_step = pipeline_step if args.pipeline_stages else train_step
     for epoch, batches in training_steps(engine, data.sources, args, data.length):
         watch.begin_step(batches)
-        losses = train_step(engine, batches)
+        losses = optimizer_step(engine, batches)
         log.add(watch.end_step(losses), epoch)  # all ranks stop here if the loss went wrong
 
         done, result = engine.global_steps, f"epoch-{epoch}-step-{engine.global_steps}"
@@ -133,6 +154,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     # processes, seed, output folder
     patches.apply()
     start_distributed(args.verbose, args.local_rank)
+    divide_ranks(args.pipeline_stages)
     peers = PeerWatchdog()
     set_seed(args.seed)
     lock, state = claim_output(args)
@@ -147,8 +169,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype, args.quantization_bit))
     run = describe_run(args, contents | data.sources.contents, data.tokenizer, base, ds_config, zero_layout(ds_config))
     check_resume(args, state, run, data.length.total_steps)
-    engine = start_engine(args, ds_config, ds_section(state, run.ranks))
-    model = engine.module
+    engine, model = start_engine(args, ds_config, data.stages, ds_section(state, run.ranks))
     start = make_start(args, model)
 
     # what goes with the engine
@@ -160,7 +181,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     if validates(args):
         validation = Validation(engine, data.tokenizer, data.sources.held_out, args, data.length, log, save_result)
         resumed["validation"] = validation
-    states = Checkpoints(engine, resumed, run, args.output_dir, args.save_state_steps, args.save_total_limit)
+    states = Checkpoints(engine, model, resumed, run, args.output_dir, args.save_state_steps, args.save_total_limit)
     on_rank_0(lambda: check_room(args, result_size(model, dtype), states, count_results(args, data.length)))
     if state:
         states.load(state)
@@ -189,25 +210,28 @@ def read_data(args) -> Data:
     check_not_quantised(config)
     ds_config = load_training_config(args, 1, config.hidden_size)
     check_zero3(args, ds_config["zero_optimization"]["stage"])
-    check_method(args)
+    model = check_method(args)
+    if stages := cut_model(args, model, parameter_groups(model, args), ds_config):
+        print_rank_0(describe_stages(model, stages, data_parallel_size()))
     print_rank_0(describe_devices(compute_dtype(ds_config)))
     sources = load_sources(args, tokenizer)
     epoch_steps = batch_shape(args).count_steps(len(sources.packs(1)))
-    return Data(tokenizer, config, sources, run_length(args.num_train_epochs, args.max_steps, epoch_steps))
+    return Data(tokenizer, config, stages, sources, run_length(args.num_train_epochs, args.max_steps, epoch_steps))
 
 
-def start_engine(args, ds_config: dict, more: dict):
-    """DeepSpeed's engine around the model that the method makes of the base.
+def start_engine(args, ds_config: dict, stages: list[range] | None, more: dict):
+    """DeepSpeed's engine around the model that the method makes of the base, and that model.
+
+    In a pipeline the model has the weights of this process's stage, and all others without values.
 
     Args:
         ds_config: gets bucket sizes that fit the model, and then `more`.
     """
 
     def load(**config):
-        dtype, bits = compute_dtype(ds_config), args.quantization_bit
-        quantize = Quantize(bits, device()) if bits else None
-        attention = args.attn_implementation
-        return load_base(args.mode, args.model_name_or_path, dtype, ds_config, attention, quantize, **config)
+        dtype, bits, attention = compute_dtype(ds_config), args.quantization_bit, args.attn_implementation
+        how = {"quantize": Quantize(bits, device()) if bits else None, "stages": stages}
+        return load_base(args.mode, args.model_name_or_path, dtype, ds_config, attention, **how, **config)
 
     model = build_model(args, load)
     if args.tiled_mlp and ds_config["zero_optimization"]["stage"] == 3:
@@ -224,14 +248,15 @@ def start_engine(args, ds_config: dict, more: dict):
 
     fit_buckets(ds_config, trained)
     ds_config |= more
-    groups = split_groups(parameter_groups(model, args), ds_config)
+    groups = split_groups(own_groups(parameter_groups(model, args)), ds_config)
     if args.loraplus_lr_ratio:
         print_rank_0(f"LoRA+: B learns at {args.loraplus_lr_ratio:g} times the rate of A, which is the one in the log")
     fit_schedule(ds_config, groups)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+    module = build_stages(model, stages) if stages else model
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
     patches.drop_copies_of_masters(engine.optimizer)
     engine.lr_scheduler.step(1)  # DeepSpeed's schedulers count from -1: the first two steps would have lr 0
-    return engine
+    return engine, model
 
 
 def finish(args, model, result: str, log: RunLog, validation: Validation | None) -> None:
@@ -257,7 +282,7 @@ def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
     silence_libraries(args.verbose)
     with exit_on_user_errors(), explain_oom(lambda: memory_advice(args)):
         if args.plan:
-            planner.plan(args, plan_setup)
+            (plan_pipeline if args.pipeline_stages else planner.plan)(args, plan_setup)
         elif args.check_data or args.dump_samples:
             if is_rank_0():
                 (check if args.check_data else dump)(args, load_tokenizer(args.mode, args.model_name_or_path))

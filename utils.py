@@ -76,17 +76,40 @@ def on_rank_0(action):
     return _once(action, torch.distributed.get_rank() == 0)[0]
 
 
+_stages = 1  # of the pipeline of this run, see cut_into_stages
+
+
+def cut_into_stages(stages: int | None) -> None:
+    """Say for this run that so many processes share one copy of the model, in the order of DeepSpeed's pipelines.
+
+    Args:
+        stages: None or 1 without a pipeline; else a divisor of the number of processes.
+    """
+    global _stages
+    _stages = stages or 1
+
+
+def stage_count() -> int:
+    """How many processes share one copy of the model; 1 without a pipeline."""
+    return _stages
+
+
 def data_parallel_size() -> int:
     """How many processes, or groups of them that share one copy of the model, take different rows.
 
     All counts of rows and micro-batches use this, not the number of processes.
     """
-    return torch.distributed.get_world_size()
+    return torch.distributed.get_world_size() // _stages
 
 
 def data_parallel_rank() -> int:
     """Number of this process, or of its group, among those that take different rows."""
-    return torch.distributed.get_rank()
+    return torch.distributed.get_rank() % data_parallel_size()
+
+
+def stage_rank() -> int:
+    """Number of this process's stage of the pipeline, from 0 on; 0 without a pipeline."""
+    return torch.distributed.get_rank() // data_parallel_size()
 
 
 def is_rank_0() -> bool:

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import LayerInputs, Segment, as_segments, pack_row, why_one_by_one
+from .attention import LayerInputs, PackedRow, Segment, as_segments, pack_row, why_one_by_one
 from .ops import TiledMLP, offload_checkpoint_input, summed_cross_entropy
 from .rotary import rotation_matrices
 
@@ -111,8 +111,7 @@ class TransformerMixin:
         mask = packed = None
         if segments is not None:
             position_ids = self.segment_positions(input_ids, segments)
-            if self.why_one_by_one(hidden_states.device, hidden_states.dtype) is None:
-                packed = pack_row(segments, self.config.pre_seq_len or 0, hidden_states.device)
+            packed = self.pack(segments, hidden_states)
         else:
             if attention_mask is None:
                 attention_mask = self.default_mask(input_ids, cached)
@@ -165,25 +164,39 @@ class TransformerMixin:
             return None
         return self.prefix_encoder(batch, self.config.num_layers, self.blocks[0].get_attention().head_dim)
 
+    def pack(self, segments: tuple[Segment, ...], hidden_states: torch.Tensor) -> PackedRow | None:
+        """A row of samples for one call of attention; None where each sample needs one."""
+        if self.why_one_by_one(hidden_states.device, hidden_states.dtype) is not None:
+            return None
+        return pack_row(segments, self.config.pre_seq_len or 0, hidden_states.device)
+
     def why_one_by_one(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why each sample of a row needs a call of attention; None where one call takes all, see attention.py."""
         head_dim = self.blocks[0].get_attention().head_dim
         return why_one_by_one(self.config._attn_implementation, device, dtype, head_dim)
 
     def run_layers(
-        self, hidden_states: torch.Tensor, inputs: LayerInputs, output_hidden_states: bool = False
+        self,
+        hidden_states: torch.Tensor,
+        inputs: LayerInputs,
+        output_hidden_states: bool = False,
+        numbers: range | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """All blocks, one after the other.
+
+        Args:
+            numbers: of the blocks to run, in a stage of a pipeline; None for all.
 
         Returns:
             The last hidden states, [batch, tokens, hidden], or [1, kept, hidden] with inputs.keep_positions; and with
             output_hidden_states the input of every block, else an empty list.
         """
         all_hidden_states = []
-        for i, layer in enumerate(self.blocks):
+        for i in range(len(self.blocks)) if numbers is None else numbers:
+            layer = self.blocks[i]
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            offloads = layer.offload_input and layer.gradient_checkpointing and self.training
+            offloads = layer.offload_input and layer.gradient_checkpointing and layer.training
             # no graph below the lowest layer that trains: a checkpoint would keep the layer's input all the same
             trains = inputs.prefix is not None or any(p.requires_grad for p in layer.parameters())
             needs_graph = trains or hidden_states.requires_grad

@@ -71,6 +71,7 @@ MAY_DIFFER = {
     "data_types.grad_accum_dtype": "bf16 sums round",
     "communication_data_type": "with bf16, fp32 rounds less",
     "zero_optimization.stage": "a key of all runs here",
+    **{name: "of --pipeline_stages" for name, _ in walk() if name.startswith("pipeline.")},
     **{name: "needs the package and an account" for name, _ in walk() if name.startswith(("wandb.", "comet."))},
 }
 CPU_ADAM = {"optimizer.params": {"lr": "auto", "weight_decay": "auto"}}

@@ -4,6 +4,7 @@ byte of the result must be the same.
     python tests/killed.py --kills 20                # every family, method, ZeRO stage, 1 and 2 ranks, packed or not
     python tests/killed.py --kills 50 --in-save      # always while a state is being written, which is slowed down
     python tests/killed.py --kills 3 --conversations # rows of several answers, tool calls and plain text between them
+    python tests/killed.py --kills 10 --pipeline     # every family, all parameters and LoRA, in two stages
 """
 
 import argparse
@@ -120,6 +121,7 @@ def main(argv=None):
     parser.add_argument("--kills", type=int, default=20, help="of each setting")
     parser.add_argument("--in-save", action="store_true", help="kill while a state is written; one setting only")
     parser.add_argument("--conversations", action="store_true", help="rows are conversations, with plain text between")
+    parser.add_argument("--pipeline", action="store_true", help="in two stages, on two ranks")
     parser.add_argument("--sample", action="store_true", help="one setting of each family and method, half the rows")
     parser.add_argument("--only", default="", help="settings whose name holds this")
     args = parser.parse_args(argv)
@@ -131,6 +133,9 @@ def main(argv=None):
         settings = [(*pair, *rest[i * 5 % 8]) for i, pair in enumerate(pairs)]
     if args.in_save:
         settings = [("glm3", "all", 2, 2, False)]
+    more = ["--pipeline_stages", "2"] if args.pipeline else []
+    if args.pipeline:
+        settings = [(mode, method, 2, 2, method == "all") for mode, method in itertools.product(MODE, ("all", "lora"))]
     with tempfile.TemporaryDirectory() as work:
         bases = {mode: make_base(mode, Path(work, mode)) for mode in MODE}
         rows = dict.fromkeys(MODE, make_rows(Path(work, "rows.json")))
@@ -140,13 +145,14 @@ def main(argv=None):
         total: dict[str, int] = {}
         for mode, method, stage, ranks, packing in settings:
             name = f"{mode} {method} ZeRO-{stage} {ranks} rank{'s' * (ranks > 1)}{' packed' * packing}"
+            name += " in 2 stages" * args.pipeline
             if args.only not in name:
                 continue
             folder = Path(work, name.replace(" ", "-"))
             folder.mkdir()
 
             def argv(output, mode=mode, method=method, stage=stage, packing=packing):
-                return command(mode, method, stage, packing, bases[mode], rows[mode], output)
+                return [*command(mode, method, stage, packing, bases[mode], rows[mode], output), *more]
 
             start = time.monotonic()
             counts = compare(folder, argv, ranks, args.kills, name, args.in_save)

@@ -304,8 +304,8 @@ def test_flags_that_would_do_nothing_are_refused_whatever_their_value(parser, ne
             Boolean: "True",
             StartName: "pissa",
         }
-        if flag.name == "--loraplus_lr_ratio":
-            value[Number] = "2"
+        if flag.name in ("--loraplus_lr_ratio", "--pipeline_stages"):
+            value |= {Number: "2", Integer: "2"}
         text = str(flag.default) if flag.default is not None else (*flag.choices, value.get(type(flag.read)))[0]
         words = [*needed, flag.name, text]
         if flag.needs == "--train_type lora":  # the default

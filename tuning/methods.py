@@ -137,9 +137,11 @@ def decays_weight(model, name: str) -> bool:
 
 
 def count_parameters(model) -> tuple[int, int]:
-    """Numbers of trained and of all parameters; under ZeRO-3 those of the whole model."""
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    return trained, count_numbers(model)
+    """Numbers of trained and of all parameters; under ZeRO-3 and in a pipeline those of the whole model."""
+    twice = tuple(model.all_tied_weights_keys)  # in a pipeline, tied weights are two
+    parameters = [(not name.endswith(twice), p) for name, p in model.named_parameters()]
+    trained = sum(getattr(p, "ds_numel", p.numel()) for once, p in parameters if once and p.requires_grad)
+    return trained, count_numbers(model) - sum(p.numel() for once, p in parameters if not once)
 
 
 def build_model(args, load):
@@ -183,8 +185,11 @@ def check_zero3(args, stage: int) -> None:
         raise UserError(problem)
 
 
-def check_method(args) -> None:
+def check_method(args):
     """Apply the method to a model without weights, so that wrong names are found before weights are read.
+
+    Returns:
+        That model.
 
     Raises:
         UserError: see the methods.
@@ -195,4 +200,4 @@ def check_method(args) -> None:
         return family.model(family.config.from_pretrained(args.model_name_or_path, **changes))
 
     with torch.device("meta"), init.no_init_weights():
-        build_model(args, load)
+        return build_model(args, load)

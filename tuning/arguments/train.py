@@ -7,7 +7,7 @@ import argparse
 
 from glm_models import MODE
 from tuning.arguments.data import DataPath, add_columns
-from tuning.arguments.lora import ALL_LINEAR, LORA, add_variants, lora_contradictions
+from tuning.arguments.lora import ALL_LINEAR, LORA, add_variants, changes_base, lora_contradictions
 from tuning.arguments.parser import (
     LARGEST,
     SWITCH,
@@ -289,6 +289,10 @@ def add_devices(parser: Parser) -> None:
         "--attn_implementation", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa", may_change=True,
         help="attention: torch's fused kernels, plain operations, or the flash-attn package",
     )  # fmt: skip
+    group.add_argument(
+        "--pipeline_stages", type=Integer(least=2), may_change=True,
+        help="cut the layers into this many stages, each on a card of its own",
+    )  # fmt: skip
     group.add_argument("--local_rank", type=Integer(-1), default=-1, may_change=True, help="set by the launcher")
 
     group = parser.group("memory plan")
@@ -401,7 +405,23 @@ def contradictions(args: argparse.Namespace) -> list[str]:
         wrong.append("--train_last_layers and --freeze_module_name exclude each other: both say what trains")
     if args.keep_attention and args.attn_implementation != "sdpa":
         wrong.append(f"--keep_attention goes with --attn_implementation sdpa, not with {args.attn_implementation}")
-    wrong += lora_contradictions(args)
+    wrong += lora_contradictions(args) + pipeline_contradictions(args)
     if missing(args.eval_generate):
         wrong.append(f"--eval_generate {args.eval_generate} needs more packages: {missing(args.eval_generate)}")
+    return wrong
+
+
+def pipeline_contradictions(args: argparse.Namespace) -> list[str]:
+    """What does not go with --pipeline_stages, where no process has the whole model."""
+    if not args.pipeline_stages:
+        return []
+    wrong = []
+    if changes_base(args.init_lora_weights or ""):
+        wrong.append(f"--pipeline_stages and --init_lora_weights {args.init_lora_weights}: it changes the whole base")
+    if args.quantization_bit:
+        wrong.append("--pipeline_stages and --quantization_bit: a stage cannot be loaded quantised yet")
+    if args.max_memory is not None:
+        wrong.append("--pipeline_stages and --max_memory: the search is for flags without a pipeline")
+    if args.eval_generate not in ("off", None):
+        wrong.append("--pipeline_stages and --eval_generate: stages cannot generate; predict.py scores the results")
     return wrong

@@ -51,6 +51,7 @@ FLAGS = {
     "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
     "gradient_accumulation_steps": "--gradient_accumulation_steps",
     "train_batch_size": "rows x accumulation x devices",
+    "pipeline.stages": "--pipeline_stages",
     "optimizer.params.lr": "--learning_rate",
     "optimizer.params.weight_decay": "--weight_decay",
     "scheduler.type": "--lr_scheduler_type",
@@ -108,6 +109,31 @@ class Check:
         for name, key in (("zero_optimization", "stage"), ("optimizer", "type"), ("scheduler", "type")):
             if isinstance(config.get(name), dict) and not config[name].get(key):
                 self.wrong.append(f"{name}.{key} is missing; {START}")
+
+    def pipeline(self, config: dict) -> None:
+        """Check what DeepSpeed's pipeline takes; ZeRO stage 2 becomes 1. Called after `sections`."""
+        if "pipeline.stages" not in self.values:
+            if "stages" in (config.get("pipeline") or {}):
+                self.wrong.append("pipeline.stages is refused: without --pipeline_stages there is no pipeline")
+            return
+        zero = config.get("zero_optimization")
+        if not isinstance(zero, dict):
+            return  # already reported
+        if zero.get("stage") == 3:
+            self.wrong.append(
+                "zero_optimization.stage 3 is refused with --pipeline_stages: DeepSpeed's pipeline takes 1, and 2 as 1"
+            )
+        if offloads_optimizer(config):
+            self.wrong.append(
+                "zero_optimization.offload_optimizer is refused with --pipeline_stages: it was never tried"
+            )
+        if zero.get("overlap_comm") is True:
+            self.wrong.append('zero_optimization.overlap_comm true: DeepSpeed\'s pipeline does not overlap; use "auto"')
+        if config.get("wall_clock_breakdown") and not config.get("steps_per_print"):
+            self.wrong.append("wall_clock_breakdown needs steps_per_print in a pipeline")
+        if zero.get("stage") == 2:
+            zero["stage"] = 1
+        config.setdefault("pipeline", {})
 
     def keys(self, section: dict, known: dict, prefix: str) -> None:
         """Check all keys of a section."""
@@ -243,8 +269,10 @@ class Check:
     def contradictions(self, config: dict, without_steps: bool) -> None:
         """Check that numbers in the file agree with the command line."""
         for dotted, flag in FLAGS.items():
+            if dotted not in self.values or (without_steps and dotted in OF_STEPS):
+                continue
             holder, _, name = _place(config, dotted)
-            if dotted not in self.values or name not in holder or (without_steps and dotted in OF_STEPS):
+            if name not in holder:
                 continue
             if holder[name] != self.values[dotted]:
                 self.wrong.append(
@@ -282,7 +310,7 @@ class Check:
         elif precision != "bf16":
             problem = f'it needs "enabled": true beside it; this training computes in {precision}'
         elif config["zero_optimization"]["stage"] == 1:  # with float32 sums, DeepSpeed's optimizer for it reads no key
-            problem = "not at ZeRO stage 1; stage 2 does the same with less memory"
+            problem = "not at ZeRO stage 1; stage 2 does the same with less memory, but not with --pipeline_stages"
         elif config["optimizer"]["type"] not in ("Adam", "AdamW"):
             problem = f"it goes with Adam and AdamW, not with {config['optimizer']['type']}"
         elif offload and kind is not DeepSpeedCPUAdam:

@@ -39,6 +39,7 @@ def load_ds_config(path: str, values: dict, as_gpu: bool = False) -> dict:
     config = _read(path)
     check = Check(path, values)
     check.sections(config)
+    check.pipeline(config)
     check.end()
     check.optimizer(config, as_gpu)
     check.scheduler(config["scheduler"])
@@ -206,9 +207,17 @@ def _notes(section: dict, known: dict, prefix: str, stage: int):
 
 
 def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict:
-    """Values for "auto" in a ds file, by dotted key."""
-    schedule = {"scheduler.type": SCHEDULES[args.lr_scheduler_type]} if args.lr_scheduler_type else {}
-    return schedule | {
+    """Values for "auto" in a ds file, by dotted key.
+
+    Args:
+        world_size: see utils.data_parallel_size.
+    """
+    more = {"scheduler.type": SCHEDULES[args.lr_scheduler_type]} if args.lr_scheduler_type else {}
+    if args.pipeline_stages:
+        more["pipeline.stages"] = args.pipeline_stages
+    # it keeps gradients, one process has nothing to overlap, and DeepSpeed's pipeline reduces at the end of a step
+    overlaps = world_size > 1 and not args.pipeline_stages
+    return more | {
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size,
@@ -220,7 +229,7 @@ def ds_values(args, world_size: int, total_steps: int, hidden_size: int) -> dict
         "scheduler.params.total_num_steps": total_steps + 1,
         # in elements, in two buffers per GPU; 20 MB are an efficient size to send; one process sends nothing
         "zero_optimization.reduce_bucket_size": 10_000_000 if world_size > 1 else 1_000_000,
-        "zero_optimization.overlap_comm": world_size > 1,  # it keeps gradients, and one process has nothing to overlap
+        "zero_optimization.overlap_comm": overlaps,
         "zero_optimization.allgather_bucket_size": 200_000_000,
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
         "zero_optimization.stage3_prefetch_bucket_size": hidden_size * hidden_size,

@@ -95,7 +95,6 @@ def removed(why: str) -> Key:
 CHECKPOINTING = "nothing would read it: --gradient_checkpointing, --offload_inputs and --tiled_mlp save activations"
 NVME = "parameters and optimizer on NVMe have never been tried with these scripts; cpu works"
 NO_FP16 = "fp16 is too coarse for masters; bf16 has bf16_master_weights_and_grads"
-NO_PIPELINE = "these scripts have no pipeline"
 NOBODY = "DeepSpeed 0.19 does not read it"
 STATES = "train.py says itself how training states are saved"
 QUANTISED = "quantised weights or gradients would change what is trained"
@@ -166,7 +165,7 @@ ZERO = {
         "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients", refused(QUANTISED, False)
     ),
     "memory_efficient_linear": planned(BOOL, True, LATE),
-    "pipeline_loading_checkpoint": refused(NO_PIPELINE, False),
+    "pipeline_loading_checkpoint": refused("train.py loads the weights itself", False),
     "override_module_apply": refused("weights are loaded without it", True),
     "log_trace_cache_warnings": planned(BOOL, False, LATE),
     "save_muon_momentum_buffer_in_memory": refused("Muon is not among the optimizers", False),
@@ -210,11 +209,7 @@ KEYS = {
     **each("train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps", planned(POSITIVE)),
     "gradient_clipping": planned(NUMBER, 1.0),
     "optimizer": Section(
-        {
-            "type": planned(TEXT),
-            "params": Section(ADAM),
-            "legacy_fusion": refused("of ZeRO stage 0", False),
-        }
+        {"type": planned(TEXT), "params": Section(ADAM), "legacy_fusion": refused("of ZeRO stage 0", False)}
     ),
     "scheduler": Section({"type": planned(TEXT), "params": Section(SCHEDULERS["WarmupDecayLR"] | COSINE)}),
     "bf16": Section(
@@ -302,7 +297,7 @@ KEYS = {
         {
             "tag_validation": planned(("Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL", "ignore", "warn", "fail")),
             **each("load_universal use_node_local_storage", refused(STATES, False)),
-            "parallel_write": Section({"pipeline_stage": refused(NO_PIPELINE, False)}),
+            "parallel_write": Section({"pipeline_stage": refused(STATES, False)}),
             "checkpoint_serialization": refused(STATES, True),
             "writer": other_mode(
                 STATES,
@@ -378,7 +373,12 @@ KEYS = {
         "shared_experts_pattern shared_experts_gate_pattern expert_activation",
     ),
     "use_data_before_expert_parallelism": refused("these models have no experts", False),
-    "pipeline": refused(NO_PIPELINE, {}, None),
+    "pipeline": Section(  # of --pipeline_stages
+        {"stages": planned(POSITIVE), "partition": planned(("best", "parameters"), "best")}
+        | {"seed_layers": refused("it draws the same random numbers again and again", False)}
+        | {"activation_checkpoint_interval": refused("--gradient_checkpointing saves activations", 0)}
+        | each("pipe_partitioned grad_partitioned use_reentrant", planned(BOOL, True))  # they do nothing here
+    ),
     "compile": other_mode(
         "nothing here compiles the model",
         "deepcompile autoep_non_moe free_activation free_activation_threshold offload_activation "

@@ -21,6 +21,7 @@ from glm_models.quantized import BITS
 from tuning.arguments.quantization import needs_package
 from tuning.engine.partitioned import load_partitioned
 from tuning.engine.patches import avoid_cudnn_attention
+from tuning.engine.pipeline import load_stage
 from tuning.engine.quantized import load_quantized
 from tuning.errors import UserError
 from tuning.lora.adapter import (
@@ -35,7 +36,7 @@ from tuning.lora.adapter import (
 )
 from tuning.lora.layers import more_than_plain
 from tuning.lora.verify import skeleton
-from utils import print_rank_0, supports_bf16
+from utils import print_rank_0, stage_rank, supports_bf16
 
 # Keys of a LoRA config that prediction does not support, and why.
 REFUSED = {
@@ -203,6 +204,7 @@ def load_base(
     ds_config: dict | None = None,
     attention: str = "sdpa",
     quantize: Quantize | None = None,
+    stages: list[range] | None = None,
     **config,
 ):
     """The model of a checkpoint folder in `dtype`; under ZeRO-3 it is partitioned over the ranks while it loads.
@@ -210,7 +212,8 @@ def load_base(
     Args:
         ds_config: of the training run; None outside training.
         attention: implementation in transformers' registry.
-        quantize: see there; not under ZeRO-3.
+        quantize: see there; neither under ZeRO-3 nor in a pipeline.
+        stages: numbers of the blocks of each stage of a pipeline: only this process's are loaded.
         config: changed keys of config.json.
     """
     family = MODE[mode]
@@ -228,6 +231,8 @@ def load_base(
             model = load_partitioned(family.model, folder, config, dtype, attention, ds_config, new_prefix)
         elif quantize:
             model = load_quantized(family.model, folder, config, dtype, attention, *quantize, new_prefix)
+        elif stages:
+            model = load_stage(family.model, folder, config, dtype, attention, stages[stage_rank()], new_prefix)
         else:
             model = family.model.from_pretrained(
                 folder, config=config, new_prefix=new_prefix, dtype=dtype, attn_implementation=attention

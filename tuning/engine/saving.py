@@ -9,6 +9,7 @@ import torch
 from glm_models.checkpoint import FolderWeights, write_json, write_side_files, write_weights
 from glm_models.quantized import QuantizedLinear, count_numbers
 from tuning.arguments.train import validates
+from tuning.engine.pipeline import find_holders, send_to_rank_0
 from tuning.folders import check_space, free_space, new_folder
 from tuning.lora.adapter import BASE_FILE, QUANTIZATION, write_adapter
 from tuning.lora.starts import Start, saved_sizes
@@ -86,13 +87,18 @@ def save(args, model, tokenizer, dtype: torch.dtype, base: dict, start: Start | 
 
 
 def gathered(named_parameters):
-    """Yield (name, whole tensor) one at a time, gathered if ZeRO-3 has partitioned it. Called on every rank."""
-    for name, parameter in named_parameters:
+    """Yield (name, whole tensor) one at a time, the values on rank 0 at least. Called on every rank.
+
+    It is gathered if ZeRO-3 has partitioned it, and sent if another stage of a pipeline has it.
+    """
+    named_parameters = list(named_parameters)
+    holders = find_holders([parameter for _, parameter in named_parameters])
+    for (name, parameter), holder in zip(named_parameters, holders, strict=True):
         if hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter]):
                 yield name, parameter.data
         else:
-            yield name, parameter.data
+            yield name, send_to_rank_0(parameter.data, holder)
 
 
 def unquantised(named_tensors, model, base: str):
@@ -118,7 +124,7 @@ def save_model(
     """
     if hasattr(model, "peft_config"):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in gathered(trained)}
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in gathered(trained) if is_rank_0()}
         if is_rank_0():
             with new_folder(folder) as partial:
                 write_adapter(partial, model, tensors, base, record, start)

@@ -34,6 +34,7 @@ from tuning.methods import build_model, check_zero3, parameter_groups, zero3_pro
 from tuning.plan.allocator import CachingAllocator
 from tuning.plan.host import GIB, HostPlan, host_text, plan_host
 from tuning.plan.trace import Event, trace_step
+from tuning.plan.traffic import describe_traffic
 from tuning.plan.zero import Setup, Zero12Simulator
 from tuning.plan.zero3 import Zero3Simulator
 from utils import is_rank_0, print_rank_0
@@ -401,11 +402,10 @@ def plan(args: argparse.Namespace, build: Build) -> None:
     if not is_rank_0():
         return
     take_lora_flags(args)
-    plans = Plans(build, gpus)
+    plans, setup = Plans(build, gpus), build(args, gpus)
     found = plans(args)
-    for line in ds_notes(build(args, gpus).ds_config):
+    for line in (*ds_notes(setup.ds_config), describe(args, found, gpus), *describe_traffic(setup, gpus)):
         print_rank_0(line)
-    print_rank_0(describe(args, found, gpus))
     if args.max_memory is None:
         print_rank_0(f"{host_text(found.host, args)}\n{advice(args, plans)}")
         return
@@ -413,7 +413,11 @@ def plan(args: argparse.Namespace, build: Build) -> None:
 
 
 def plan_setup(args, gpus: int) -> Setup:
-    """The training that train.py would start on `gpus` GPUs, with the model on the meta device."""
+    """The training that train.py would start on `gpus` GPUs, with the model on the meta device.
+
+    Args:
+        gpus: in a pipeline, those that have the same stage.
+    """
     family = MODE[args.mode]
     config = family.config.from_pretrained(args.model_name_or_path)
     ds_config = load_ds_config(args.ds_file, ds_values(args, gpus, 1, config.hidden_size), as_gpu=True)
@@ -438,6 +442,8 @@ def memory_advice(args) -> str:
     """Changes that need less memory, for the message of a training that ran out of it."""
     try:
         check_deepspeed()
+        if args.pipeline_stages:
+            return "what would lower it: --gradient_checkpointing, shorter rows, more --pipeline_stages; see --plan"
         return advice(args, Plans(plan_setup, int(os.environ.get("WORLD_SIZE", 1))))
     except Exception as error:  # must not hide the error that it is appended to
         return f"--plan could not tell what would need less memory ({error})"

@@ -20,7 +20,7 @@ from tuning.errors import ExitCode, StopTraining
 from tuning.exits import ENDING
 from tuning.run.launch import machine
 from tuning.samples.batches import Batch
-from utils import control_group, is_rank_0, print_rank_0
+from utils import control_group, data_parallel_size, is_rank_0, print_rank_0
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST = 5.0  # seconds: a terminal or Slurm signals all processes, and then the launcher repeats the signal
@@ -210,7 +210,7 @@ class StepMonitor:
         totals = torch.stack((losses.mean(), broken.double().sum(), torch.tensor(float(self.signals.number > 0))))
         torch.distributed.all_reduce(totals, group=control_group())
         mean, any_broken, interrupted = totals.tolist()
-        mean /= torch.distributed.get_world_size()
+        mean /= data_parallel_size()  # of a pipeline's stages, only the last one has losses
         self.interrupted = interrupted > 0
 
         # The same on all ranks. With float16, an overflow can simply mean that the engine lowers the loss scale.

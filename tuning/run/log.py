@@ -22,7 +22,7 @@ from tuning.folders import write_errors, write_file
 from tuning.run.flops import Flops
 from tuning.samples.data_files import find_files
 from tuning.samples.epochs import RunLength
-from utils import control_group, is_rank_0, print_rank_0
+from utils import control_group, is_rank_0, print_rank_0, stage_rank
 
 SUMMARY = "summary.json"  # of a finished training
 
@@ -203,7 +203,7 @@ class RunLog:
         if not math.isnan(step.loss):
             self.losses.append(step.loss)
         for batch in step.batches:
-            if batch.samples:
+            if batch.samples and stage_rank() == 0:  # the other stages of a pipeline have the same ones
                 flops = self.flops.of(batch["segments"], len(batch["answer_positions"]))
                 self.work += torch.tensor((batch.tokens, batch.samples, flops), dtype=torch.float64)
         if self.bar is not None:

@@ -28,7 +28,7 @@ from tuning.folders import lock_folder, sweep, write_errors, write_file
 from tuning.run import results
 from tuning.run.launch import check_shared
 from tuning.run.results import shorten
-from tuning.run.resume import LAYOUT, Run, check_run, find_state, step_of
+from tuning.run.resume import LAYOUT, STAGES, Run, check_run, find_state, step_of
 from utils import control_group, data_parallel_size, is_rank_0, on_rank_0, print_rank_0
 
 FILE = "run.json"
@@ -209,6 +209,8 @@ def describe_run(args, contents: dict, tokenizer, base: dict, ds_config: dict, l
     for section in ("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"):
         settings[f"{section} of --ds_file"] = ds_config.get(section)
     settings[LAYOUT] = layout
+    if args.pipeline_stages:
+        settings[STAGES] = args.pipeline_stages
     # The end of a run changes its losses only through the schedule. A constant one may be continued beyond its end.
     if ds_config["scheduler"]["type"] == "WarmupLR":
         del settings["--num_train_epochs"], settings["--max_steps"]

@@ -163,6 +163,26 @@ def check_layout(state: str, old: Run, run: Run) -> None:
         raise UserError(f"{state} was saved by {old.ranks} processes; {needs} needs the same number again")
 
 
+STAGES = "--pipeline_stages"  # a setting of a run in a pipeline
+
+
+def check_stages(state: str, old: Run, run: Run) -> None:
+    """Refuse a state of another pipeline: each stage saves its own layers and optimizer.
+
+    Raises:
+        UserError: the number of stages differs, or in a pipeline that of processes.
+    """
+    before, now = old.settings.get(STAGES), run.settings.get(STAGES)
+    if before != now:
+        again = f"start with {STAGES} {before} again" if before else f"start without {STAGES}"
+        raise UserError(
+            f"{state} was saved {f'by a pipeline of {before} stages' if before else 'without a pipeline'}: {again}, or "
+            "begin a new run with the newest result as --model_name_or_path (LoRA: --adapter_path)"
+        )
+    if now and old.ranks != run.ranks:
+        raise UserError(f"{state} was saved by {old.ranks} processes; a pipeline needs the same number again")
+
+
 def check_run(state: str, run: Run, allow_changes: bool) -> list[str]:
     """Compare the run of a state with the one that resumes from it.
 
@@ -175,6 +195,7 @@ def check_run(state: str, run: Run, allow_changes: bool) -> list[str]:
     old = read_run(state)
     if old.stage != run.stage:
         raise UserError(f"{state} was saved under ZeRO stage {old.stage}; use a ds file of that stage")
+    check_stages(state, old, run)
     check_layout(state, old, run)
     changed = []
     for name in [name for name in old.settings | run.settings if name != LAYOUT]:
@@ -206,14 +227,15 @@ class Checkpoints:
 
     Args:
         engine: DeepSpeed's.
+        model: with all parameters, though in a pipeline not with all values.
         parts: by name, other objects with a state: `state()` returns tensors, `set_state(tensors)` restores them.
         output_dir: shared by all ranks.
         every: optimizer steps between two states; None: only at a signal.
         keep: number of states to keep.
     """
 
-    def __init__(self, engine, parts: dict, run: Run, output_dir: str, every: int | None, keep: int):
-        self.engine, self.parts, self.run, self.every, self.keep = engine, parts, run, every, keep
+    def __init__(self, engine, model, parts: dict, run: Run, output_dir: str, every: int | None, keep: int):
+        self.engine, self.model, self.parts, self.run, self.every, self.keep = engine, model, parts, run, every, keep
         self.parent = os.path.join(output_dir, "states")
         self.rank = torch.distributed.get_rank()
 
@@ -223,7 +245,7 @@ class Checkpoints:
 
     def size(self) -> int:
         """Approximate bytes of a state: trained weights, and masters and two moments."""
-        parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         master = 2 if self.engine.bf16_optimizer_states() else 4
         return sum(getattr(p, "ds_numel", p.numel()) * (p.element_size() + 3 * master) for p in parameters) + 2**20
 

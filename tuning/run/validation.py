@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from glm_models.generation import generate_answers
+from glm_models.pipeline import pipeline_input
 from glm_models.tools import answer_text
 from tuning.errors import UserError
 from tuning.folders import write_errors, write_file
@@ -35,7 +36,16 @@ from tuning.samples.encoding import encode_samples
 from tuning.samples.epochs import RunLength
 from tuning.samples.formats import Columns, to_dialogue
 from tuning.samples.row_files import RowError, scan_rows
-from utils import control_group, data_parallel_rank, data_parallel_size, device, is_rank_0, on_rank_0, print_rank_0
+from utils import (
+    control_group,
+    data_parallel_rank,
+    data_parallel_size,
+    device,
+    is_rank_0,
+    on_rank_0,
+    print_rank_0,
+    stage_count,
+)
 
 LOWER_IS_BETTER = {"loss", "perplexity", "repeating", "empty"}
 NO_DIRECTION = {"mean_length", "reference_length"}
@@ -80,11 +90,17 @@ def deal_batches(rows: list[int], lengths, batch_size: int, rank: int, world_siz
 
 
 @torch.no_grad()
-def mean_loss(model, data: InstructionData, rows: list[int], batch_size: int) -> float:
+def mean_loss(engine, data: InstructionData, rows: list[int], batch_size: int) -> float:
     """Mean cross entropy per answer token, over the rows of all ranks; summed in float64."""
     total = torch.zeros((), dtype=torch.float64, device=device())
-    for batch in deal_batches(rows, data.lengths, batch_size, data_parallel_rank(), data_parallel_size()):
-        total += model(**data[batch].to(device())).loss  # a sum: num_items_in_batch is 1
+    batches = deal_batches(rows, data.lengths, batch_size, data_parallel_rank(), data_parallel_size())
+    if stage_count() > 1:
+        engine.eval_batch((pipeline_input(data[batch]) for batch in batches), num_micro_batches=len(batches))
+        for loss in engine.fwd_outputs:  # empty on all stages but the last one
+            total += loss
+    else:
+        for batch in batches:
+            total += engine.module(**data[batch].to(device())).loss  # a sum: num_items_in_batch is 1
     total = total.cpu()
     torch.distributed.all_reduce(total, group=control_group())
     return total.item() / data.answer_tokens(rows)
@@ -285,8 +301,7 @@ class Validation:
         with self.log.paused():
             self.engine.eval()
             try:
-                model = self.engine.module
-                loss = mean_loss(model, self.data, self.rows, self.args.eval_batch_size)
+                loss = mean_loss(self.engine, self.data, self.rows, self.args.eval_batch_size)
                 values = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
                 if self.kind:
                     sizes = (self.args.eval_batch_size, self.max_new_tokens)
