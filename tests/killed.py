@@ -5,6 +5,7 @@ byte of the result must be the same.
     python tests/killed.py --kills 50 --in-save      # always while a state is being written, which is slowed down
     python tests/killed.py --kills 3 --conversations # rows of several answers, tool calls and plain text between them
     python tests/killed.py --kills 10 --pipeline     # every family, all parameters and LoRA, in two stages
+    python tests/killed.py --kills 3 --quantized     # every family, LoRA and P-Tuning, on a base in 4 bits
 """
 
 import argparse
@@ -32,6 +33,7 @@ from runs import (
 import utils
 from glm_models import MODE
 from tuning import folders, methods
+from tuning.arguments.quantization import METHODS
 from tuning.run import resume
 
 
@@ -122,6 +124,7 @@ def main(argv=None):
     parser.add_argument("--in-save", action="store_true", help="kill while a state is written; one setting only")
     parser.add_argument("--conversations", action="store_true", help="rows are conversations, with plain text between")
     parser.add_argument("--pipeline", action="store_true", help="in two stages, on two ranks")
+    parser.add_argument("--quantized", action="store_true", help="on a base in 4 bits, on two ranks")
     parser.add_argument("--sample", action="store_true", help="one setting of each family and method, half the rows")
     parser.add_argument("--only", default="", help="settings whose name holds this")
     args = parser.parse_args(argv)
@@ -136,6 +139,9 @@ def main(argv=None):
     more = ["--pipeline_stages", "2"] if args.pipeline else []
     if args.pipeline:
         settings = [(mode, method, 2, 2, method == "all") for mode, method in itertools.product(MODE, ("all", "lora"))]
+    if args.quantized:
+        more += ["--quantization_bit", "4"]
+        settings = [(mode, method, 2, 2, method == "lora") for mode, method in itertools.product(MODE, METHODS)]
     with tempfile.TemporaryDirectory() as work:
         bases = {mode: make_base(mode, Path(work, mode)) for mode in MODE}
         rows = dict.fromkeys(MODE, make_rows(Path(work, "rows.json")))
@@ -145,7 +151,7 @@ def main(argv=None):
         total: dict[str, int] = {}
         for mode, method, stage, ranks, packing in settings:
             name = f"{mode} {method} ZeRO-{stage} {ranks} rank{'s' * (ranks > 1)}{' packed' * packing}"
-            name += " in 2 stages" * args.pipeline
+            name += " in 2 stages" * args.pipeline + " in 4 bits" * args.quantized
             if args.only not in name:
                 continue
             folder = Path(work, name.replace(" ", "-"))
