@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "epoch_planning": "--rows 2000",
     "training_speed": "--modes glm3 --rows 200 --max_len 384 --hidden 128 --layers 1 --repeats 1",
+    "prediction_speed": "--rows 6 --max_src_len 64 --hidden 128 --layers 1 --batch_size 3 --repeats 1",
     "data_preparation": "--runs 1 --rows 1000 --at_least 1 --checkpoint glm3={glm3}",
 }
 
