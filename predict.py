@@ -125,19 +125,21 @@ def predict_file(args) -> None:
     tokenizer = load_tokenizer(args.mode, base)
     lines = [line for line, _ in numbered]
     rows = [with_references(row, tokenizer) if "output" in row else row for _, row in numbered]
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as files:
+        opened = []  # on rank 0 the answer file
 
-        def take_over() -> AnswerFile:
+        def take_over() -> dict[int, tuple[str, bool]]:
             made = describe_run(args, len(rows), base, tokenizer)
-            return stack.enter_context(AnswerFile(args.output_path, rows, made, args.overwrite))
+            opened.append(files.enter_context(AnswerFile(args.output_path, rows, made, args.overwrite)))
+            return opened[0].answers
 
-        file = on_rank_0(take_over)
+        known = on_rank_0(take_over)
         lengths = warn_of_cuts(tokenizer, args.predict_path, lines, rows, args.max_src_len)
-        if file.answers:
-            print_rank_0(f"{args.output_path} holds {len(file.answers)} of {len(rows)} answers; continuing from there")
-        answers = answer_rows(rows, lengths, file.answers, args) if len(file.answers) < len(rows) else {}
-        if is_rank_0():
-            file.finish(answers)
+        if known:
+            print_rank_0(f"{args.output_path} holds {len(known)} of {len(rows)} answers; continuing from there")
+        more = answer_rows(rows, lengths, known.keys(), args) if len(known) < len(rows) else {}
+        for file in opened:
+            file.finish(more)
             show_scores(rows, file.answers, args)
 
 
@@ -170,12 +172,12 @@ def answer_rows(rows: list[dict], lengths: list[int], known: Set[int], args) -> 
     """
     tokenizer, model = load_model(args)
     groups = plan_groups(lengths, args.batch_size, **({"tokens": None} if args.num_beams > 1 else {}))
-    work, mine, rank = Work(groups, set(known)), {}, int(os.environ.get("RANK", 0))
+    work, mine, rank = Work(groups, known), {}, int(os.environ.get("RANK", 0))
     with (
         Part(args.output_path, rank) as part,
         tqdm(total=len(rows), initial=len(known), disable=rank > 0) as bar,
     ):
-        for row, text, ended in answer_groups(model, tokenizer, rows, work.take(), set(known), args):
+        for row, text, ended in answer_groups(model, tokenizer, rows, work.take(), known, args):
             part.add(row, text, ended)
             mine[row] = text, ended
             bar.update(len(known) + work.count(1) - bar.n)

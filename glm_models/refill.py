@@ -83,7 +83,7 @@ class SlotCache:
         """Give each slot room for so many keys. Memory follows: up at once, down when half of it is not needed."""
         self.room = -(-(keys + self.prefix) // BLOCK) * BLOCK - self.prefix
         held = self.layers[0].shape[3] if self.layers else 0
-        if held < self.room or held > 2 * self.room:
+        if held < self.room or held + self.prefix > 2 * (self.room + self.prefix):
             for i, old in enumerate(self.layers):  # one by one: two copies of a layer at a time
                 self.layers[i] = old.new_zeros(*old.shape[:3], self.room, old.shape[4])
                 self.layers[i][:, :, :, :held].copy_(old[:, :, :, : self.room])
@@ -118,7 +118,7 @@ class _Chooser:
     def __init__(self, model, options: dict):
         config, _ = model._prepare_generation_config(None, **{"do_sample": False} | options)
         self.sample = config.do_sample
-        self.processors = model._get_logits_processor(config, input_ids_seq_length=0, device=model.device)
+        self.processors = model._get_logits_processor(config, input_ids_seq_length=1, device=model.device)
 
     def choose(self, logits: torch.Tensor, rows: list[_Row]) -> list[int]:
         """The next token of each row; logits [rows, vocabulary]."""

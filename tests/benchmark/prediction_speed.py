@@ -10,6 +10,7 @@ machine too.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -31,7 +32,8 @@ def read_requests(tokenizer, path: str, rows: int, longest: int) -> tuple[list[l
     from tuning.samples.formats import to_dialogue
     from tuning.samples.row_files import read_rows
 
-    found = [with_references(row, tokenizer) for _, row in read_rows(path, several_outputs=True)][:rows]
+    numbered = read_rows(path, several_outputs=True, empty_outputs=True)
+    found = [with_references(row, tokenizer) for _, row in itertools.islice(numbered, rows)]
     dialogues = [to_dialogue(row) for row in found]
     asked = [dialogue._replace(messages=dialogue.asked) for dialogue in dialogues]
     prompts = [prompt.ids.tolist() for prompt in tokenizer.encode_questions(asked, longest)]

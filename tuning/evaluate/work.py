@@ -37,7 +37,7 @@ class Work:
     """
 
     def __init__(self, groups: list[list[int]], answered: Set[int]):
-        self.groups = [group for group in groups if not answered.issuperset(group)]
+        self.groups = [group for group in groups if not answered >= set(group)]
         if torch.distributed.is_initialized():
             store = torch.distributed.distributed_c10d._get_default_store()
             self.store = torch.distributed.PrefixStore("predict", store)
