@@ -10,7 +10,7 @@ from glm_models import MODE
 from glm_models.generation import generate_ids
 from glm_models.refill import BLOCK, Request, SlotCache, generate_in_slots
 
-LIMITS = [2, 9, 24, 1, 5, 12, 3, 7]
+LIMITS = [2, 9, 4, 1, 5, 12, 3, 7]
 modes = pytest.mark.parametrize("mode", MODE)
 
 
@@ -31,9 +31,10 @@ def answers(model, tokenizer, groups, slots=3, **options) -> dict:
 def test_answers_are_those_of_each_row_alone(mode, prefix, load, tokenizers):
     model, tokenizer = load(mode, pre_seq_len=prefix), tokenizers[mode]
     requests = make_requests(tokenizer)
-    assert any(len(r.prompt) % BLOCK + r.limit > BLOCK for r in requests)  # goes on into another block of keys
+    used, i = max((len(r.prompt) % BLOCK, r.row) for r in requests)
+    requests[i] = requests[i]._replace(limit=BLOCK - used + 3)  # goes on into another block of keys
     alone = {r.row: generate_ids(model, tokenizer, [r.prompt], [r.limit])[0] for r in requests}
-    stop = alone[5][0][4]  # a token that one answer has in its middle ends it
+    stop = max((ids for ids, _ in alone.values()), key=len)[4]  # a token that one answer has in its middle ends it
 
     class Ends:
         pad_token_id, stop_token_ids = tokenizer.pad_token_id, [stop]
@@ -61,10 +62,9 @@ def test_random_numbers_and_penalties_are_those_of_each_row(mode, load, tokenize
 
 
 @modes
-@pytest.mark.parametrize("prefix", [None, 5])
-def test_in_bf16_the_rest_of_the_run_changes_nothing(mode, prefix, load, tokenizers):
+def test_in_bf16_the_rest_of_the_run_changes_nothing(mode, load, tokenizers):
     """As on another rank, or after a stop: other groups beside it, and a part of its group answered before."""
-    model, tokenizer = load(mode, pre_seq_len=prefix).bfloat16(), tokenizers[mode]
+    model, tokenizer = load(mode, pre_seq_len=5).bfloat16(), tokenizers[mode]
     requests = make_requests(tokenizer)
     groups = [requests[:2], requests[2:5], requests[5:]]
     whole = answers(model, tokenizer, groups)
