@@ -1,6 +1,7 @@
 """Answer with a trained model: one sample, a chat in the terminal, or a whole file.
 
     python predict.py --mode glm3 --model_path output-glm3/epoch-2-step-750-merged --predict_path data/spo_1.json
+    deepspeed predict.py --mode glm3 --model_path ... --predict_path ...     (on all GPUs)
     python predict.py --mode glm3 --model_path ... --instruction "..." --input "..."
     python predict.py --mode glm3 --model_path ...            (chat; an empty line ends it)
 
@@ -12,10 +13,12 @@ import io
 import json
 import os
 import sys
+import time
+from collections.abc import Iterable, Set
 
 from tuning import exits
 from tuning.arguments.parser import answer_early
-from tuning.arguments.predict import longest_prompt, parse_args
+from tuning.arguments.predict import longest_prompt, parse_args, processes
 from tuning.environment import let_segments_grow
 
 if __name__ == "__main__":
@@ -27,20 +30,25 @@ import torch
 from tqdm import tqdm
 
 from glm_models.generation import generate_answers
+from glm_models.refill import Request, generate_in_slots
 from glm_models.tokenization import Prompt
 from glm_models.tools import TOOLS_SYSTEM, ToolCallError, answer_text, read_answer
 from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, named_device, prediction_bits
 from tuning.errors import DataError, UserError
 from tuning.evaluate.answers import AnswerFile, Made, describe_model, describe_scores, file_hash
+from tuning.evaluate.parts import Part
+from tuning.evaluate.work import Work, plan_groups
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import find_base
 from tuning.metrics import ADDED, AS_WRITTEN, references_of, with_references
+from tuning.run.health import PeerWatchdog
+from tuning.run.launch import leaving_distributed, start_distributed
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.findings import FIRST, lines_text
 from tuning.samples.formats import KEYS, Columns, to_dialogue, unused_keys
 from tuning.samples.row_files import describe_file, read_rows
 from tuning.terminal import visible
-from utils import set_seed, silence_libraries
+from utils import control_group, is_rank_0, on_rank_0, print_rank_0, set_seed, silence_libraries
 
 OBSERVATION = "/observation"  # what a tool returned, typed in the chat
 CHUNK = 1000  # rows per batch when counting prompts that are cut
@@ -48,52 +56,102 @@ CHUNK = 1000  # rows per batch when counting prompts that are cut
 
 @torch.inference_mode()
 def answer(model, tokenizer, questions: list[Dialogue], args) -> list[tuple[str, bool]]:
-    """Answers to a batch of questions, each with whether it ended by itself.
+    """Answers to a batch of questions, each with whether it ended by itself; the batch waits for its longest answer."""
+    prompts = encode_ids(tokenizer, questions, args)
+    limits = [answer_limit(prompt, args) for prompt in prompts]
+    return generate_answers(model, tokenizer, prompts, limits, num_beams=args.num_beams, **options_of(args))
 
-    The answer to a row does not depend on the rest of the batch: --max_length counts the tokens of each row, without
-    padding.
+
+def answer_groups(model, tokenizer, rows: list[dict], groups: Iterable[list[int]], answered: Set[int], args):
+    """Answer groups of rows, at most --batch_size rows at a time; rows that have finished make room for the next.
+
+    The answer to a row does not depend on the others: it is greedy, or has random numbers of its own.
+
+    Args:
+        groups: indices of rows, see tuning.evaluate.work.
+        answered: rows that have an answer already.
+
+    Yields:
+        Row, text, and whether the answer ended by itself, in the order in which they end.
     """
-    prompts = [prompt.ids.tolist() for prompt in encode(tokenizer, questions, args.max_src_len)]
-    sampling = {}
+    if args.num_beams > 1:
+        for group in groups:
+            set_seed(args.seed + group[0])
+            texts = answer(model, tokenizer, [question_in(rows[row]) for row in group], args)
+            yield from ((row, *text) for row, text in zip(group, texts, strict=True) if row not in answered)
+        return
+
+    def requests(group: list[int]) -> list[Request]:
+        prompts = encode_ids(tokenizer, [question_in(rows[row]) for row in group], args)
+        limits = [0 if row in answered else answer_limit(ids, args) for row, ids in zip(group, prompts, strict=True)]
+        return [Request(row, ids, n, args.seed + row) for row, ids, n in zip(group, prompts, limits, strict=True)]
+
+    slots = min(args.batch_size, len(rows))
+    for row, ids, ended in generate_in_slots(model, tokenizer, map(requests, groups), slots, **options_of(args)):
+        yield row, tokenizer.decode_answer(ids), ended
+
+
+def options_of(args) -> dict:
+    """The flags that say how tokens are chosen, as arguments of `generate`."""
+    options = {"repetition_penalty": args.repetition_penalty}
     if args.do_sample:
-        sampling = {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature}
-    options = {"repetition_penalty": args.repetition_penalty, "num_beams": args.num_beams, **sampling}
-    most = args.max_new_tokens or args.max_length
-    limits = [min(most, max(1, args.max_length - len(prompt))) for prompt in prompts]
-    return generate_answers(model, tokenizer, prompts, limits, **options)
+        options |= {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature}
+    return options
+
+
+def encode_ids(tokenizer, questions: list[Dialogue], args) -> list[list[int]]:
+    """The ids of the prompts of some questions."""
+    return [prompt.ids.tolist() for prompt in encode(tokenizer, questions, args.max_src_len)]
+
+
+def answer_limit(prompt: list[int], args) -> int:
+    """Maximum tokens of the answer to a prompt: --max_length counts both."""
+    return min(args.max_new_tokens or args.max_length, max(1, args.max_length - len(prompt)))
 
 
 def predict_file(args) -> None:
     """Answer all rows of --predict_path into --output_path (JSON lines); continue where an earlier run stopped.
 
-    All input is checked before the model is loaded, which takes minutes.
+    Called on every rank. All input is checked before the model is loaded, which takes minutes.
     """
     columns = Columns.of(args)
     how = {"several_outputs": True, "empty_outputs": True, "missing_outputs": True}
     numbered = list(read_rows(args.predict_path, **how, columns=columns))
     for line in describe_file(args.predict_path, columns):
-        print(line)
+        print_rank_0(line)
     if unused := unused_keys((row for _, row in numbered), KEYS | ADDED | {AS_WRITTEN}):
-        print(f"{args.predict_path}: {unused}")
+        print_rank_0(f"{args.predict_path}: {unused}")
     base = find_base(args.model_path, args.ori_model_dir)
     tokenizer = load_tokenizer(args.mode, base)
     lines = [line for line, _ in numbered]
     rows = [with_references(row, tokenizer) if "output" in row else row for _, row in numbered]
-    with AnswerFile(args.output_path, rows, describe_run(args, len(rows), base, tokenizer), args.overwrite) as file:
-        warn_of_cuts(tokenizer, args.predict_path, lines, rows, args.max_src_len)
-        if file.done:
-            print(f"{args.output_path} holds {len(file.done)} of {len(rows)} answers; continuing from there")
-        if len(file.done) < len(rows):
-            answer_rows(file, args)
-        done = file.done
+    with contextlib.ExitStack() as files:
+        opened = []  # on rank 0 the answer file
 
+        def take_over() -> dict[int, tuple[str, bool]]:
+            made = describe_run(args, len(rows), base, tokenizer)
+            opened.append(files.enter_context(AnswerFile(args.output_path, rows, made, args.overwrite)))
+            return opened[0].answers
+
+        known = on_rank_0(take_over)
+        lengths = warn_of_cuts(tokenizer, args.predict_path, lines, rows, args.max_src_len)
+        if known:
+            print_rank_0(f"{args.output_path} holds {len(known)} of {len(rows)} answers; continuing from there")
+        more = answer_rows(rows, lengths, known.keys(), args) if len(known) < len(rows) else {}
+        for file in opened:
+            file.finish(more)
+            show_scores(rows, file.answers, args)
+
+
+def show_scores(rows: list[dict], answers: dict[int, tuple[str, bool]], args) -> None:
+    """Print where the answers are, and their scores."""
+    predictions, ended = zip(*(answers[row] for row in range(len(rows))), strict=True)
     limit = f"--max_length {args.max_length}"
     limit += f" or --max_new_tokens {args.max_new_tokens}" if args.max_new_tokens else ""
-    unended = sum(not row["ended"] for row in done)
+    unended = ended.count(False)
     print(f"answers: {args.output_path}" + (f" ({unended} cut at {limit})" if unended else ""))
     references = [references_of(row) if "output" in row else [] for row in rows]
-    predictions, ended = [row["prediction"] for row in done], [row["ended"] for row in done]
-    print(*describe_scores(args.metrics, predictions, references, ended), sep="\n")
+    print(*describe_scores(args.metrics, list(predictions), references, list(ended)), sep="\n")
 
 
 def load_model(args):
@@ -102,15 +160,40 @@ def load_model(args):
     return load_result(args.mode, args.model_path, args.ori_model_dir, args.device, bits=bits)
 
 
-def answer_rows(file: AnswerFile, args) -> None:
-    """Load the model and answer the rows that have no answer yet."""
+def answer_rows(rows: list[dict], lengths: list[int], known: Set[int], args) -> dict[int, tuple[str, bool]]:
+    """Load the model and answer the rows that have no answer yet, on all ranks.
+
+    Args:
+        lengths: tokens of each row's prompt.
+        known: rows that have an answer.
+
+    Returns:
+        On rank 0 the answers by row: text, and whether it ended by itself.
+    """
     tokenizer, model = load_model(args)
-    with tqdm(total=len(file.rows), initial=len(file.done)) as bar:
-        for start in range(len(file.done), len(file.rows), args.batch_size):
-            part = file.rows[start : start + args.batch_size]
-            set_seed(args.seed + start)  # with --do_sample, a continued run draws the same samples
-            file.add(answer(model, tokenizer, [question_in(row) for row in part], args))
-            bar.update(len(part))
+    groups = plan_groups(lengths, args.batch_size, **({"tokens": None} if args.num_beams > 1 else {}))
+    work, mine, rank = Work(groups, known), {}, int(os.environ.get("RANK", 0))
+    with (
+        Part(args.output_path, rank) as part,
+        tqdm(total=len(rows), initial=len(known), disable=rank > 0) as bar,
+    ):
+        for row, text, ended in answer_groups(model, tokenizer, rows, work.take(), known, args):
+            part.add(row, text, ended)
+            mine[row] = text, ended
+            bar.update(len(known) + work.count(1) - bar.n)
+        while rank == 0 and bar.n < bar.total:  # the other ranks have not finished
+            time.sleep(0.1)
+            bar.update(len(known) + work.count() - bar.n)
+    return gather(mine)
+
+
+def gather(answers: dict) -> dict:
+    """On rank 0 the answers of all ranks."""
+    if not torch.distributed.is_initialized():
+        return answers
+    everyone = [None] * torch.distributed.get_world_size() if is_rank_0() else None
+    torch.distributed.gather_object(answers, everyone, group=control_group())
+    return {row: one for part in everyone or [] for row, one in part.items()}
 
 
 def question_in(row: dict) -> Dialogue:
@@ -126,6 +209,8 @@ def describe_run(args, rows: int, base: str, tokenizer) -> Made:
     names += [f"{name}_column" for name in Columns._fields] if args.prompt_column else []
     names += ["max_new_tokens"] if args.max_new_tokens else []
     settings = {f"--{name}": getattr(args, name) for name in names}
+    if args.do_sample and args.num_beams == 1:
+        settings["random numbers"] = "by row"
     settings["SHA-256 of --predict_path"] = file_hash(args.predict_path)
     settings["type of numbers"] = str(choose_dtype(base, args.device)[0])
     if bits := prediction_bits(args.model_path, args.quantization_bit)[0]:
@@ -134,13 +219,16 @@ def describe_run(args, rows: int, base: str, tokenizer) -> Made:
     return Made(settings, rows, args.model_path)
 
 
-def warn_of_cuts(tokenizer, path: str, lines: list[int], rows: list[dict], max_src_len: int) -> None:
+def warn_of_cuts(tokenizer, path: str, lines: list[int], rows: list[dict], max_src_len: int) -> list[int]:
     """Warn about conversations that lose turns, and queries that are cut, at --max_src_len.
+
+    Returns:
+        Tokens of each row's prompt.
 
     Raises:
         UserError: a row's messages are not for this model family, or cannot be cut to fit; names its line.
     """
-    cut, shortened = [], []
+    cut, shortened, lengths = [], [], []
     for start in range(0, len(rows), CHUNK):
         some = lines[start : start + CHUNK]
         questions = [question_in(row) for row in rows[start : start + CHUNK]]
@@ -154,14 +242,18 @@ def warn_of_cuts(tokenizer, path: str, lines: list[int], rows: list[dict], max_s
                 with naming_line(f"{path} line {line}"):
                     encode(tokenizer, [question], max_src_len)
             raise
+        lengths += [len(prompt.ids) for prompt in prompts]
         shortened += [line for line, prompt in zip(some, prompts, strict=True) if prompt.dropped]
         cut += [line for line, prompt in zip(some, prompts, strict=True) if prompt.cut]
     if shortened:
         where = lines_text(len(shortened), shortened[:FIRST])
-        print(f"warning: conversations lose turns from their beginning to --max_src_len {max_src_len} in {where}")
+        print_rank_0(
+            f"warning: conversations lose turns from their beginning to --max_src_len {max_src_len} in {where}"
+        )
     if cut:
         where = lines_text(len(cut), cut[:FIRST])
-        print(f"warning: the end of the query is cut at --max_src_len {max_src_len} in {where}")
+        print_rank_0(f"warning: the end of the query is cut at --max_src_len {max_src_len} in {where}")
+    return lengths
 
 
 @contextlib.contextmanager
@@ -294,23 +386,42 @@ def check_args(args) -> None:
     args.device = named_device(args.device)
 
 
+@contextlib.contextmanager
+def all_ranks(args):
+    """Join the other processes that a launcher has started; if one of them dies, this one ends too."""
+    if processes() == 1:
+        yield
+        return
+    with leaving_distributed():
+        start_distributed(args.verbose, args.local_rank)
+        watchdog = PeerWatchdog()
+        yield
+        watchdog.close()
+
+
 def main(argv=None) -> None:
     with exit_on_user_errors():
         args = parse_args(argv)
         silence_libraries(args.verbose)
-        check_args(args)
-        if args.predict_path:
-            predict_file(args)
-            return
-        set_seed(args.seed)
-        tokenizer, model = load_model(args)
-        if args.instruction or args.input:
-            question = question_in({"instruction": args.instruction, "input": args.input})
-            if encode(tokenizer, [question], args.max_src_len)[0].cut:
-                print(f"warning: the end of the query is cut at --max_src_len {args.max_src_len}", file=sys.stderr)
-            print(answer(model, tokenizer, [question], args)[0][0])
-        else:
-            chat(model, tokenizer, args)
+        with all_ranks(args):
+            check_args(args)
+            if args.predict_path:
+                predict_file(args)
+                return
+            set_seed(args.seed)
+            tokenizer, model = load_model(args)
+            if args.instruction or args.input:
+                answer_one(model, tokenizer, args)
+            else:
+                chat(model, tokenizer, args)
+
+
+def answer_one(model, tokenizer, args) -> None:
+    """Answer --instruction and --input."""
+    question = question_in({"instruction": args.instruction, "input": args.input})
+    if encode(tokenizer, [question], args.max_src_len)[0].cut:
+        print(f"warning: the end of the query is cut at --max_src_len {args.max_src_len}", file=sys.stderr)
+    print(answer(model, tokenizer, [question], args)[0][0])
 
 
 if __name__ == "__main__":

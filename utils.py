@@ -43,6 +43,8 @@ def _once(action, runs_it: bool) -> list:
     Raises:
         Exception: that of the first rank that failed, on all ranks.
     """
+    if not torch.distributed.is_initialized():  # one process without a launcher
+        return [action()]
     result = error = None
     if runs_it:
         try:
@@ -73,7 +75,7 @@ def on_rank_0(action):
     Raises:
         Exception: that of rank 0, on all ranks.
     """
-    return _once(action, torch.distributed.get_rank() == 0)[0]
+    return _once(action, is_rank_0())[0]
 
 
 _stages = 1  # of the pipeline of this run, see cut_into_stages

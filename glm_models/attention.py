@@ -166,7 +166,8 @@ def visible_mask(
 
     Args:
         queries: number of query tokens; they are the last of the keys.
-        attention_mask: [batch, keys], 1 real, 0 padding; None where no key is hidden.
+        attention_mask: [batch, keys], 1 real, 0 padding; None where no key is hidden. Or the mask itself, without the
+            prefix: bool [batch, 1, queries, keys].
         prefix: the P-Tuning prefix, [..., pre_seq_len, head_dim]; seen by every query.
         context: [batch], number of first tokens that every query sees.
 
@@ -176,6 +177,19 @@ def visible_mask(
     """
     if attention_mask is None and prefix is None and context is None:
         return None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        mask = attention_mask
+    else:
+        mask = _causal_mask(queries, attention_mask, prefix, context)
+    if prefix is not None:
+        mask = F.pad(mask, (prefix.shape[-2], 0), value=True)
+    if config._attn_implementation == "eager":
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask
+
+
+def _causal_mask(queries: int, attention_mask, prefix, context) -> torch.Tensor:
+    """The mask of `visible_mask`, bool, without the prefix."""
     keys = queries if attention_mask is None else attention_mask.shape[1]
     device = next(t.device for t in (attention_mask, context, prefix) if t is not None)
     key = torch.arange(keys, device=device)
@@ -187,12 +201,7 @@ def visible_mask(
         mask = mask & attention_mask[:, None].bool()
         # a padding query sees itself: softmax over nothing would be NaN
         mask = mask | (key == query)
-    mask = mask[:, None]
-    if prefix is not None:
-        mask = F.pad(mask, (prefix.shape[-2], 0), value=True)
-    if config._attn_implementation == "eager":
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    return mask
+    return mask[:, None]
 
 
 def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:

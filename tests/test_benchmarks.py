@@ -20,6 +20,7 @@ COMMANDS = {
     "training_speed": "--modes glm3 --rows 150 --max_len 384 --hidden 128 --layers 1 --repeats 1 "
     "--kinds trainer 'ours, packed'",
     "kernel_count": "--modes glm2 --methods ptuning --layers 2",
+    "prediction_speed": "--rows 6 --max_src_len 64 --hidden 128 --layers 1 --batch_size 3 --repeats 1",
     "data_preparation": "--runs 1 --rows 1000 --at_least 1 --checkpoint glm3={glm3}",
 }
 

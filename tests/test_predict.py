@@ -3,6 +3,7 @@ of rows that cannot be scored or are cut.
 """
 
 import fcntl
+import itertools
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import pytest
 from conftest import TEXT
 
 import predict
+from glm_models.refill import Answer
 from glm_models.tiny import make_tiny_checkpoint
 from tuning.errors import DataError, FolderError, UserError
 from tuning.evaluate import answers, inputs, page
@@ -74,12 +76,20 @@ def echo(monkeypatch):
         return None, Path(args.model_path).name
 
     monkeypatch.setattr(predict, "load_model", load_model)
-    monkeypatch.setattr(
-        predict,
-        "answer",
-        lambda model, _, questions, args: [(f"{model}:{one.prompt}", True) for one in questions],
-    )
+    answer_by(monkeypatch, lambda model, row, question: f"{model}:{question.prompt}")
     return loaded
+
+
+def answer_by(monkeypatch, reply) -> None:
+    """Put `reply(model, row, question)` in the place of generation."""
+
+    def answer_groups(model, _, rows, groups, answered, args):
+        for group in groups:
+            for row in group:
+                if row not in answered:
+                    yield row, reply(model, row, predict.question_in(rows[row])), True
+
+    monkeypatch.setattr(predict, "answer_groups", answer_groups)
 
 
 def test_answers_of_a_real_model_go_on_after_a_stop(work, capsys):
@@ -261,21 +271,28 @@ def test_what_cannot_be_written_is_found_before_the_model_is_loaded(work, echo, 
     assert not echo
 
 
-def test_a_full_disk_keeps_the_answers_so_far(work, echo):
+def test_a_full_disk_keeps_the_answers_so_far(work, echo, monkeypatch):
     work.predict()
     whole = work.output.read_bytes()
-    work.predict("--overwrite", "--batch_size", "1")
-    work.output.unlink()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) - 10, before[1]))
-    try:
-        with pytest.raises(FolderError, match=r"it keeps 4 of 5 answers, and the same command continues from there"):
-            work.predict("--batch_size", "1")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert work.output.read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
-    work.predict("--batch_size", "1")
-    assert work.output.read_bytes() == whole
+    part, before = Path(f"{work.output}.part-0"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = []  # what a file may have when three rows are answered: not all of the answer file, or none of the next line
+
+    def reply(model, row, question) -> str:
+        if room and part.read_text().count("\n") == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room.pop() or part.stat().st_size + 9, before[1]))
+        return f"{model}:{question.prompt}"
+
+    answer_by(monkeypatch, reply)
+    for more, kept in ((len(whole) - 10, 5), (None, 3)):
+        room.append(more)
+        try:
+            with pytest.raises(FolderError, match="and the same command continues from there"):
+                work.predict("--overwrite")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert work.output.read_bytes() == b"" and part.read_text().count("\n") == kept
+        work.predict()
+        assert work.output.read_bytes() == whole and not part.exists()
 
 
 # Rows
@@ -352,13 +369,15 @@ def write_conversations(path: Path) -> list[dict]:
 
 
 def test_the_last_turn_of_each_conversation_is_asked_as_the_official_chat_asks_it(work, monkeypatch):
-    asked = []
+    asked = {}
     monkeypatch.setattr(predict, "load_model", lambda args: (predict.load_tokenizer(args.mode, args.model_path), None))
-    monkeypatch.setattr(
-        predict,
-        "generate_answers",
-        lambda model, tokenizer, prompts, limits, **options: asked.extend(prompts) or [("好", True)] * len(prompts),
-    )
+
+    def generate_in_slots(model, tokenizer, groups, slots, **options):
+        for request in itertools.chain.from_iterable(groups):
+            asked[request.row] = request.prompt
+            yield Answer(request.row, [], True)
+
+    monkeypatch.setattr(predict, "generate_in_slots", generate_in_slots)
     rows = write_conversations(work.rows)
     work.predict("--max_length", "900")
     encode = predict.load_tokenizer("glm3", str(work.models / "a")).encode_prompt
@@ -367,7 +386,7 @@ def test_the_last_turn_of_each_conversation_is_asked_as_the_official_chat_asks_i
     history = [system, ASKS[1], call]
     earlier = [{"role": "system", "content": "短。"}, ASKS[1], {"role": "assistant", "content": "晴。"}]
     observed = encode('{"天气": "晴"}', history, role="observation")
-    assert asked == [encode("青河天气？", [system]), observed, encode("梅江呢？", earlier), observed]
+    assert asked == dict(enumerate([encode("青河天气？", [system]), observed, encode("梅江呢？", earlier), observed]))
     answered = work.lines()
     assert [{key: row[key] for key in before} for row, before in zip(answered, rows, strict=True)] == rows
     assert [row.get("output") for row in answered] == [CALL_TEXT, "晴。", "雨。", None]
@@ -376,7 +395,7 @@ def test_the_last_turn_of_each_conversation_is_asked_as_the_official_chat_asks_i
 
 def test_calls_stand_beside_the_prediction_and_are_scored(work, echo, monkeypatch, capsys):
     replies = [CALL_TEXT, "晴。", "time\n```python\ntool_call()\n```", CALL_TEXT[:-4]]
-    monkeypatch.setattr(predict, "answer", lambda model, _, some, args: [(replies.pop(0), True) for _ in some])
+    answer_by(monkeypatch, lambda model, row, question: replies[row])
     write_conversations(work.rows)
     with pytest.raises(UserError, match=r"rows\.json line 2: --max_src_len: .* less than the \d+ ids of what stands"):
         work.predict()
@@ -391,7 +410,7 @@ def test_calls_stand_beside_the_prediction_and_are_scored(work, echo, monkeypatc
     work.predict("--max_length", "900")
     assert len(echo) == 1
     work.rows = work.output.rename(work.rows.parent / "again.jsonl")
-    replies += ["a"] * 4
+    replies[:] = ["a"] * 4
     work.predict("--max_length", "900")
     assert [row["prediction"] for row in work.lines()] == ["a"] * 4 and "tool_call" not in work.lines()[0]
 

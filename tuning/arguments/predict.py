@@ -12,6 +12,7 @@ from tuning.metrics import HEADLINE, missing
 DESCRIPTION = """Answer with a trained model: a whole file, one sample, or a chat in the terminal.
 
     python predict.py --mode glm3 --model_path output-glm3/epoch-2-step-750-merged --predict_path data/spo_1.json
+    deepspeed predict.py --mode glm3 --model_path ... --predict_path ...     (on all GPUs)
     python predict.py --mode glm3 --model_path ... --instruction "..." --input "..."
     python predict.py --mode glm3 --model_path ...            (chat; an empty line ends it)"""
 
@@ -53,6 +54,7 @@ def make_parser() -> Parser:
         help="quantise the linear layers: 4 (nf4), 8 (int8), 0: do not",
     )  # fmt: skip
     group.add_argument("--verbose", **SWITCH, help="show the messages of the libraries")
+    group.add_argument("--local_rank", type=Integer(-1), default=-1, help="set by the launcher")
 
     group = parser.group("one sample (without it and without a file: chat in the terminal)")
     group.add_argument("--instruction", default="", default_text="empty", help="its instruction")
@@ -82,7 +84,7 @@ def make_parser() -> Parser:
     )  # fmt: skip
     add_columns(group, answers_needed=False)
     group.add_argument("--overwrite", **SWITCH, help="remove the answers in output_path, and start again")
-    group.add_argument("--batch_size", type=Integer(), default=8, help="rows per batch")
+    group.add_argument("--batch_size", type=Integer(), default=8, help="rows that a process answers at a time")
     group.add_argument(
         "--metrics", choices=("auto", *HEADLINE), default="auto", help="how to score; auto: depends on the references"
     )
@@ -116,6 +118,10 @@ def make_parser() -> Parser:
 def contradictions(args: argparse.Namespace) -> list[str]:
     """Problems of flags that do not go together; see Parser."""
     wrong = needs_package(f"--quantization_bit {args.quantization_bit}") if args.quantization_bit else []
+    if (count := processes()) > 1 and not args.predict_path:
+        wrong.append(f"{count} processes answer a file (--predict_path); for a chat or one sample: python predict.py")
+    if count > 1 and args.device not in (None, "cpu"):
+        wrong.append(f"--device {args.device} names one device; each of the {count} processes has its own")
     if args.predict_path and (args.instruction or args.input):
         wrong.append("--predict_path and --instruction or --input exclude each other")
     if (
@@ -141,3 +147,9 @@ def contradictions(args: argparse.Namespace) -> list[str]:
 def longest_prompt(args: argparse.Namespace) -> int:
     """Maximum tokens per prompt."""
     return args.max_length - 16 if args.max_src_len is None else args.max_src_len
+
+
+def processes() -> int:
+    """How many processes a launcher has started."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdecimal() else 1

@@ -128,7 +128,7 @@ def load_result(
     dtype, reason = (dtype, "as asked") if dtype else choose_dtype(whole, device)
     bits, precision = prediction_bits(folder, bits)
     quantize = Quantize(bits, device) if bits else None
-    print(f"{folder} on {device} in {str(dtype).removeprefix('torch.')} ({reason}){precision}")
+    print_rank_0(f"{folder} on {device} in {str(dtype).removeprefix('torch.')} ({reason}){precision}")
     if whole == folder:
         model = load_base(mode, whole, dtype, quantize=quantize)
     else:
@@ -165,7 +165,8 @@ def check_adapter(mode: str, folder: str, base: str) -> None:
         if config.get(key):
             raise UserError(printable(f"{folder}: {key} in {CONFIG} {reason}; not loaded"))
     said = [f"{folder} is a LoRA adapter; its base model is {base}", check_base(folder, mode, base)]
-    print(*map(printable, said + unread_keys(folder, config)), sep="\n")
+    for line in said + unread_keys(folder, config):
+        print_rank_0(printable(line))
 
 
 def load_adapted(mode: str, folder: str, base: str, dtype: torch.dtype, quantize: Quantize | None = None):

@@ -4,8 +4,9 @@
                                   (name and parameters) where the prediction is one
     predictions.jsonl.run.json    what the answers depend on: weights, flags, SHA-256 of the file that was answered
 
-An interrupted run continues only if all of this is the same, so that answers of two models are never mixed. Only one
-process at a time writes to a file.
+The file is written when every row has an answer; until then the answers stand in parts beside it (parts.py). An
+interrupted run continues only if what the answers depend on is the same, so that answers of two models are never mixed.
+Only one run at a time writes to a file.
 """
 
 import contextlib
@@ -18,7 +19,8 @@ from glm_models.checkpoint import CheckpointError, read_json
 from glm_models.identify import describe_base
 from glm_models.tools import find_call
 from tuning import folders
-from tuning.errors import FolderError, UserError
+from tuning.errors import UserError
+from tuning.evaluate.parts import PART, append, as_bytes, join_parts, list_parts, read_parts
 from tuning.folders import MANIFEST, write_errors, write_file
 from tuning.metrics import (
     ADDED,
@@ -126,7 +128,9 @@ def read_rows_of(path: str) -> tuple[list[dict], int, bool]:
 
 
 class AnswerFile:
-    """An answer file that a run appends to. A context manager: it holds the lock of the file.
+    """The answer file of a run, in the hands of rank 0. A context manager: it holds the lock of the file.
+
+    answers: those that are known already: row, counted from 0 -> text, and whether it ended by itself.
 
     Args:
         path: created if needed, with its folder.
@@ -144,61 +148,56 @@ class AnswerFile:
         self.file = _open_locked(path)
         with contextlib.ExitStack() as undo:
             undo.callback(self.file.close)
-            self.done, self.size = self._take_over(made, overwrite)
+            self.written, size, self.answers = self._take_over(made, overwrite)
             with write_errors(path + RECORD):
-                os.ftruncate(self.file.fileno(), self.size)  # first: old answers must not stand beside the new record
+                os.ftruncate(self.file.fileno(), size)  # first: old answers must not stand beside the new record
+                join_parts(path, {row: self.answers[row] for row in self.answers if row >= self.written})
                 text = json.dumps({"format": FORMAT, **made._asdict()}, ensure_ascii=False, indent=1)
                 write_file(path + RECORD, text + "\n")
             undo.pop_all()
 
-    def _take_over(self, made: Made, overwrite: bool) -> tuple[list[dict], int]:
-        """The existing answers to keep, and their size in bytes."""
+    def _take_over(self, made: Made, overwrite: bool) -> tuple[int, int, dict[int, tuple[str, bool]]]:
+        """The existing answers to keep: how many the file holds, their size in bytes, and all that are known."""
         path, record = self.path, read_record(self.path)
         done, size, only_cut = read_rows_of(path)
-        if not os.path.getsize(path):
-            return [], 0
-        if not done and (record is None or not only_cut):
+        empty = not os.path.getsize(path)
+        if not empty and not done and (record is None or not only_cut):
             raise UserError(f"--output_path {path} is not an answer file; choose another one")
-        if overwrite:
-            return [], 0
+        answers = read_parts(path)
+        if overwrite or (empty and not list_parts(path)):
+            return 0, 0, {}
         remedy = "--overwrite removes them and starts again; or choose another --output_path"
         if record is None:
             raise UserError(
                 f"{path} holds answers without {os.path.basename(path)}{RECORD}, so it is unknown what produced them "
                 f"(an older version?); {remedy}"
             )
-        if changed := compare(record.settings, made.settings):
+        changed = compare(record.settings, made.settings)
+        answers |= {row: (one["prediction"], one.get("ended", False)) for row, one in enumerate(done)}
+        if changed:
             raise UserError(
-                f"{path} holds {len(done)} answers of {record.model} that were produced differently: "
+                f"{path} holds {len(answers)} answers of {record.model} that were produced differently: "
                 f"{'; '.join(changed)}. {remedy}"
             )
         if not only_cut or len(done) > len(self.rows) or not all(map(_same_row, done, self.rows)):
             raise UserError(f"{path} does not hold the rows of --predict_path in their order; {remedy}")
-        return done, size
+        return len(done), size, answers
 
-    def add(self, answers: list[tuple[str, bool]]) -> None:
-        """Append the answers to the next rows, each with whether it ended by itself.
+    def finish(self, answers: dict[int, tuple[str, bool]]) -> None:
+        """Write the answers to all rows, in order, and remove the parts.
+
+        Args:
+            answers: to every row that was not answered before.
 
         Raises:
-            FolderError: they cannot be written; earlier answers are kept.
+            FolderError: they cannot be written; the parts are kept.
         """
-        part = self.rows[len(self.done) : len(self.done) + len(answers)]
-        more = [with_answer(row, *answer) for row, answer in zip(part, answers, strict=True)]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in more)
-        rest = memoryview(text.encode(errors="backslashreplace"))  # an unpaired surrogate is written as a JSON escape
-        size = len(rest)
-        try:
-            while rest:
-                rest = rest[os.write(self.file.fileno(), rest) :]  # a nearly full disk may accept only a part
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self.file.fileno(), self.size)
-            raise FolderError(
-                f"cannot write {self.path}: {error.strerror}; it keeps {len(self.done)} of {len(self.rows)} answers, "
-                "and the same command continues from there"
-            ) from error
-        self.done += more
-        self.size += size
+        self.answers |= answers
+        lines = (as_bytes(with_answer(self.rows[i], *self.answers[i])) for i in range(self.written, len(self.rows)))
+        kept = f"the {len(self.answers)} answers are in {os.path.basename(self.path)}{PART}0 and so on"
+        append(self.file, b"".join(lines), kept)
+        self.written = len(self.rows)
+        join_parts(self.path, {})
 
     def __enter__(self):
         return self
