@@ -27,6 +27,7 @@ NAMES |= {"question", "answer", "label", "completion", "target", "source", "cont
 JSON_CELLS = {"history", "tools", "functions", *LISTS}
 MAY_BE_EMPTY = {"input", *OPTIONAL, *JSON_CELLS}
 ENDINGS = (".csv", ".tsv")
+JSON_ENDINGS = (".json", ".jsonl")
 SHOWN_NAMES = 8  # of a header
 
 
@@ -54,7 +55,8 @@ def find_delimiter(path: str, head: bytes, columns: Columns | None) -> str | Non
     for delimiter in DELIMITERS:
         names = _split(line, delimiter)
         known = {name.strip().casefold() for name in names} & NAMES | {*names} & {*(columns or ())}
-        if known and (len(names) > 1 or known & ALONE or columns or plain_ending(path) in ENDINGS):
+        alone = known & ALONE and plain_ending(path) not in JSON_ENDINGS  # there it may be a string on the first line
+        if known and (len(names) > 1 or alone or columns or plain_ending(path) in ENDINGS):
             best, most = max((best, most), (delimiter, (len(known), len(names))), key=lambda one: one[1])
     if best is None and plain_ending(path) in ENDINGS:
         names = max((_split(line, delimiter) for delimiter in DELIMITERS), key=len)
