@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -284,13 +285,36 @@ FUSED = [
 ]
 
 
-def keep_attention():
+class _Kept(TorchDispatchMode):
+    """Notes what attention gives in the forward pass, and gives it again in place of computing it.
+
+    torch's own contexts (create_selective_checkpoint_contexts) want the same operations both times. Under ZeRO-3 they
+    differ: it gathers weights where they are not there.
+    """
+
+    def __init__(self, results: list, recomputes: bool):
+        super().__init__()
+        self.results, self.recomputes = results, recomputes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in FUSED:
+            return func(*args, **(kwargs or {}))
+        if self.recomputes:
+            return self.results.pop(0)
+        result = func(*args, **(kwargs or {}))
+        # detached: autograd makes what is returned part of the graph, which would then keep itself
+        self.results.append(tree_map_only(torch.Tensor, torch.Tensor.detach, result))
+        return result
+
+
+def keep_attention() -> tuple[_Kept, _Kept]:
     """Contexts of a layer's checkpoint that keeps what attention has given; all else in the layer is computed again.
 
     Kept are [tokens, heads * head_dim] and a float32 for each token and head. Attention alone grows with the square of
     a sample's length: in long ones it is most of what would be computed again.
     """
-    return create_selective_checkpoint_contexts(FUSED)
+    results: list = []
+    return _Kept(results, recomputes=False), _Kept(results, recomputes=True)
 
 
 def _attention(module, q, k, v, mask, is_causal=None) -> torch.Tensor:
