@@ -52,6 +52,7 @@ from glm_models.checkpoint import (
     DTYPES,
     CheckpointError,
     WeightFile,
+    matrix_dtype,
     printable,
     shard_names,
     total_bytes,
@@ -350,8 +351,7 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True, i
     said = [check_base(folder, mode, base), *unread_keys(folder, config), *describe_target(trained, bits)]
     print(*map(printable, said), sep="\n")
     tokenizer = load_tokenizer(mode, base)
-    dtypes = {dtype for weights in layout.values() for dtype, shape in weights.values() if len(shape) == 2}
-    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    dtype = matrix_dtype(layout)
     check_space(output, total_bytes(layout), "the merged model")
 
     # an adapted output layer that was tied to the embedding no longer equals it

@@ -269,6 +269,12 @@ def total_bytes(layout: dict) -> int:
     return sum(shape.numel() * dtype.itemsize for weights in layout.values() for dtype, shape in weights.values())
 
 
+def matrix_dtype(layout: dict) -> torch.dtype:
+    """The type of a folder's weights, from its weight_layout; norms and biases may have others."""
+    dtypes = {dtype for weights in layout.values() for dtype, shape in weights.values() if len(shape) == 2}
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
 def write_index(folder: str, files: dict, size: int) -> None:
     """Write the index of a model's weights if they are in several files.
 

@@ -58,11 +58,17 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
     return (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
 
 
-def stream_weights(model: nn.Module, read: Callable[[str], torch.Tensor], change: Callable | None = None) -> None:
-    """Have each module of a network read its weights when it is called, and free them after.
+@torch.no_grad()
+def stream_logits(
+    model: nn.Module, batch, read: Callable[[str], torch.Tensor], change: Callable | None = None
+) -> torch.Tensor:
+    """Logits of all tokens of a batch, padding left out: [tokens, vocabulary].
+
+    Each module reads its weights when it is called, and frees them after.
 
     Args:
         model: on the meta device.
+        batch: input_ids, attention_mask and position_ids, as from the tokenizer's `pad`.
         read: name of a weight -> the weight, float32.
         change: (module, name of its weight, input, output) -> output, of the modules that have weights.
     """
@@ -83,6 +89,7 @@ def stream_weights(model: nn.Module, read: Callable[[str], torch.Tensor], change
             prefix = name + "."
             module.register_forward_pre_hook(lambda m, _, prefix=prefix: fill(m, prefix))
             module.register_forward_hook(lambda m, inputs, out, prefix=prefix: empty(m, prefix, inputs, out))
+    return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

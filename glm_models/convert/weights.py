@@ -23,6 +23,17 @@ def is_computed(name: str) -> bool:
     return name.endswith("rotary_pos_emb.inv_freq")
 
 
+def native_files(layout: dict) -> dict[str, str]:
+    """The name of the file that each official file becomes; one with only computed weights becomes no file of its own.
+
+    Args:
+        layout: see weight_layout.
+    """
+    full = [path for path, names in layout.items() if not all(map(is_computed, names))]
+    files = shard_names(len(full))
+    return dict.fromkeys(layout, files[-1]) | dict(zip(full, files, strict=True))
+
+
 class NativeView:
     """The weights of an official folder as those of GlmForCausalLM.
 
@@ -36,8 +47,8 @@ class NativeView:
         self.weights, self.heads, self.layout = FolderWeights(folder), heads, {}
         self.source = {}  # name -> official name, place among q, k and v
         layout = weight_layout(folder)
-        for file, path in zip(shard_names(len(layout)), layout, strict=True):
-            self.layout[file] = {}
+        for path, file in native_files(layout).items():
+            self.layout.setdefault(file, {})
             for name in in_order(path, layout[path]):
                 dtype, shape = layout[path][name]
                 if is_computed(name):
@@ -83,6 +94,8 @@ class OfficialView:
 
     def _add(self, file: str, extra: WeightFile) -> None:
         for name in extra.names:
+            if not is_computed(name):
+                raise CheckpointError(f"{extra.path}: {name} does not belong there")
             self.kept[name] = extra[name]
             self.layout[file][name] = extra[name].dtype, extra[name].shape
         self.layout[file] = dict(sorted(self.layout[file].items()))

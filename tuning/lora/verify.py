@@ -6,7 +6,7 @@ from torch import nn
 
 from glm_models.checkpoint import FolderWeights
 from glm_models.quantized import quantized_names, round_trip
-from glm_models.streamed import skeleton, stream_weights, tied_weights
+from glm_models.streamed import skeleton, stream_logits, tied_weights
 from tuning.lora.adapter import Adapter
 
 
@@ -69,8 +69,7 @@ def logits(
     def change(module: nn.Module, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         return adapted(module, adapter, name, x, output) if name in pairs else output
 
-    stream_weights(model, read, change)
-    return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+    return stream_logits(model, batch, read, change)
 
 
 def adapted(layer: nn.Linear, adapter: Adapter, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
