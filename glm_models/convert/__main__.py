@@ -51,10 +51,21 @@ if __name__ == "__main__":
 
 import os
 
-from glm_models.checkpoint import CheckpointError, printable, total_bytes
+from glm_models.checkpoint import CheckpointError, printable, total_bytes, weight_layout
+from glm_models.convert.adapter import (
+    Update,
+    check_fit,
+    converted_config,
+    is_native_adapter,
+    native_update,
+    official_update,
+    same_update,
+    write_plain_adapter,
+)
 from glm_models.convert.config import is_native
 from glm_models.convert.model import (
     Official,
+    base_files,
     compare_tokenizers,
     has_config,
     official_files,
@@ -72,6 +83,8 @@ from glm_models.streamed import skeleton
 from tuning.errors import UserError
 from tuning.exits import exit_on_user_errors
 from tuning.folders import check_new_folder, check_space, claimed_folder
+from tuning.lora.adapter import CONFIG, read_adapter, trained_bits
+from tuning.lora.adapter import read_config as read_adapter_config
 from utils import silence_libraries
 
 
@@ -102,6 +115,44 @@ def convert_model(args) -> str:
     return "an official folder" if native else "a GlmForCausalLM, which needs no remote code"
 
 
+def convert_adapter(args) -> str:
+    """Convert a LoRA adapter for the base in --ori_model_dir. Returns what was written."""
+    if not args.ori_model_dir:
+        raise UserError("--ori_model_dir is missing: the base, already in the other form, for the converted adapter")
+    if bits := trained_bits(args.model_path):
+        raise CheckpointError(
+            f"{args.model_path} was trained on a base in {bits} bits, which transformers' class would not have; merge "
+            "it (merge_lora.py, also --into_quantized) and convert the result, or answer with predict.py"
+        )
+    adapter, config = read_adapter(args.model_path, "can be converted"), read_adapter_config(args.model_path)
+    if adapter.whole:
+        raise CheckpointError(
+            f"{args.model_path} has modules that were trained whole (modules_to_save); merge it with merge_lora.py and "
+            "convert the result"
+        )
+    source = Update(adapter.pairs, adapter.magnitudes)
+    native = is_native(read_config(args.ori_model_dir))
+    if is_native_adapter(source) == native:
+        raise UserError(f"{args.model_path} is an adapter for models of the form of {args.ori_model_dir} already")
+    official = base_files(args.mode, args.ori_model_dir, native)
+    heads = official.heads
+    made = native_update(source, heads) if native else official_update(source, heads)
+    layout = weight_layout(args.ori_model_dir)
+    check_fit(
+        made, {name: shape for names in layout.values() for name, (_, shape) in names.items()}, args.ori_model_dir
+    )
+    config = converted_config(config, source, made) | {"base_model_name_or_path": os.path.abspath(args.ori_model_dir)}
+    with claimed_folder(args.output_dir) as partial:
+        write_plain_adapter(partial, config, made)
+        again = read_adapter(partial)
+        found = Update(again.pairs, again.magnitudes)
+        if not same_update(*((source, found) if native else (found, source)), heads):
+            raise CheckpointError(f"the converted adapter is not {args.model_path}; the disk or the memory is at fault")
+    rank = f"rank {source.rank}"
+    rank += "" if made.rank == source.rank else f" became {made.rank}: query_key_value has one A, theirs were several"
+    return f"an adapter for {args.ori_model_dir} ({rank}), which adds the same"
+
+
 def convert_tokenizer(args) -> str:
     """Write the tokenizer's files alone. Returns what was written."""
     official = Official.read(args.mode, args.model_path)
@@ -121,6 +172,8 @@ def convert(args) -> str:
     check_new_folder(args.output_dir)
     if args.tokenizer_only:
         return convert_tokenizer(args)
+    if not has_config(args.model_path) and os.path.isfile(os.path.join(args.model_path, CONFIG)):
+        return convert_adapter(args)
     if not has_config(args.model_path):
         raise CheckpointError(f"{args.model_path} has no config.json: not a model's folder")
     return convert_model(args)

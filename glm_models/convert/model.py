@@ -245,6 +245,11 @@ def official_files(mode: str, native: str, named: str | None) -> Official:
     return Official.read(mode, folder)
 
 
+def base_files(mode: str, base: str, native: bool) -> Official:
+    """Config and tokenizer of the base of a converted adapter, which may be of either form."""
+    return official_files(mode, base, None) if native else Official.read(mode, base)
+
+
 def has_config(folder: str) -> bool:
     """Whether a folder has a config.json."""
     return os.path.isfile(os.path.join(folder, "config.json"))

@@ -12,7 +12,9 @@ import pytest
 import torch
 from conftest import write_model
 from official_chat import prompt_ids
+from peft import LoraConfig, PeftModel, get_peft_model
 from random_talks import random_talk
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm_models import MODE
@@ -133,6 +135,72 @@ def test_a_wrong_result_is_not_kept(tiny, tmp_path, capsys, monkeypatch):
     assert "the one it was made of" in refusal(capsys, "glm3", tiny["glm3"], tmp_path / "no")
 
 
+# Adapters
+
+
+def make_adapter(model, folder: Path, targets: list[str], **config) -> Path:
+    """An adapter as peft saves it, with random values."""
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=10, target_modules=targets, **config))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+@torch.no_grad()
+def adapted_logits(model, folder) -> torch.Tensor:
+    ids = torch.randint(3, 900, (2, 20), generator=torch.Generator().manual_seed(1))
+    return PeftModel.from_pretrained(model.eval(), folder).eval()(input_ids=ids).logits
+
+
+ALL_FOUR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+NATIVE_KINDS = {  # modules, rank of the official adapter
+    "all": (["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"], {}, 12),
+    "q and v, rsLoRA": (["q_proj", "v_proj", "down_proj"], {"use_rslora": True}, 8),
+    "no attention": (["o_proj", "gate_up_proj"], {}, 4),
+}
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_adapters_add_the_same_in_both_forms_and_keep_their_rank(tiny, converted, tmp_path, config):
+    load = lambda: MODE["glm3"].model.from_pretrained(tiny["glm3"])  # noqa: E731 - peft changes the model
+    adapter = make_adapter(load(), tmp_path / "adapter", ALL_FOUR, **config)
+    native = convert("glm3", adapter, tmp_path / "native", "--ori_model_dir", str(converted["glm3"]))
+    expected = adapted_logits(load(), adapter)
+    found = adapted_logits(AutoModelForCausalLM.from_pretrained(converted["glm3"]), native)
+    assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    back = convert("glm3", native, tmp_path / "back", "--ori_model_dir", tiny["glm3"])
+    assert read_json(str(back / "adapter_config.json"))["r"] == 4
+    tensors = [load_file(folder / "adapter_model.safetensors") for folder in (adapter, back)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
+def test_adapters_of_other_programs_become_ours(tiny, converted, tmp_path, capsys, kind):
+    targets, config, rank = NATIVE_KINDS[kind]
+    load = lambda: AutoModelForCausalLM.from_pretrained(converted["glm2"])  # noqa: E731 - peft changes the model
+    adapter = make_adapter(load(), tmp_path / "adapter", targets, **config)
+    ours = convert("glm2", adapter, tmp_path / "ours", "--ori_model_dir", tiny["glm2"])
+    assert ("became" in capsys.readouterr().out) == (rank > 4)
+    assert read_json(str(ours / "adapter_config.json"))["r"] == rank
+    expected = adapted_logits(load(), adapter)
+    found = adapted_logits(MODE["glm2"].model.from_pretrained(tiny["glm2"]), ours)
+    assert torch.allclose(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
+
+
+def test_adapters_that_cannot_be_converted_are_refused(tiny, converted, tmp_path, capsys):
+    adapter = make_adapter(MODE["glm3"].model.from_pretrained(tiny["glm3"]), tmp_path / "adapter", ALL_FOUR)
+    base = ("--ori_model_dir", str(converted["glm3"]))
+    assert "--ori_model_dir is missing" in refusal(capsys, "glm3", adapter, tmp_path / "no")
+    assert "already" in refusal(capsys, "glm3", adapter, tmp_path / "no", "--ori_model_dir", tiny["glm3"])
+    write_json(str(adapter / "base.json"), {"quantization_bit": 4})
+    line = refusal(capsys, "glm3", adapter, tmp_path / "no", *base)
+    assert "4 bits" in line and "merge_lora.py" in line
+
+
 # Tokenizer and template
 
 
@@ -174,6 +242,7 @@ def test_the_template_gives_the_official_prompts(tokenizers, fast, mode):
 
 ALONE = """
 import sys
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 assert not any(name.startswith(("glm_models", "tuning")) for name in sys.modules)
 for folder in sys.argv[1:]:
