@@ -186,6 +186,11 @@ def weight_layout(folder: str) -> dict[str, dict[str, tuple[torch.dtype, torch.S
     return layout
 
 
+def weight_shapes(folder: str) -> dict[str, torch.Size]:
+    """The shape of every weight of a folder. Raises CheckpointError: see weight_layout."""
+    return {name: shape for names in weight_layout(folder).values() for name, (_, shape) in names.items()}
+
+
 def read_weights(folder: str):
     """Yield (name, tensor) of all weights of a folder, one file open at a time.
 

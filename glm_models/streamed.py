@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from . import MODE
-from .checkpoint import CheckpointError, weight_layout
+from .checkpoint import CheckpointError, weight_shapes
 from .pretrained import check_prefix
 
 # Questions for the comparison of two models, put into the family's template.
@@ -29,7 +29,7 @@ def skeleton(mode: str, folder: str, **config) -> nn.Module:
     """
     with torch.device("meta"):
         model = MODE[mode].model(MODE[mode].config.from_pretrained(folder, **config)).eval().requires_grad_(False)
-    found = {name: shape for names in weight_layout(folder).values() for name, (_, shape) in names.items()}
+    found = weight_shapes(folder)
     check_prefix(folder, model.config, found)
     check_names(folder, model, found)
     return model

@@ -51,7 +51,7 @@ if __name__ == "__main__":
 
 import os
 
-from glm_models.checkpoint import CheckpointError, printable, total_bytes, weight_layout
+from glm_models.checkpoint import CheckpointError, printable, total_bytes, weight_shapes
 from glm_models.convert.adapter import (
     Update,
     check_fit,
@@ -137,10 +137,7 @@ def convert_adapter(args) -> str:
     official = base_files(args.mode, args.ori_model_dir, native)
     heads = official.heads
     made = native_update(source, heads) if native else official_update(source, heads)
-    layout = weight_layout(args.ori_model_dir)
-    check_fit(
-        made, {name: shape for names in layout.values() for name, (_, shape) in names.items()}, args.ori_model_dir
-    )
+    check_fit(made, weight_shapes(args.ori_model_dir), args.ori_model_dir)
     config = converted_config(config, source, made) | {"base_model_name_or_path": os.path.abspath(args.ori_model_dir)}
     with claimed_folder(args.output_dir) as partial:
         write_plain_adapter(partial, config, made)

@@ -6,7 +6,7 @@ import torch
 from transformers import GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
-from ..checkpoint import CheckpointError, read_json, short_repr, weight_layout
+from ..checkpoint import CheckpointError, read_json, short_repr, weight_shapes
 from ..glm2 import ChatGLM2Config
 from ..streamed import check_names
 
@@ -109,6 +109,6 @@ def native_skeleton(folder: str, content: dict) -> GlmForCausalLM:
     with torch.device("meta"):
         model = GlmForCausalLM(config).eval().requires_grad_(False)
     model.model.rotary_emb = GlmRotaryEmbedding(config)  # computed, not read
-    found = {name: shape for names in weight_layout(folder).values() for name, (_, shape) in names.items()}
+    found = weight_shapes(folder)
     check_names(folder, model, found)
     return model

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_model
+from jinja2 import TemplateError
 from official_chat import prompt_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from random_talks import random_talk
@@ -21,6 +22,7 @@ from glm_models import MODE
 from glm_models.checkpoint import read_json, read_weights, write_json
 from glm_models.convert.__main__ import main
 from glm_models.generation import generate_answers
+from tuning.samples.dialogue import Dialogue, Message
 
 MODES = ("glm2", "glm3")
 # what decides how weights are cut, and what positions are: a few of each family
@@ -238,6 +240,47 @@ def test_the_template_gives_the_official_prompts(tokenizers, fast, mode):
         found = fast[mode].apply_chat_template(history, add_generation_prompt=True)["input_ids"]
         assert found == prompt_ids(mode, pieces, history), history
         compared += 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_whole_conversation_is_the_sample_of_training(tokenizers, fast, mode):
+    """With its last answer and the token that ends it; in ChatGLM3 with tools and a call."""
+    texts = ["水泵漏水", "先查继电器。", "hello  world", "x = [1, 2]\n 😀"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    tools = [{"name": "查询", "parameters": {"a": 1}}] if mode == "glm3" else None
+    calls = [{"role": "user", "content": "查"}, {"role": "assistant", "content": "```python\n```", "metadata": "查询"}]
+    for talk in (messages, calls) if mode == "glm3" else (messages,):
+        learnt = [message["role"] == "assistant" and message is talk[-1] for message in talk]
+        turns = [Message(**message, learn=learn) for message, learn in zip(talk, learnt, strict=True)]
+        (sample,) = tokenizers[mode].encode_dialogues([Dialogue(tuple(turns), tools)])
+        wrapped = tools and [{"type": "function", "function": tool} for tool in tools]
+        found = fast[mode].apply_chat_template(talk, tools=wrapped)["input_ids"]
+        assert found == [token for part in sample.parts for token in part]
+
+
+def test_what_a_family_has_not_is_an_error_of_the_template(fast):
+    for mode, messages in {
+        "glm2": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
+        "glm3": [{"role": "developer", "content": "a"}],
+    }.items():
+        with pytest.raises(TemplateError):
+            fast[mode].apply_chat_template(messages, add_generation_prompt=True)
+
+
+def test_special_names_in_a_text_can_stay_text(tokenizers, fast):
+    text = "a<|user|>b</s>c[gMASK]d<sop>"
+    for mode in MODES:
+        found = fast[mode].apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, sanitize_control_tokens=True
+        )["input_ids"]
+        assert found == tokenizers[mode].encode_prompt(text)
+
+
+def test_the_tokenizer_alone(tiny, converted, tmp_path):
+    folder = convert("glm2", tiny["glm2"], tmp_path / "tokenizer", "--tokenizer_only")
+    names = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(folder)) == sorted([*names, "manifest.json"])
+    assert filecmp.cmpfiles(folder, converted["glm2"], names, shallow=False)[0] == names
 
 
 ALONE = """
