@@ -19,10 +19,10 @@ _GLM2 = """\
     {%- if role == 'user' %}
         {{- '[Round ' + (loop.index0 // 2 + 1)|string + ']\\n\\n问：' + message['content'] + '\\n\\n' }}
     {%- else %}
-        {{- '答：' + message['content'] }}
         {%- if loop.last and add_generation_prompt %}
             {{- raise_exception('the last message must be the question that is to be answered') }}
         {%- endif %}
+        {{- '答：' + (' ' if loop.last and message['content'] else '') + message['content'] }}
         {{- '</s>' if loop.last else '\\n\\n' }}
     {%- endif %}
 {%- endfor %}
