@@ -139,6 +139,7 @@ def convert_adapter(args) -> str:
     made = native_update(source, heads) if native else official_update(source, heads)
     check_fit(made, weight_shapes(args.ori_model_dir), args.ori_model_dir)
     config = converted_config(config, source, made) | {"base_model_name_or_path": os.path.abspath(args.ori_model_dir)}
+    print(printable(f"only names and shapes show whether {args.ori_model_dir} is the base of {args.model_path}"))
     with claimed_folder(args.output_dir) as partial:
         write_plain_adapter(partial, config, made)
         again = read_adapter(partial)

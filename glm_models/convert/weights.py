@@ -91,6 +91,8 @@ class OfficialView:
             extra = os.path.join(kept, file) if kept else ""
             if os.path.isfile(extra):
                 self._add(file, WeightFile(extra))
+        full = [names for names in self.layout.values() if names]  # k_proj may have been alone in a file
+        self.layout = dict(zip(shard_names(len(full)), full, strict=True))
 
     def _add(self, file: str, extra: WeightFile) -> None:
         for name in extra.names:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm_models import MODE
-from glm_models.checkpoint import read_json, read_weights, write_json
+from glm_models.checkpoint import read_json, read_weights, weight_layout, write_json
 from glm_models.convert.__main__ import main
 from glm_models.generation import generate_answers
 from tuning.samples.dialogue import Dialogue, Message
@@ -104,6 +104,7 @@ def test_the_way_back_from_what_another_program_saved(tiny, converted, tmp_path,
     assert "--ori_model_dir" in refusal(capsys, "glm3", tmp_path / "saved", tmp_path / "back")
     back = convert("glm3", tmp_path / "saved", tmp_path / "back", "--ori_model_dir", tiny["glm3"])
     expected = dict(read_weights(tiny["glm3"]))
+    assert all(names for names in weight_layout(str(back)).values()) and len(list(back.glob("*.safetensors"))) > 5
     for name, weight in read_weights(str(back)):
         assert torch.equal(weight, expected.pop(name).bfloat16())
     assert [name for name in expected if not name.endswith("inv_freq")] == []
