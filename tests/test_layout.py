@@ -30,7 +30,7 @@ ROOMS = [
 COMMAND_LINES = {
     "glm_models.tiny": ("tuning.arguments.parser", "tuning.errors"),
     "glm_models.convert.__main__": ("tuning.arguments.parser", "tuning.errors", "tuning.exits", "tuning.folders")
-    + ("tuning", "tuning.lora.adapter", "utils"),
+    + ("tuning.lora.adapter", "utils"),
 }
 
 
