@@ -52,17 +52,21 @@ from glm_models.checkpoint import (
     DTYPES,
     CheckpointError,
     WeightFile,
+    matrix_dtype,
     printable,
+    shard_names,
+    total_bytes,
     weight_layout,
-    write_json,
+    write_index,
     write_safetensors,
     write_side_files,
 )
+from glm_models.streamed import QUESTIONS, as_bytes, differences, rms, skeleton, tied_weights
 from tuning.arguments.quantization import missing_package, needs_package
 from tuning.engine.loading import load_tokenizer
 from tuning.errors import UserError
 from tuning.exits import exit_on_user_errors
-from tuning.folders import check_space, claimed_folder
+from tuning.folders import check_new_folder, check_space, claimed_folder
 from tuning.lora.adapter import (
     Adapter,
     add_adapter,
@@ -73,18 +77,10 @@ from tuning.lora.adapter import (
     trained_bits,
     unread_keys,
 )
-from tuning.lora.verify import BaseWeights, logits, quantized_weights, skeleton, tied_weights
+from tuning.lora.verify import BaseWeights, logits, quantized_weights
 from utils import silence_libraries
 
 CHUNK = 2**21  # values of a weight that are added at a time: 8 MiB in float32
-
-# Questions for the comparison of merged and unmerged model, put into the family's template.
-QUESTIONS = (
-    "你好，请用一句话介绍一下你自己。",
-    "抽取下面文本里的部件和故障：发动机怠速不稳，拆开水泵以后发现密封圈老化。",
-    "What should be checked first when the engine does not start on a cold morning?",
-    "写一个 Python 函数，返回列表中最大的两个数。",
-)
 
 
 def check_fit(model: nn.Module, base: str, adapter: Adapter) -> None:
@@ -194,25 +190,15 @@ def write_merged(folder: str, base: str, adapter: Adapter, weights: BaseWeights)
         weights: of the base.
     """
     layout = weight_layout(base)
-    names = [f"model-{i:05d}-of-{len(layout):05d}.safetensors" for i in range(1, len(layout) + 1)]
-    names = names if len(names) > 1 else ["model.safetensors"]
+    names = shard_names(len(layout))
     for file, shapes in zip(names, layout.values(), strict=True):
         write_safetensors(
             os.path.join(folder, file),
             shapes,
             lambda name, shapes=shapes: merged(name, weights[name], adapter, shapes[name][0]),
         )
-    if len(names) > 1:
-        weight_map = {name: file for file, weights in zip(names, layout.values(), strict=True) for name in weights}
-        size = {"total_size": total_bytes(layout)}
-        index = {"metadata": size, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(os.path.join(folder, "model.safetensors.index.json"), index)
+    write_index(folder, dict(zip(names, layout.values(), strict=True)), total_bytes(layout))
     return dict(zip((os.path.join(folder, name) for name in names), layout, strict=True))
-
-
-def total_bytes(layout: dict) -> int:
-    """Bytes of all weights of a folder, from its weight_layout."""
-    return sum(shape.numel() * dtype.itemsize for weights in layout.values() for dtype, shape in weights.values())
 
 
 def compare_weights(files: dict[str, str], adapter: Adapter, weights: BaseWeights) -> float:
@@ -248,11 +234,6 @@ def compare_weights(files: dict[str, str], adapter: Adapter, weights: BaseWeight
                 changed += (result != weight).sum().item()
                 adapted += weight.numel()
     return changed / adapted
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes: -0.0 is not 0.0, and a NaN equals itself."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def compare_sum(name: str, weight: torch.Tensor, result: torch.Tensor, adapter: Adapter) -> bool:
@@ -316,18 +297,6 @@ def compare_with_training(mode: str, base: str, folder: str, adapter: Adapter, b
     return f"merged model, and adapter on the base in {bits} bits as it was trained: on " + differences(found, trained)
 
 
-def differences(found: torch.Tensor, expected: torch.Tensor, note: str = "") -> str:
-    """How far logits [tokens, vocabulary] of QUESTIONS differ, as text."""
-    difference = found - expected
-    same = (found.argmax(-1) == expected.argmax(-1)).sum().item()
-    return (
-        f"{len(QUESTIONS)} prompts, {len(found)} tokens: "
-        f"they differ by at most {difference.abs().max():.2g}, root mean square {rms(difference):.2g}{note}; "
-        f"the largest is {expected.abs().max():.3g}; "
-        f"the likeliest next token is the same for {same} of {len(found)}"
-    )
-
-
 def check_quantization(folder: str, into_quantized: bool) -> tuple[int, int]:
     """To how many bits the base was quantised in training, and to how many for the merged model; 0: it was not, is not.
 
@@ -353,11 +322,6 @@ def describe_target(trained: int, bits: int) -> list[str]:
     return [f"merging into the base as it is; in training it was quantised to {trained} bits (see --into_quantized)"]
 
 
-def rms(x: torch.Tensor) -> float:
-    """Root mean square."""
-    return x.square().mean().sqrt().item()
-
-
 def merge(mode: str, base: str, folder: str, output: str, verify: bool = True, into_quantized: bool = False) -> None:
     """Write base + adapter to `output`. Everything is checked before anything is written.
 
@@ -372,10 +336,7 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True, i
             be written.
         CheckpointError: the adapter is broken, empty or for another base, the base is broken, or the result is wrong.
     """
-    if os.path.lexists(output) and (os.path.islink(output) or not os.path.isdir(output)):
-        raise UserError(f"--output_dir {output} is not a folder; name another")
-    if os.path.isdir(output) and os.listdir(output):
-        raise UserError(f"--output_dir {output} is not empty; name another")
+    check_new_folder(output)
     check_family(base, mode)
     adapter = read_adapter(folder)
     trained, bits = check_quantization(folder, into_quantized)
@@ -390,8 +351,7 @@ def merge(mode: str, base: str, folder: str, output: str, verify: bool = True, i
     said = [check_base(folder, mode, base), *unread_keys(folder, config), *describe_target(trained, bits)]
     print(*map(printable, said), sep="\n")
     tokenizer = load_tokenizer(mode, base)
-    dtypes = {dtype for weights in layout.values() for dtype, shape in weights.values() if len(shape) == 2}
-    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    dtype = matrix_dtype(layout)
     check_space(output, total_bytes(layout), "the merged model")
 
     # an adapted output layer that was tied to the embedding no longer equals it

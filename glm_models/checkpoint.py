@@ -180,6 +180,11 @@ def weight_layout(folder: str) -> dict[str, dict[str, tuple[torch.dtype, torch.S
     return layout
 
 
+def weight_shapes(folder: str) -> dict[str, torch.Size]:
+    """The shape of every weight of a folder. Raises CheckpointError: see weight_layout."""
+    return {name: shape for names in weight_layout(folder).values() for name, (_, shape) in names.items()}
+
+
 def read_weights(folder: str):
     """Yield (name, tensor) of all weights of a folder, one file open at a time.
 
@@ -216,12 +221,12 @@ def write_json(path: str, content) -> None:
         file.write("\n")
 
 
-def write_weights(folder: str, tensors, total_bytes: int, max_shard_bytes: int = 4 * 2**30) -> None:
+def write_weights(folder: str, tensors, total: int, max_shard_bytes: int = 4 * 2**30) -> None:
     """Write safetensors in the layout that transformers reads: one file, or shards with an index.
 
     Args:
         tensors: an iterator of (name, tensor on the CPU). Only one shard is held in memory.
-        total_bytes: size of all tensors, for the index.
+        total: bytes of all tensors, for the index.
         max_shard_bytes: maximum size of a shard, except for a single larger tensor.
     """
     shard: dict[str, torch.Tensor] = {}
@@ -245,17 +250,43 @@ def write_weights(folder: str, tensors, total_bytes: int, max_shard_bytes: int =
         size += nbytes
     flush()
 
-    if len(names) == 1:
-        os.replace(os.path.join(folder, "shard-1"), os.path.join(folder, "model.safetensors"))
-        return
-    weight_map = {}
-    for i, in_file in enumerate(names, 1):
-        file = f"model-{i:05d}-of-{len(names):05d}.safetensors"
+    files = shard_names(len(names))
+    for i, file in enumerate(files, 1):
         os.replace(os.path.join(folder, f"shard-{i}"), os.path.join(folder, file))
-        weight_map.update(dict.fromkeys(in_file, file))
+    write_index(folder, dict(zip(files, names, strict=True)), total)
+
+
+def shard_names(count: int) -> list[str]:
+    """Names of the files of a model's weights."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def total_bytes(layout: dict) -> int:
+    """Bytes of all weights of a folder, from its weight_layout."""
+    return sum(shape.numel() * dtype.itemsize for weights in layout.values() for dtype, shape in weights.values())
+
+
+def matrix_dtype(layout: dict) -> torch.dtype:
+    """The type of a folder's weights, from its weight_layout; norms and biases may have others."""
+    dtypes = {dtype for weights in layout.values() for dtype, shape in weights.values() if len(shape) == 2}
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def write_index(folder: str, files: dict, size: int) -> None:
+    """Write the index of a model's weights if they are in several files.
+
+    Args:
+        files: file -> names of its weights.
+        size: bytes of all weights.
+    """
+    if len(files) == 1:
+        return
+    weight_map = {name: file for file, names in files.items() for name in names}
     write_json(
         os.path.join(folder, "model.safetensors.index.json"),
-        {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
+        {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
     )
 
 
@@ -313,14 +344,7 @@ def write_side_files(folder: str, base: str, mode: str, dtype: torch.dtype, stop
     content |= {"torch_dtype": str(dtype).removeprefix("torch."), **changes}
     write_json(os.path.join(folder, "config.json"), content)
 
-    path = os.path.join(base, "generation_config.json")
-    generation = read_json(path) if os.path.isfile(path) else {}
-    generation = {key: generation[key] for key in GENERATION_KEYS if key in generation}
-    generation |= {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
-    for key in ("bos_token_id", "pad_token_id"):
-        if content.get(key) is not None:
-            generation.setdefault(key, content[key])
-    write_json(os.path.join(folder, "generation_config.json"), generation)
+    write_generation_config(folder, base, stop_ids, content)
 
     for name in os.listdir(base):
         if name.endswith((".py", ".model")) or name in TOKENIZER_FILES:
@@ -330,3 +354,19 @@ def write_side_files(folder: str, base: str, mode: str, dtype: torch.dtype, stop
     content = read_json(path) if os.path.isfile(path) else {}
     if content.get("padding_side", "left") != "left":
         write_json(path, content | {"padding_side": "left"})
+
+
+def write_generation_config(folder: str, base: str, stop_ids: list[int], ids: dict) -> None:
+    """Write generation_config.json: the base's, as far as its keys are known, with the ids at which answers stop.
+
+    Args:
+        ids: may have bos_token_id and pad_token_id, for a base without them.
+    """
+    path = os.path.join(base, "generation_config.json")
+    generation = read_json(path) if os.path.isfile(path) else {}
+    generation = {key: generation[key] for key in GENERATION_KEYS if key in generation}
+    generation |= {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
+    for key in ("bos_token_id", "pad_token_id"):
+        if ids.get(key) is not None:
+            generation.setdefault(key, ids[key])
+    write_json(os.path.join(folder, "generation_config.json"), generation)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .checkpoint import CheckpointError, read_json, weight_layout
+from .checkpoint import CheckpointError, read_json, weight_layout, weight_shapes
 from .identify import check_family
 from .messages import short_repr
 
@@ -93,7 +93,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         Raises:
             CheckpointError: they do not fit, or a file is missing or broken.
         """
-        found = {name: shape for names in weight_layout(folder).values() for name, (_, shape) in names.items()}
+        found = weight_shapes(folder)
         check_prefix(folder, config, found, new_prefix)
         with torch.device("meta"), init.no_init_weights():
             model = cls(config)

@@ -14,7 +14,7 @@ import shutil
 
 from safetensors import SafetensorError
 
-from tuning.errors import FolderError
+from tuning.errors import FolderError, UserError
 
 MANIFEST = "manifest.json"
 WRITTEN_BY = "chatglm-tuning"  # marks manifests of this project
@@ -310,6 +310,18 @@ def foreign_files(folder: str) -> list[str]:
         FolderError: it has no manifest of this project.
     """
     return sorted(set(list_files(folder)) - _read_manifest(folder).keys())
+
+
+def check_new_folder(folder: str) -> None:
+    """Make sure that nothing would be replaced by the folder of --output_dir.
+
+    Raises:
+        UserError: it exists and is not an empty folder.
+    """
+    if os.path.lexists(folder) and (os.path.islink(folder) or not os.path.isdir(folder)):
+        raise UserError(f"--output_dir {folder} is not a folder; name another")
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise UserError(f"--output_dir {folder} is not empty; name another")
 
 
 def check_space(folder: str, needed: int, what: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from documents import ALL, PAIRS, ROOT, code_spans, commands_only, fences, read, without_fences
 
 import merge_lora
+from glm_models.convert import __main__ as convert
 from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
 from tuning.arguments.other_names import LAUNCHER
@@ -45,6 +46,7 @@ CHINESE = {
     "the adapter's with -merged appended": "LoRA 目录名加 -merged",
     "what the adapter's config names": "LoRA 配置中记录的目录",
     "no limit of its own": "不另设上限",
+    "what the first conversion kept": "第一次转换时保存的",
     "the accelerator, else cpu": "有加速卡用加速卡，否则 cpu",
     "predictions-NAME.jsonl in the model folder": "模型目录下的 predictions-NAME.jsonl",
 }
@@ -52,6 +54,7 @@ TABLES = {  # document -> a flag that tells its table, and the flags
     "--train_path": ("training.md", train_arguments),
     "--predict_path": ("results.md", predict_arguments),
     "--model_dir": ("results.md", merge_lora),
+    "--tokenizer_only": ("serving.md", convert),
 }
 
 
@@ -137,7 +140,8 @@ def words_of_code(name: str) -> list[str]:
 def test_files_and_names_in_them_are_there(name):
     for word in words_of_code(name):
         if re.match(r"(tuning|glm_models)\.\w", word):  # behind python -m
-            word = word.replace(".", "/") + ".py"
+            word = word.replace(".", "/")
+            word += "/__main__.py" if (ROOT / word).is_dir() else ".py"
         path, _, inside = word.partition(":")
         path = path.replace("<mode>", "glm3").replace("<train_type>", "lora")
         if not OURS.fullmatch(path) and path not in ("train.py", "data_set.py", "utils.py"):
@@ -148,15 +152,17 @@ def test_files_and_names_in_them_are_there(name):
             assert re.search(defined, read(path), re.MULTILINE), f"{path} has no {inside}"
 
 
-# Of argparse, the deepspeed launcher, pip, ruff and Slurm.
-OTHER_FLAGS = {"--check", "--help", "--log_level", "--index-url", "--signal"} | {f"--{name}" for name in LAUNCHER}
+# Of argparse, the deepspeed launcher, pip, ruff, Slurm and vLLM.
+OTHER_FLAGS = {"--check", "--help", "--log_level", "--index-url", "--signal", "--tokenizer"} | {
+    f"--{name}" for name in LAUNCHER
+}
 
 
 @functools.cache
 def known_flags() -> set[str]:
     """The flags of our scripts and tools, and OTHER_FLAGS."""
     files = [
-        path for part in ("*.py", "tuning/**/*.py", "glm_models/*.py", "tests/**/*.py") for path in ROOT.glob(part)
+        path for part in ("*.py", "tuning/**/*.py", "glm_models/**/*.py", "tests/**/*.py") for path in ROOT.glob(part)
     ]
     tools = [path for path in files if not path.name.startswith("test_") or path.name == "test_fuzz.py"]
     sources = "\n".join(path.read_text() for path in tools)

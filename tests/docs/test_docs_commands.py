@@ -21,6 +21,7 @@ from documents import PAIRS, ROOT, code_spans, commands, read
 import merge_lora
 import predict
 import train
+from glm_models.convert import __main__ as convert
 from tuning.arguments import compare as compare_arguments
 from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
@@ -39,6 +40,8 @@ def places(tiny, tmp_path_factory):
         **{f"{title}/": tiny[mode] for mode, title in {"glm": "ChatGLM-6B", "glm2": "ChatGLM2-6B"}.items()},
         "ChatGLM3-6B/": tiny["glm3"],
         "ChatGLM3-6B-Base/": tiny["glm3"],
+        "glm3-hf": tiny["glm3"],
+        "their-adapter": tiny["glm3"],
         "corpus.json": f"{work}/spo_0.json",
         "my-tools.json": f"{work}/spo_0.json",
         "data/spo_0.json": f"{work}/spo_0.json",
@@ -55,6 +58,7 @@ PARSERS = {
     "train.py": train_arguments.parse_args,
     "predict.py": predict_arguments.parse_args,
     "merge_lora.py": merge_lora.parse_args,
+    "glm_models.convert": convert.parse_args,
     "tuning.evaluate.forgetting": forgetting.parse_args,
     "tuning.evaluate.compare": compare_arguments.parse_args,
 }

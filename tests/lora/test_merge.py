@@ -19,6 +19,7 @@ import merge_lora
 from glm_models import MODE, CheckpointError
 from glm_models.checkpoint import read_weights, weight_layout, write_json
 from glm_models.identify import describe_base
+from glm_models.streamed import QUESTIONS
 from tuning.engine.loading import load_result
 from tuning.errors import FolderError, UserError
 from tuning.folders import new_folder
@@ -470,7 +471,7 @@ def test_probe_logits_are_those_of_the_model(tiny, tokenizers, tmp_path, mode):
     adapter = make_adapter(mode, base, tmp_path / "adapter", [*TARGETS, head])
     model = MODE[mode].model.from_pretrained(base).eval()
     batch = tokenizers[mode].pad(
-        {"input_ids": [tokenizers[mode].encode_prompt(text) for text in merge_lora.QUESTIONS]}, return_tensors="pt"
+        {"input_ids": [tokenizers[mode].encode_prompt(text) for text in QUESTIONS]}, return_tensors="pt"
     )
     real = batch["attention_mask"].bool()
     with torch.no_grad():

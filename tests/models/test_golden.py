@@ -16,10 +16,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from glm_models import MODE
 from glm_models.attention import visible_mask
+from glm_models.convert.__main__ import main as convert
 
 if not os.environ.get("GLM_GOLDEN_DIR"):
     pytest.skip("GLM_GOLDEN_DIR does not name the folder of golden data", allow_module_level=True)
@@ -645,3 +647,33 @@ def test_conversations_as_training_samples(mode, tmp_path):
     expected = [(line, sample) for line, one in enumerate(wanted, 1) for sample in one["samples"]]
     assert [one.pop("file") for one in found] == [str(path)] * len(expected)
     assert [(one.pop("line"), one) for one in found] == expected
+
+
+@pytest.mark.parametrize("mode", ["glm2", "glm3"])
+def test_converted_for_transformers(mode, tmp_path):
+    """GlmForCausalLM with tokenizer.json and chat template: the reference's logits, ids and conversations."""
+    convert(["--mode", mode, "--model_path", str(GOLDEN / mode / "checkpoint"), "--output_dir", str(tmp_path / "new")])
+    fast = AutoTokenizer.from_pretrained(tmp_path / "new")
+    for want in read(mode, "tokenizer.json")["cases"]:
+        if not (want.get("hf_split") or want.get("hf_version_dependent")):
+            ids = fast(want["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            assert ids == want["ids"], want["text"]
+    want = tensors(mode, "forward.safetensors")
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+        found = model(input_ids=want["single.input_ids"]).logits
+    torch.testing.assert_close(found, want["single.logits"], **LOGITS)
+    if mode == "glm2":  # the golden samples are those of single answers
+        return
+    rows = [json.loads(line) for line in (GOLDEN / "chat/rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    compared = 0
+    for want in json.loads((GOLDEN / "chat/glm3.json").read_text(encoding="utf-8")):
+        talk, tools = (rows[want["row"]].get(key) for key in ("conversations", "tools"))
+        # not: messages of tools, which this project reads; an empty list of tools, which it writes; special names
+        texts = [message.get("content", "") for message in talk if message["role"] != "tool"]
+        plain = len(texts) == len(talk) and tools != []
+        if plain and not any(name in text for text in texts for name in fast.all_special_tokens):
+            (sample,) = want["samples"]
+            assert fast.apply_chat_template(talk, tools=tools)["input_ids"] == sample["input_ids"]
+            compared += 1
+    assert compared == 7

@@ -291,7 +291,11 @@ class Help(argparse.RawDescriptionHelpFormatter):
 def _program() -> str | None:
     """The program as typed after `python`: a script, or -m and a module."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"-m {spec.name}" if spec and spec.name.startswith(("tuning.", "glm_models.")) else None
+    return (
+        f"-m {spec.name.removesuffix('.__main__')}"
+        if spec and spec.name.startswith(("tuning.", "glm_models."))
+        else None
+    )
 
 
 class Parser(argparse.ArgumentParser):

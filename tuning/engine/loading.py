@@ -18,6 +18,7 @@ from glm_models.families import how_to_download
 from glm_models.identify import check_ids
 from glm_models.pretrained import has_lost_prefix
 from glm_models.quantized import BITS
+from glm_models.streamed import skeleton
 from tuning.arguments.quantization import needs_package
 from tuning.engine.partitioned import load_partitioned
 from tuning.engine.patches import avoid_cudnn_attention
@@ -35,7 +36,6 @@ from tuning.lora.adapter import (
     unread_keys,
 )
 from tuning.lora.layers import more_than_plain
-from tuning.lora.verify import skeleton
 from utils import print_rank_0, stage_rank, supports_bf16
 
 # Keys of a LoRA config that prediction does not support, and why.

@@ -4,44 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from glm_models import MODE
-from glm_models.checkpoint import CheckpointError, FolderWeights, weight_layout
-from glm_models.pretrained import check_prefix
+from glm_models.checkpoint import FolderWeights
 from glm_models.quantized import quantized_names, round_trip
+from glm_models.streamed import skeleton, stream_logits, tied_weights
 from tuning.lora.adapter import Adapter
-
-
-def skeleton(mode: str, folder: str, **config) -> nn.Module:
-    """The network of a model folder on the meta device, in eval mode.
-
-    Args:
-        config: keys of config.json to override.
-
-    Raises:
-        CheckpointError: the folder's weights do not fit its config.json.
-    """
-    with torch.device("meta"):
-        model = MODE[mode].model(MODE[mode].config.from_pretrained(folder, **config)).eval().requires_grad_(False)
-    expected = {name: weight.shape for name, weight in model.state_dict().items()}
-    found = {name: shape for names in weight_layout(folder).values() for name, (_, shape) in names.items()}
-    check_prefix(folder, model.config, found)
-    for name in sorted(expected.keys() | found.keys()):
-        if name.endswith("inv_freq") or (name not in found and name in tied_weights(model)):
-            continue
-        if expected.get(name) != found.get(name):
-            asked, there = (list(of[name]) if name in of else "nothing" for of in (expected, found))
-            raise CheckpointError(f"{folder}: {name} is {there}, its config.json expects {asked}")
-    return model
 
 
 def quantized_weights(model: nn.Module) -> frozenset[str]:
     """Names of the weights that a quantised base keeps in few bits."""
     return frozenset(f"{name}.weight" for name in quantized_names(model))
-
-
-def tied_weights(model: nn.Module) -> dict[str, str]:
-    """Weights that share the memory of others, with the names of these: an output layer tied to the embedding."""
-    return (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
 
 
 class BaseWeights:
@@ -89,30 +60,16 @@ def logits(
     generator = torch.Generator().manual_seed(0)
 
     def read(name: str) -> torch.Tensor:
-        return (whole[name] if name in whole else weights[tied.get(name, name)]).float()
+        weight = (whole[name] if name in whole else weights[tied.get(name, name)]).float()
+        if rounding is not None and (name in changed or name in weights.names):
+            noise = torch.rand(weight.shape, generator=generator).sub_(0.5).mul_(torch.finfo(rounding).eps)
+            weight = weight + noise.mul_(weight + adapter.update(name) if name in pairs else weight)
+        return weight
 
-    def fill(module: nn.Module, prefix: str) -> None:
-        for key, parameter in module.named_parameters(recurse=False):
-            weight = read(prefix + key)
-            if rounding is not None and (prefix + key in changed or prefix + key in weights.names):
-                noise = torch.rand(weight.shape, generator=generator).sub_(0.5).mul_(torch.finfo(rounding).eps)
-                weight = weight + noise.mul_(weight + adapter.update(prefix + key) if prefix + key in pairs else weight)
-            setattr(module, key, nn.Parameter(weight, requires_grad=False))
-            del parameter, weight
+    def change(module: nn.Module, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return adapted(module, adapter, name, x, output) if name in pairs else output
 
-    def empty(module: nn.Module, prefix: str, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        if prefix + "weight" in pairs:
-            output = adapted(module, adapter, prefix + "weight", inputs[0], output)
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
-        return output
-
-    for name, module in model.named_modules():
-        if list(module.named_parameters(recurse=False)):
-            prefix = name + "."
-            module.register_forward_pre_hook(lambda m, _, prefix=prefix: fill(m, prefix))
-            module.register_forward_hook(lambda m, inputs, out, prefix=prefix: empty(m, prefix, inputs, out))
-    return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+    return stream_logits(model, batch, read, change)
 
 
 def adapted(layer: nn.Linear, adapter: Adapter, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

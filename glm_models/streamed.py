@@ -1,0 +1,114 @@
+"""Networks that hold one module's weights at a time, to compare the logits of models larger than the memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from . import MODE
+from .checkpoint import CheckpointError, weight_shapes
+from .pretrained import check_prefix
+
+# Questions for the comparison of two models, put into the family's template.
+QUESTIONS = (
+    "你好，请用一句话介绍一下你自己。",
+    "抽取下面文本里的部件和故障：发动机怠速不稳，拆开水泵以后发现密封圈老化。",
+    "What should be checked first when the engine does not start on a cold morning?",
+    "写一个 Python 函数，返回列表中最大的两个数。",
+)
+
+
+def skeleton(mode: str, folder: str, **config) -> nn.Module:
+    """The network of a model folder on the meta device, in eval mode.
+
+    Args:
+        config: keys of config.json to override.
+
+    Raises:
+        CheckpointError: the folder's weights do not fit its config.json.
+    """
+    with torch.device("meta"):
+        model = MODE[mode].model(MODE[mode].config.from_pretrained(folder, **config)).eval().requires_grad_(False)
+    found = weight_shapes(folder)
+    check_prefix(folder, model.config, found)
+    check_names(folder, model, found)
+    return model
+
+
+def check_names(folder: str, model: nn.Module, found: dict[str, torch.Size]) -> None:
+    """Check that a folder's weights are those of a network.
+
+    Args:
+        found: the shapes of the folder's weights, by name.
+
+    Raises:
+        CheckpointError: one is missing, unknown or of another shape.
+    """
+    expected = {name: weight.shape for name, weight in model.state_dict().items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if name.endswith("inv_freq") or (name not in found and name in tied_weights(model)):
+            continue
+        if expected.get(name) != found.get(name):
+            asked, there = (list(of[name]) if name in of else "nothing" for of in (expected, found))
+            raise CheckpointError(f"{folder}: {name} is {there}, its config.json expects {asked}")
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Weights that share the memory of others, with the names of these: an output layer tied to the embedding."""
+    return (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
+
+
+@torch.no_grad()
+def stream_logits(
+    model: nn.Module, batch, read: Callable[[str], torch.Tensor], change: Callable | None = None
+) -> torch.Tensor:
+    """Logits of all tokens of a batch, padding left out: [tokens, vocabulary].
+
+    Each module reads its weights when it is called, and frees them after.
+
+    Args:
+        model: on the meta device.
+        batch: input_ids, attention_mask and position_ids, as from the tokenizer's `pad`.
+        read: name of a weight -> the weight, float32.
+        change: (module, name of its weight, input, output) -> output, of the modules that have weights.
+    """
+
+    def fill(module: nn.Module, prefix: str) -> None:
+        for key, _ in list(module.named_parameters(recurse=False)):
+            setattr(module, key, nn.Parameter(read(prefix + key), requires_grad=False))
+
+    def empty(module: nn.Module, prefix: str, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        if change is not None:
+            output = change(module, prefix + "weight", inputs[0], output)
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        return output
+
+    for name, module in model.named_modules():
+        if list(module.named_parameters(recurse=False)):
+            prefix = name + "."
+            module.register_forward_pre_hook(lambda m, _, prefix=prefix: fill(m, prefix))
+            module.register_forward_hook(lambda m, inputs, out, prefix=prefix: empty(m, prefix, inputs, out))
+    return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes: -0.0 is not 0.0, and a NaN equals itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def rms(x: torch.Tensor) -> float:
+    """Root mean square."""
+    return x.square().mean().sqrt().item()
+
+
+def differences(found: torch.Tensor, expected: torch.Tensor, note: str = "") -> str:
+    """How far logits [tokens, vocabulary] of QUESTIONS differ, as text."""
+    difference = found - expected
+    same = (found.argmax(-1) == expected.argmax(-1)).sum().item()
+    return (
+        f"{len(QUESTIONS)} prompts, {len(found)} tokens: "
+        f"they differ by at most {difference.abs().max():.2g}, root mean square {rms(difference):.2g}{note}; "
+        f"the largest is {expected.abs().max():.3g}; "
+        f"the likeliest next token is the same for {same} of {len(found)}"
+    )
