@@ -1,6 +1,7 @@
 """glm_models.convert: transformers' own class with the same weights, logits, ids, prompts; and back, byte for byte."""
 
 import filecmp
+import json
 import os
 import random
 import shutil
@@ -253,7 +254,7 @@ def test_a_whole_conversation_is_the_sample_of_training(tokenizers, fast, mode):
     for talk in (messages, calls) if mode == "glm3" else (messages,):
         learnt = [message["role"] == "assistant" and message is talk[-1] for message in talk]
         turns = [Message(**message, learn=learn) for message, learn in zip(talk, learnt, strict=True)]
-        (sample,) = tokenizers[mode].encode_dialogues([Dialogue(tuple(turns), tools)])
+        (sample,) = tokenizers[mode].encode_dialogues([Dialogue(tuple(turns), tools and json.dumps(tools))])
         wrapped = tools and [{"type": "function", "function": tool} for tool in tools]
         found = fast[mode].apply_chat_template(talk, tools=wrapped)["input_ids"]
         assert found == [token for part in sample.parts for token in part]
