@@ -91,8 +91,9 @@ class Fuzz(RowKinds):
         self.folder, self.checkpoints = folder, checkpoints
         self.tokenizers = {mode: MODE[mode].tokenizer.from_pretrained(path) for mode, path in checkpoints.items()}
         self.ds_files = [json.loads(path.read_text()) for path in sorted(ROOT.glob("ds_zero*.json"))]
-        args = train.parse_args(["--mode", "glm3", "--model_name_or_path", ".", "--train_path", __file__])
-        self.ds_values = ds_config.ds_values(args, 1, 10, 64)
+        command = ["--mode", "glm3", "--model_name_or_path", ".", "--train_path", __file__]
+        runs = [train.parse_args([*command, *more]) for more in ([], ["--pipeline_stages", "2"])]
+        self.ds_values = [ds_config.ds_values(args, 1, 10, 64) for args in runs]
         self.right = {}  # mode -> answers
         self.configs = {
             mode: json.loads((Path(path) / "config.json").read_text()) for mode, path in checkpoints.items()
@@ -106,13 +107,14 @@ class Fuzz(RowKinds):
         """What is accepted has the types that the engine counts with."""
         path = self.folder / "ds.json"
         path.write_bytes(mutate_json_file(chance, chance.choice(self.ds_files), self.DS_KEYS))
-        config = load_ds_config(str(path), self.ds_values, as_gpu=chance.random() < 0.5)
+        values = chance.choice(self.ds_values)
+        config = load_ds_config(str(path), values, as_gpu=chance.random() < 0.5)
         assert type(config["zero_optimization"].get("stage")) is int
         assert type(config["bf16"]["enabled"]) is bool and type(config["fp16"]["enabled"]) is bool
         assert type(config.get("gradient_clipping", 1.0)) in (int, float, type(None))
         lr = config["optimizer"].get("params", {}).get("lr", 1.0)
         assert type(lr) in (int, float, bool) and lr >= 0
-        assert config["train_batch_size"] == self.ds_values["train_batch_size"]
+        assert config["train_batch_size"] == values["train_batch_size"]
 
     def ds_keys(self, chance: random.Random) -> None:
         """A key that is unknown, or has a value that is refused, is never accepted."""
@@ -132,7 +134,7 @@ class Fuzz(RowKinds):
         holder[name] = value
         path = self.folder / "ds.json"
         path.write_text(json.dumps(config))
-        load_ds_config(str(path), self.ds_values, as_gpu=chance.random() < 0.5)
+        load_ds_config(str(path), chance.choice(self.ds_values), as_gpu=chance.random() < 0.5)
         inside = [table[name] for name in self.above(dotted) if isinstance(table.get(name), Section)]
         if any(section.why for section in inside):
             return  # a section that is off

@@ -111,14 +111,12 @@ class Check:
                 self.wrong.append(f"{name}.{key} is missing; {START}")
 
     def pipeline(self, config: dict) -> None:
-        """Check what DeepSpeed's pipeline takes; ZeRO stage 2 becomes 1. Called after `sections`."""
+        """Check what DeepSpeed's pipeline takes; ZeRO stage 2 becomes 1. Called where `sections` found nothing."""
         if "pipeline.stages" not in self.values:
             if "stages" in (config.get("pipeline") or {}):
                 self.wrong.append("pipeline.stages is refused: without --pipeline_stages there is no pipeline")
             return
-        zero = config.get("zero_optimization")
-        if not isinstance(zero, dict):
-            return  # already reported
+        zero = config["zero_optimization"]
         if zero.get("stage") == 3:
             self.wrong.append(
                 "zero_optimization.stage 3 is refused with --pipeline_stages: DeepSpeed's pipeline takes 1, and 2 as 1"
@@ -325,7 +323,7 @@ class Check:
 
 def offloads_optimizer(config: dict) -> bool:
     """Whether masters and moments are in main memory."""
-    return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    return (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def _place(config: dict, dotted: str) -> tuple[dict, dict, str]:
