@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 
 from tuning import exits
 from tuning.arguments.parser import answer_early
@@ -128,16 +128,16 @@ def predict_file(args) -> None:
     with contextlib.ExitStack() as files:
         opened = []  # on rank 0 the answer file
 
-        def take_over() -> dict[int, tuple[str, bool]]:
+        def take_over() -> set[int]:
             made = describe_run(args, len(rows), base, tokenizer)
             opened.append(files.enter_context(AnswerFile(args.output_path, rows, made, args.overwrite)))
-            return opened[0].answers
+            return set(opened[0].answers)  # the texts would go to all ranks
 
         known = on_rank_0(take_over)
         lengths = warn_of_cuts(tokenizer, args.predict_path, lines, rows, args.max_src_len)
         if known:
             print_rank_0(f"{args.output_path} holds {len(known)} of {len(rows)} answers; continuing from there")
-        more = answer_rows(rows, lengths, known.keys(), args) if len(known) < len(rows) else {}
+        more = answer_rows(rows, lengths, known, args) if len(known) < len(rows) else {}
         for file in opened:
             file.finish(more)
             show_scores(rows, file.answers, args)
@@ -181,10 +181,20 @@ def answer_rows(rows: list[dict], lengths: list[int], known: Set[int], args) -> 
             part.add(row, text, ended)
             mine[row] = text, ended
             bar.update(len(known) + work.count(1) - bar.n)
-        while rank == 0 and bar.n < bar.total:  # the other ranks have not finished
-            time.sleep(0.1)
+        for _ in until_all_are_here():
             bar.update(len(known) + work.count() - bar.n)
     return gather(mine)
+
+
+def until_all_are_here() -> Iterator[None]:
+    """Yields now and then until all ranks have come here; a rank that has died meanwhile is an error."""
+    if torch.distributed.is_initialized():
+        here = torch.distributed.barrier(control_group(), async_op=True)
+        while not here.is_completed():
+            time.sleep(0.1)
+            yield
+        here.wait()
+        yield
 
 
 def gather(answers: dict) -> dict:
@@ -203,14 +213,14 @@ def question_in(row: dict) -> Dialogue:
 
 
 def describe_run(args, rows: int, base: str, tokenizer) -> Made:
-    """Everything that the answers to a file depend on; --batch_size is not part of it."""
+    """Everything that the answers to a file depend on; --batch_size is part of it with sampled beams alone."""
     names = ["mode", "max_length", "max_src_len", "num_beams", "repetition_penalty", "do_sample"]
     names += ["top_p", "temperature", "seed"] if args.do_sample else []
     names += [f"{name}_column" for name in Columns._fields] if args.prompt_column else []
     names += ["max_new_tokens"] if args.max_new_tokens else []
     settings = {f"--{name}": getattr(args, name) for name in names}
-    if args.do_sample and args.num_beams == 1:
-        settings["random numbers"] = "by row"
+    if args.do_sample:
+        settings["random numbers"] = "by row" if args.num_beams == 1 else f"by groups of {args.batch_size}"
     settings["SHA-256 of --predict_path"] = file_hash(args.predict_path)
     settings["type of numbers"] = str(choose_dtype(base, args.device)[0])
     if bits := prediction_bits(args.model_path, args.quantization_bit)[0]:

@@ -7,6 +7,7 @@ What is computed for a row does not depend on the other rows: a step always has 
 are computed in groups that the caller fixes, and the keys of a row stand at the beginning of its slot.
 """
 
+import functools
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -53,6 +54,7 @@ class _Row:
         self.ids: list[int] = []
         self.ended = False
         self.generator = torch.Generator(device).manual_seed(request.seed)
+        self.processors = None  # of logits: transformers' list, made when the first token is chosen
 
     @property
     def is_complete(self) -> bool:
@@ -95,6 +97,7 @@ class SlotCache:
             self.layers = [one.new_zeros(2, self.slots, one.shape[1], self.room, one.shape[3]) for one in keys]
         for layer, one in zip(self.layers, keys, strict=True):
             layer[:, slot, :, : one.shape[2]] = one
+            layer[:, slot, :, one.shape[2] :] = 0  # hidden keys must be finite: 0 * inf would reach the row
 
     def get_seq_length(self) -> int:
         return self.room
@@ -115,24 +118,29 @@ class _Chooser:
         options: of `generate`: do_sample, top_p, temperature, repetition_penalty.
     """
 
-    def __init__(self, model, options: dict):
+    def __init__(self, model, tokenizer, options: dict):
         config, _ = model._prepare_generation_config(None, **{"do_sample": False} | options)
+        config.eos_token_id = tokenizer.stop_token_ids
+        model._prepare_special_tokens(config, True, device=model.device)
         self.sample = config.do_sample
-        self.processors = model._get_logits_processor(config, input_ids_seq_length=1, device=model.device)
+        self.make = functools.partial(model._get_logits_processor, config, device=model.device)
+        self.is_plain = not self.sample and not self.make(input_ids_seq_length=1)
 
     def choose(self, logits: torch.Tensor, rows: list[_Row]) -> list[int]:
         """The next token of each row; logits [rows, vocabulary]."""
         scores = logits.float()
-        if not self.sample and not self.processors:
+        if self.is_plain or not rows:
             return scores.argmax(-1).tolist()
-        return [self._choose_one(scores[i : i + 1], row) for i, row in enumerate(rows)]
+        return torch.cat([self._choose_one(scores[i : i + 1], row) for i, row in enumerate(rows)]).tolist()
 
-    def _choose_one(self, scores: torch.Tensor, row: _Row) -> int:
+    def _choose_one(self, scores: torch.Tensor, row: _Row) -> torch.Tensor:
+        if row.processors is None:
+            row.processors = self.make(input_ids_seq_length=len(row.request.prompt))
         ids = torch.tensor([row.request.prompt + row.ids], device=scores.device)
-        scores = self.processors(ids, scores)
+        scores = row.processors(ids, scores)
         if not self.sample:
-            return int(scores.argmax(-1))
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=row.generator))
+            return scores.argmax(-1)
+        return torch.multinomial(scores.softmax(-1), 1, generator=row.generator)[0]
 
 
 class _Slots:
@@ -140,7 +148,7 @@ class _Slots:
 
     def __init__(self, model, tokenizer, slots: int, options: dict):
         self.model, self.pad, self.stop = model, tokenizer.pad_token_id, tokenizer.stop_token_ids
-        self.chooser = _Chooser(model, options)
+        self.chooser = _Chooser(model, tokenizer, options)
         self.cache = SlotCache(slots, model.config.pre_seq_len or 0)
         self.rows: list[_Row | None] = [None] * slots
         self.waiting: deque[_Row] = deque()

@@ -14,6 +14,8 @@ import traceback
 from tuning.errors import DataError, ExitCode, FolderError, StopTraining, UserError
 from tuning.terminal import drop_output, visible
 
+# how gloo and torch's store say that another process has gone
+LOST = "closed by peer|connection reset|broken pipe|got 0 bytes|connection was likely closed"
 ENDING = threading.Event()  # set when this process is about to print its error and end
 
 
@@ -82,8 +84,8 @@ def exit_on_user_errors():
             raise
         else:
             code, message, everyone = ExitCode.FAILED, traceback.format_exc().rstrip(), False
-            if re.search("closed by peer|connection reset|broken pipe", str(error), re.IGNORECASE):
-                message = "error: lost the connection to another process of this training; see the message of that one"
+            if re.search(LOST, str(error), re.IGNORECASE):
+                message = "error: lost the connection to another process of this run; see the message of that one"
     _end(code, message, everyone, alone)
 
 

@@ -61,6 +61,15 @@ def test_random_numbers_and_penalties_are_those_of_each_row(mode, load, tokenize
     assert answers(model, tokenizer, groups, **penalty) == alone
 
 
+def test_keys_of_generation_config_count(load, tokenizers, monkeypatch):
+    model, tokenizer = load("glm3"), tokenizers["glm3"]
+    requests = make_requests(tokenizer, [6, 3, 8])
+    usual = answers(model, tokenizer, [requests])
+    monkeypatch.setattr(model.generation_config, "bad_words_ids", [[usual[0][0][0]]])
+    alone = {r.row: generate_ids(model, tokenizer, [r.prompt], [r.limit])[0] for r in requests}
+    assert answers(model, tokenizer, [requests]) == alone != usual
+
+
 @modes
 def test_in_bf16_the_rest_of_the_run_changes_nothing(mode, load, tokenizers):
     """As on another rank, or after a stop: other groups beside it, and a part of its group answered before."""
@@ -72,6 +81,15 @@ def test_in_bf16_the_rest_of_the_run_changes_nothing(mode, load, tokenizers):
     again = answers(model, tokenizer, some)
     assert again.keys() == {2, 4, 5, 6, 7}
     assert again == {row: whole[row] for row in again}
+
+
+def test_what_a_row_leaves_does_not_reach_the_next():
+    """Keys that are hidden must be finite: 0 times infinity is no number."""
+    cache = SlotCache(2, prefix=0)
+    cache.fit(BLOCK)
+    cache.put(1, [torch.full((2, 1, 40, 8), torch.inf)])
+    cache.put(1, [torch.ones(2, 1, 10, 8)])
+    assert cache.layers[0].isfinite().all()
 
 
 def test_memory_follows_the_rows():

@@ -19,7 +19,7 @@ from glm_models.checkpoint import CheckpointError, read_json
 from glm_models.identify import describe_base
 from glm_models.tools import find_call
 from tuning import folders
-from tuning.errors import UserError
+from tuning.errors import FolderError, UserError
 from tuning.evaluate.parts import PART, append, as_bytes, join_parts, list_parts, read_parts
 from tuning.folders import MANIFEST, write_errors, write_file
 from tuning.metrics import (
@@ -197,7 +197,11 @@ class AnswerFile:
         kept = f"the {len(self.answers)} answers are in {os.path.basename(self.path)}{PART}0 and so on"
         append(self.file, b"".join(lines), kept)
         self.written = len(self.rows)
-        join_parts(self.path, {})
+        try:
+            os.fsync(self.file.fileno())  # before the parts go
+            join_parts(self.path, {})
+        except OSError as error:
+            raise FolderError(f"cannot write {self.path}: {error.strerror}; {kept}") from error
 
     def __enter__(self):
         return self

@@ -90,8 +90,9 @@ class Part:
     def __init__(self, path: str, rank: int):
         self.path = f"{path}{PART}{rank}"
         try:
-            # the earlier answers are all in the part of rank 0
-            self.file = open(self.path, "wb" if rank else "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
+            if rank:  # the earlier answers are all in the part of rank 0
+                self.file.truncate(0)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; choose another --output_path") from None
 

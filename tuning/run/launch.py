@@ -216,7 +216,7 @@ def _connection(reason: str) -> str:
         )
     if "EACCES" in reason or "ermission denied" in reason:
         return f"port {os.environ['MASTER_PORT']} needs root: name one of 1024 or above with --master_port"
-    return f"the processes of this training cannot reach each other at {where} (MASTER_ADDR:MASTER_PORT): {first}"
+    return f"the processes of this run cannot reach each other at {where} (MASTER_ADDR:MASTER_PORT): {first}"
 
 
 def machine() -> tuple[str, str, int]:
