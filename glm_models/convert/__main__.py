@@ -137,8 +137,11 @@ def convert_adapter(args) -> str:
     official = base_files(args.mode, args.ori_model_dir, native)
     heads = official.heads
     made = native_update(source, heads) if native else official_update(source, heads)
-    check_fit(made, weight_shapes(args.ori_model_dir), args.ori_model_dir)
-    config = converted_config(config, source, made) | {"base_model_name_or_path": os.path.abspath(args.ori_model_dir)}
+    shapes = weight_shapes(args.ori_model_dir)
+    check_fit(made, shapes, args.ori_model_dir)
+    config = converted_config(config, source, made, shapes) | {
+        "base_model_name_or_path": os.path.abspath(args.ori_model_dir)
+    }
     print(printable(f"only names and shapes show whether {args.ori_model_dir} is the base of {args.model_path}"))
     with claimed_folder(args.output_dir) as partial:
         write_plain_adapter(partial, config, made)
@@ -157,6 +160,8 @@ def convert_tokenizer(args) -> str:
     with claimed_folder(args.output_dir) as partial:
         write_tokenizer(partial, official.tokenizer, official.config.seq_length)
         compare_tokenizers(partial, official.tokenizer)
+    if official.config.rope_ratio != 1 and not official.config.rope_ratio_scales_base:
+        print("warning: vLLM's class for official weights reads rope_ratio as ChatGLM3 does; convert the whole model")
     return "tokenizer and chat template, which need no remote code"
 
 

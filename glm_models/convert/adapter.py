@@ -122,9 +122,11 @@ def check_fit(update: Update, shapes: dict[str, torch.Size], base: str) -> None:
             )
 
 
-def targets(update: Update) -> list[str]:
-    """target_modules: the last part of the names of the adapted modules."""
-    return sorted({name.split(".")[-2] for name in update.pairs})
+def targets(update: Update, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """target_modules: the last part of the names of the adapted modules, or whole names where others end so too."""
+    ends = {name.split(".")[-2] for name in update.pairs}
+    reached = {name for name in shapes if name.endswith(".weight") and name.split(".")[-2] in ends}
+    return sorted(ends if reached == update.pairs.keys() else (name.removesuffix(".weight") for name in update.pairs))
 
 
 def is_native_adapter(update: Update) -> bool:
@@ -156,11 +158,15 @@ def same_update(official: Update, native: Update, heads: Heads) -> bool:
     return {part for name in official.pairs for part in native_names(name)} >= native.pairs.keys()
 
 
-def converted_config(config: dict, source: Update, made: Update) -> dict:
-    """adapter_config.json of a converted adapter: other modules, and as strong as before if the rank has grown."""
+def converted_config(config: dict, source: Update, made: Update, shapes: dict[str, tuple[int, ...]]) -> dict:
+    """adapter_config.json of a converted adapter: other modules, and as strong as before if the rank has grown.
+
+    Args:
+        shapes: of the weights of its base, by name.
+    """
     growth = made.rank / source.rank
     alpha = config["lora_alpha"] * (math.sqrt(growth) if config.get("use_rslora") else growth)
-    return config | {"target_modules": targets(made), "r": made.rank, "lora_alpha": alpha}
+    return config | {"target_modules": targets(made, shapes), "r": made.rank, "lora_alpha": alpha}
 
 
 def write_plain_adapter(folder: str, config: dict, update: Update) -> None:

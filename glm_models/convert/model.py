@@ -100,25 +100,29 @@ def float_dtype(folder: str) -> torch.dtype:
 def write_native(folder: str, official: Official, view: NativeView) -> None:
     """Write the folder of a GlmForCausalLM, and the official files below it."""
     content = official.native(float_dtype(official.folder))
-    write_view(folder, view)
+    _keep(official.folder, os.path.join(folder, KEPT))  # before the large files: it may find a broken one
+    write_tokenizer(folder, official.tokenizer, official.config.seq_length)
     write_json(os.path.join(folder, "config.json"), content)
     write_generation_config(folder, official.folder, official.tokenizer.stop_token_ids, content)
-    write_tokenizer(folder, official.tokenizer, official.config.seq_length)
-    _keep(official.folder, os.path.join(folder, KEPT))
+    write_view(folder, view)
 
 
 def _keep(folder: str, kept: str) -> None:
     """Copy the official files that have no place in the other form: side files, and weights that models compute."""
     os.makedirs(kept)
     for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name == "__init__.py" and not os.path.getsize(path):
+            continue  # made by hand
         if name.endswith((".py", ".model")) or name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
-            check_download(os.path.join(folder, name))
-            shutil.copyfile(os.path.join(folder, name), os.path.join(kept, name))
+            check_download(path)
+            shutil.copyfile(path, os.path.join(kept, name))
     layout = weight_layout(folder)
     for path, file in native_files(layout).items():
         if names := [name for name in layout[path] if is_computed(name)]:
-            weights = WeightFile(path)
-            save_file({name: weights[name].clone() for name in names}, os.path.join(kept, file))
+            weights, copy = WeightFile(path), os.path.join(kept, file)
+            save_file({name: weights[name].clone() for name in names}, copy, metadata={"format": "pt"})
+            os.chmod(copy, 0o644)  # save_file makes files that only the owner can read
 
 
 def verify_native(folder: str, official: Official) -> list[str]:
@@ -211,14 +215,18 @@ def is_kept(official: str, native: str) -> bool:
 
 def write_official(folder: str, official: Official, native: str, view: OfficialView) -> None:
     """Write an official folder: the weights of `native`, everything else as in official.folder."""
-    write_view(folder, view)
     dtype = float_dtype(native)
+    write_view(folder, view)
     if not is_kept(official.folder, native):
         write_side_files(folder, official.folder, official.mode, dtype, official.tokenizer.stop_token_ids)
         return
     for name in os.listdir(official.folder):
-        if not name.endswith(".safetensors"):
-            shutil.copyfile(os.path.join(official.folder, name), os.path.join(folder, name))
+        path = os.path.join(official.folder, name)
+        if os.path.isfile(path) and not name.endswith(".safetensors"):
+            shutil.copyfile(path, os.path.join(folder, name))
+    content, name = read_config(folder), str(dtype).removeprefix("torch.")
+    if content.get("torch_dtype", name) != name:  # another program has saved the weights in another type
+        write_json(os.path.join(folder, "config.json"), content | {"torch_dtype": name})
 
 
 def verify_official(folder: str, official: Official, native: str) -> list[str]:
@@ -247,6 +255,11 @@ def official_files(mode: str, native: str, named: str | None) -> Official:
 
 def base_files(mode: str, base: str, native: bool) -> Official:
     """Config and tokenizer of the base of a converted adapter, which may be of either form."""
+    if native and not os.path.isdir(os.path.join(base, KEPT)):
+        raise CheckpointError(
+            f"{base} has no folder {KEPT}, which tells how query_key_value is cut; copy it there from the folder that "
+            "this script wrote"
+        )
     return official_files(mode, base, None) if native else Official.read(mode, base)
 
 

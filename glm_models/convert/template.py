@@ -8,12 +8,15 @@ from ..tools import TOOLS_SYSTEM
 
 _GLM2 = """\
 [gMASK]<sop>
+{%- if tools %}
+    {{- raise_exception('ChatGLM2 has no tools') }}
+{%- endif %}
 {%- for message in messages %}
     {%- set role = 'user' if loop.index0 % 2 == 0 else 'assistant' %}
     {%- if message['role'] != role %}
         {{- raise_exception('a conversation of ChatGLM2 is user and assistant in turn, without a system message') }}
     {%- endif %}
-    {%- if message['content'] is not string or message['tool_calls'] %}
+    {%- if message['content'] is not string or message['tool_calls'] or message['tools'] or message['metadata'] %}
         {{- raise_exception('the content of a message must be text; ChatGLM2 has no tools') }}
     {%- endif %}
     {%- if role == 'user' %}
@@ -43,6 +46,9 @@ _GLM3 = """\
     {{- found.tools|tojson(indent=4) }}
 {%- endmacro %}
 [gMASK]<sop>
+{%- if tools and messages[0]['role'] == 'system' and messages[0]['tools'] is defined %}
+    {{- raise_exception('tools stand in the system message and beside the messages') }}
+{%- endif %}
 {%- if tools and messages[0]['role'] != 'system' %}
     {{- '<|system|>\\n TOOLS_SYSTEM\\n' + list_of(tools) }}
 {%- endif %}
@@ -50,6 +56,9 @@ _GLM3 = """\
     {%- set content = message['content'] %}
     {%- if content is not string or message['tool_calls'] %}
         {{- raise_exception('the content of a message must be text; of a call the name is its metadata') }}
+    {%- endif %}
+    {%- if message['tools'] and message['role'] != 'system' %}
+        {{- raise_exception('tools belong to the system message') }}
     {%- endif %}
     {%- set head = (message['metadata'] or '') + '\\n' %}
     {%- if message['role'] == 'system' %}

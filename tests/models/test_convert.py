@@ -121,11 +121,11 @@ def test_what_cannot_be_converted_is_refused_with_what_serves_it(tiny, tmp_path,
     line = refusal(capsys, "glm2", tuned, tmp_path / "no")
     assert "P-Tuning" in line and "predict.py" in line
     assert "--mode glm " in refusal(capsys, "glm3", tiny["glm"], tmp_path / "no")
-    assert (
-        "quantised" in refusal(capsys, "glm3", make(tiny, "glm3", tmp_path / "int4", quantization_bit=0), tmp_path)
-        if False
-        else True
-    )
+    quantised = tmp_path / "int4"
+    shutil.copytree(tiny["glm3"], quantised)
+    config = read_json(str(quantised / "config.json"))
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_bit": 4}))
+    assert "quantised" in refusal(capsys, "glm3", quantised, tmp_path / "no")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
     with pytest.raises(SystemExit):
@@ -258,6 +258,18 @@ def test_a_whole_conversation_is_the_sample_of_training(tokenizers, fast, mode):
         wrapped = tools and [{"type": "function", "function": tool} for tool in tools]
         found = fast[mode].apply_chat_template(talk, tools=wrapped)["input_ids"]
         assert found == [token for part in sample.parts for token in part]
+
+
+def test_what_would_be_dropped_is_an_error_of_the_template(fast):
+    question, tools = {"role": "user", "content": "a"}, [{"name": "f"}]
+    for mode, messages, more in (
+        ("glm2", [question], {"tools": tools}),
+        ("glm2", [question | {"metadata": "f"}], {}),
+        ("glm3", [{"role": "system", "content": "s", "tools": tools}, question], {"tools": tools}),
+        ("glm3", [question | {"tools": tools}], {}),
+    ):
+        with pytest.raises(TemplateError):
+            fast[mode].apply_chat_template(messages, add_generation_prompt=True, **more)
 
 
 def test_what_a_family_has_not_is_an_error_of_the_template(fast):

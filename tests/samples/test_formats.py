@@ -176,6 +176,16 @@ BAD = [
         {"messages": [USER, {"role": "tool_call", "content": "{}", "arguments": "{}"}]},
         "messages[1] has 'arguments', and a call under 'content' too",
     ),
+    (
+        {"conversations": [USER, {"role": "tool", "name": "f", "parameters": {}, "observation": None}]},
+        "the tool message conversations[1] has no observation",
+    ),
+    (
+        {"messages": [USER, CALL, {"role": "tool", "content": "r", "observation": "other"}, ANSWER]},
+        "messages[2] has 'observation', but no parameters, so it is no call",
+    ),
+    ({"messages": [USER, ANSWER | {"arguments": "{}"}]}, "messages[1] has 'arguments', which would be lost"),
+    ({"messages": [USER, ANSWER | {"metadata": "f\ng"}]}, "metadata of messages[1], the name of a tool, has a line"),
     ({"messages": [USER | {"metadata": "f"}, ANSWER]}, "messages[0] has 'metadata', which would be lost: it is not "),
     ({"messages": [USER | {"tools": [{"name": "f"}]}, ANSWER]}, "messages[0] has 'tools', which would be lost: it is"),
     ({"messages": [USER | {"tool_calls": [{"id": 1}]}, ANSWER]}, "messages[0] has 'tool_calls', which would be lost"),
@@ -237,6 +247,13 @@ def test_null_is_as_no_such_key(name):
         plain = read_row(row)
         assert isinstance(plain, Dialogue) and read_row(full) == plain
         assert unused_keys([full]) == unused_keys([dict.fromkeys(full.keys() - {"tools"}) | row])
+
+
+def test_an_empty_answer_of_a_history_is_learnt_only_if_asked():
+    row = {"instruction": "问", "output": "答", "history": [["问", " "]]}
+    assert isinstance(read_row(dict(row)), Dialogue)
+    assert "an answer of history is empty; --allow_empty_output" in str(read_row(dict(row), train_on="all"))
+    assert isinstance(read_row(dict(row), train_on="all", empty_outputs=True), Dialogue)
 
 
 def test_keys_of_messages_that_nothing_reads_are_named():

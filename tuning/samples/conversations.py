@@ -39,7 +39,17 @@ OF_ROLE = {  # keys that are read of a message of each kind, besides its role, i
     "observation": {"name", "tool_call_id"},
 }
 # those of them, and texts, that would be lost where they are not read
-MEANT = {"tools", "metadata", "tool_calls", "function_call", "parameters", "observation", "content", "value"}
+MEANT = {
+    "tools",
+    "metadata",
+    "tool_calls",
+    "function_call",
+    "parameters",
+    "arguments",
+    "observation",
+    "content",
+    "value",
+}
 _READ_OF = {  # role as it stands in a file -> all keys that are read of its message, by whether it is ShareGPT's form
     sharegpt: {role: MARKS | OF_ROLE[kind] | {*names} for role, kind in ROLES.items()}
     for sharegpt, names in NAMES.items()
@@ -207,6 +217,8 @@ class _Reader:
         metadata = turn.get("metadata") or ""
         if not isinstance(metadata, str):
             raise BadRow("type", f"metadata of {self.where} must be a string, not {kind_of_value(metadata)}")
+        if "\n" in metadata.strip():
+            raise BadRow("type", f"metadata of {self.where}, the name of a tool, has a line break")
         if calls and metadata.strip():
             raise BadRow("keys", f"{self.where} has metadata, the name of a tool, and tool calls too")
         if content.strip() or not calls:
@@ -233,9 +245,10 @@ class _Reader:
     def _tool(self, turn, learn, text):
         """ChatGLM3's tool message, which is a call and what it returned; elsewhere what a tool returned."""
         if not _holds_call(turn):
+            self._refuse(turn, {"observation"} & turn.keys(), "but no parameters, so it is no call")
             self._observation(turn, learn, text)
             return
-        if "observation" not in turn:
+        if turn.get("observation") is None:
             raise BadRow("type", f"the tool message {self.where} has no observation")
         if text in turn:
             self._refuse(turn, (text,), "and what the tool returned under 'observation' too")
@@ -343,7 +356,10 @@ def _tools(value, where: str) -> str:
         value = _json(value, where) if value.strip() else []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRow("type", f"{where} must be a list of objects, one a tool, not {kind_of_value(value)}")
-    written = repr(value)
+    try:
+        written = repr(value)
+    except RecursionError:
+        raise BadRow("json", f"{where} is nested too deeply") from None
     if written not in _TOOLS:
         text = json.dumps(
             [

@@ -48,7 +48,7 @@ from tuning.samples.foreign import (
 )
 from tuning.samples.text import KEY, is_text, text_dialogue, text_problem
 
-ROW_FORMAT = 5  # part of a cache file's key: increase it when other rows are accepted, or read in another way
+ROW_FORMAT = 6  # part of a cache file's key: increase it when other rows are accepted, or read in another way
 SHOWN_KEYS = 8  # that are not used
 DEEPEST = 100  # maximum nesting of objects and lists
 # keys that may hold the input's text where there is no input
@@ -104,7 +104,12 @@ def read_row(
         return flaw
     if row.get("input") is None:
         row["input"] = ""
-    return _flaw_of_texts(row, several_outputs, empty_outputs) or _dialogue_of_fields(row, train_on)
+    if flaw := _flaw_of_texts(row, several_outputs, empty_outputs):
+        return flaw
+    earlier = row["history"] if train_on == "all" and says_something(row.get("history")) else ()
+    if not empty_outputs and not all(answer.strip() for _, answer in earlier):
+        return Flaw("empty", "an answer of history is empty; --allow_empty_output trains such rows to answer nothing")
+    return _dialogue_of_fields(row, train_on)
 
 
 def _flaw_of_texts(row: dict, several_outputs: bool, empty_outputs: bool) -> Flaw | None:
