@@ -248,11 +248,11 @@ def start_engine(args, ds_config: dict, stages: list[range] | None, more: dict):
 
     fit_buckets(ds_config, trained)
     ds_config |= more
+    module = build_stages(model, stages) if stages else model  # first: a tied output layer trains from here on
     groups = split_groups(own_groups(parameter_groups(model, args)), ds_config)
     if args.loraplus_lr_ratio:
         print_rank_0(f"LoRA+: B learns at {args.loraplus_lr_ratio:g} times the rate of A, which is the one in the log")
     fit_schedule(ds_config, groups)
-    module = build_stages(model, stages) if stages else model
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
     patches.drop_copies_of_masters(engine.optimizer)
     engine.lr_scheduler.step(1)  # DeepSpeed's schedulers count from -1: the first two steps would have lr 0

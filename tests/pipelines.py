@@ -34,7 +34,7 @@ from glm_models import MODE
 from tuning.plan.traffic import Part, stage_traffic, used_numbers, zero_traffic
 from tuning.run.health import StepHooks
 
-FLAGS = METHOD_FLAGS | {"freeze": "--freeze_module_name layers.0.,layers.1.,layers.2.,layers.3."}  # on every stage
+FLAGS = METHOD_FLAGS | {"freeze": "--freeze_module_name word_embeddings,layers."}  # on every stage
 FLAGS["lora"] += " --lora_dropout 0"  # each stage draws its own
 FLAGS["ptuning"] += " --prefix_dropout 0"
 LAYOUTS = {(2, 2): "2 stages", (4, 4): "4 stages", (4, 2): "2 stages x 2"}  # (ranks, stages)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.utils.cpp_extension
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -130,6 +131,15 @@ class Patch(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
+_norm_of = bf16_optimizer.get_global_norm_of_tensors
+
+
+def _norm_of_any(input_tensors: list[torch.Tensor], **how):
+    """DeepSpeed's function cannot be asked about no tensors."""
+    nothing = [torch.zeros((), device=get_accelerator().current_device_name())]
+    return _norm_of(input_tensors=input_tensors or nothing, **how)
+
+
 DEEPSPEED, TORCH = ("deepspeed", "0.19"), ("torch", "2.13")
 PATCHES = (
     Patch(
@@ -145,6 +155,10 @@ PATCHES = (
         DeepSpeedZeroOptimizer, "reduce_independent_p_g_buckets_and_remove_grads", _reduce_gradient,
         DeepSpeedZeroOptimizer.reduce_ready_partitions_and_remove_grads,
         "gradients larger than a bucket are kept until the backward pass ends", DEEPSPEED, NEEDED_TO_REDUCE,
+    ),
+    Patch(
+        bf16_optimizer, "get_global_norm_of_tensors", _norm_of_any, bf16_optimizer.BF16_Optimizer.step.__wrapped__,
+        "a stage of a pipeline has no gradients for the norm if an earlier stage counts all that it trains", DEEPSPEED,
     ),
     Patch(
         comm_backend, "build_shm_op", lambda: None, comm_backend.TorchBackend.__init__,

@@ -188,8 +188,10 @@ def fill(model, folder: str) -> None:
             continue
         if not parameter.is_meta:
             there = name if name in files else partners[name]
-            file = opened.setdefault(files[there], WeightFile(files[there]))
-            parameter.copy_(file[there])
+            path = files[there]
+            if path not in opened:
+                opened[path] = WeightFile(path)
+            parameter.copy_(opened[path][there])
     if has_prefix(model) and not any(PREFIX in name for name in files):
         model.transformer.prefix_encoder.apply(model._init_weights)
 
