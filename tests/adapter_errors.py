@@ -5,6 +5,7 @@ and adapter, unmerged, in float32; beside them the error of the base alone, and 
 """
 
 import contextlib
+import io
 import itertools
 import sys
 import tempfile
@@ -115,11 +116,11 @@ def main() -> None:
             tokenizer = MODE[mode].tokenizer.from_pretrained(f"{work}/tiny")
             for dtype in (torch.bfloat16, torch.float16):
                 name = str(dtype).removeprefix("torch.")
-                with contextlib.redirect_stdout(None):
+                with contextlib.redirect_stdout(io.StringIO()):
                     base = make_base({mode: f"{work}/tiny"}, mode, Path(work, name), dtype)
                     alone = wide_and_half(mode, base, base, tokenizer, dtype)
                 for std in (0.1, 0.03, 0.01):
-                    with contextlib.redirect_stdout(None):
+                    with contextlib.redirect_stdout(io.StringIO()):
                         adapter = make_adapter(mode, base, Path(work, f"{name}-{std}"), ALL, std)
                         found = wide_and_half(mode, base, adapter, tokenizer, dtype)
                         merged = wide_and_half(mode, base, adapter, tokenizer, dtype, merged=True)
