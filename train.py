@@ -243,7 +243,8 @@ def start_engine(args, ds_config: dict, stages: list[range] | None, more: dict):
         f"model: {trained:,} of {total:,} parameters train ({trained / total:.2%}), in {compute_dtype(ds_config)}"
         + quantised
     )
-    if reason := model.transformer.why_one_by_one(device(), compute_dtype(ds_config)):
+    reason = model.transformer.why_one_by_one(device(), compute_dtype(ds_config))
+    if reason and device().type != "cpu":
         print_rank_0(f"attention: a call for each sample of a row, not one for all: {reason}")
 
     fit_buckets(ds_config, trained)

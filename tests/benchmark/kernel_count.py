@@ -93,7 +93,8 @@ def count_kernels(model, batch: dict) -> KernelCounter:
     counter = KernelCounter()
     with contextlib.ExitStack() as stack:
         for kind in FUSED:
-            for way in ("forward", "backward"):
+            # attention's forward pass is an operation of its own: --keep_attention leaves it out where layers recompute
+            for way in ("backward",) if kind is trace.FusedAttention else ("forward", "backward"):
                 one = counter.as_one(f"{kind.__name__}.{way}", getattr(kind, way))
                 stack.enter_context(mock.patch.object(kind, way, one))
         stack.enter_context(trace.meta_kernels(on_gpu=True))
@@ -102,19 +103,20 @@ def count_kernels(model, batch: dict) -> KernelCounter:
     return counter
 
 
-def count_method(mode: str, method: str, tokens: int, layers: int | None = None) -> KernelCounter:
+def count_method(mode: str, method: str, tokens: int, layers: int | None = None, more: str = "") -> KernelCounter:
     """The count for one family and method.
 
     Args:
         tokens: of each sample; two thirds are the prompt.
         layers: None for the official number.
+        more: flags of train.py.
     """
     config = MODE[mode].config(**({} if layers is None else {"num_layers": layers}))
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         flags = f"--mode {mode} --train_type {method} --model_name_or_path {folder} --train_path {__file__} --plan "
         flags += f"--per_device_train_batch_size {SAMPLES} --max_len {tokens} --max_src_len {tokens * 2 // 3} "
-        args = train.parse_args([*flags.split(), "--gradient_checkpointing", *METHODS[method].split()])
+        args = train.parse_args([*flags.split(), "--gradient_checkpointing", *METHODS[method].split(), *more.split()])
         setup = planner.plan_setup(args, 1)
     batch = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in setup.batch.items()}
     return count_kernels(setup.model, batch)
@@ -126,6 +128,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="training methods")
     parser.add_argument("--tokens", type=int, default=150, help="tokens of each sample")
     parser.add_argument("--layers", type=int, help="layers of the model (default: the official number)")
+    parser.add_argument("--keep_attention", action="store_true", help="as train.py's flag")
     parser.add_argument("--names", type=int, default=0, help="also list so many of the most frequent operations")
     parser.add_argument("--json", help="write all figures here")
     args = parser.parse_args()
@@ -134,7 +137,8 @@ def main():
     print("| family | method | kernels | waits |\n|---|---|---|---|")
     for mode in args.modes:
         for method in args.methods:
-            counter = count_method(mode, method, args.tokens, args.layers)
+            more = "--keep_attention" if args.keep_attention else ""
+            counter = count_method(mode, method, args.tokens, args.layers, more)
             kernels, waits = counter.kernels.total(), counter.waits.total()
             found.append({"mode": mode, "method": method, "kernels": kernels, "waits": waits, **counter.kernels})
             print(f"| {mode} | {method} | {kernels:,} | {waits} |", flush=True)
