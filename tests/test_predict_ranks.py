@@ -57,7 +57,9 @@ def test_ranks_write_the_file_of_one_process_also_after_a_kill(mode, tiny, rows,
     ranks = Forked(2, log, answer)
     codes = ranks.wait()
     assert codes == {0: 1, 1: -signal.SIGKILL}, log.read_text()
-    assert "rank 1, is gone; this one ends too" in log.read_text()
+    # what looks at processes says which one; gloo may be faster
+    ends = ("rank 1, is gone; this one ends too", "lost the connection to another process of this run")
+    assert any(text in log.read_text() for text in ends) and "Traceback" not in log.read_text()
     known = read_parts(str(output))
     assert len(known) >= 2 and output.read_bytes() == b""
     monkeypatch.setattr(Part, "add", add)

@@ -85,7 +85,10 @@ def exit_on_user_errors():
         else:
             code, message, everyone = ExitCode.FAILED, traceback.format_exc().rstrip(), False
             if re.search(LOST, str(error), re.IGNORECASE):
-                message = "error: lost the connection to another process of this run; see the message of that one"
+                message = (
+                    "error: lost the connection to another process of this run, which has ended or was killed; see its "
+                    "own message, if there is one"
+                )
     _end(code, message, everyone, alone)
 
 
