@@ -17,6 +17,7 @@ from glm_models.pipeline import cut
 from tuning.engine import pipeline
 from tuning.engine.ds_config import ds_values, load_ds_config
 from tuning.engine.pipeline import cut_model
+from tuning.engine.source import Source
 from tuning.errors import UserError
 from tuning.methods import check_method, parameter_groups
 from tuning.plan.pipeline import plan_pipeline
@@ -161,7 +162,7 @@ def test_a_stage_holds_its_own_weights_alone(folder, monkeypatch):
     ):
         family, path = MODE[mode], str(folder / mode)
         config = family.config.from_pretrained(path)
-        stage = pipeline.load_stage(family.model, path, config, torch.float32, "sdpa", numbers)
+        stage = pipeline.load_stage(Source(family.model, path, config, torch.float32, "sdpa"), numbers)
         whole = dict(family.model.from_pretrained(path).named_parameters(remove_duplicate=False))
         for name, parameter in stage.named_parameters(remove_duplicate=False):
             own = any(f"layers.{number}." in name for number in numbers) or name.split(".")[-2] in ends.split()

@@ -24,6 +24,7 @@ from tuning.engine.partitioned import load_partitioned
 from tuning.engine.patches import avoid_cudnn_attention
 from tuning.engine.pipeline import load_stage
 from tuning.engine.quantized import load_quantized
+from tuning.engine.source import Source
 from tuning.errors import UserError
 from tuning.lora.adapter import (
     CONFIG,
@@ -227,13 +228,14 @@ def load_base(
             f"warning: config.json of {folder} names a P-Tuning prefix that its weights lack; a new one is made"
         )
     config = family.config.from_pretrained(folder, use_cache=ds_config is None, **config)
+    source = Source(family.model, folder, config, dtype, attention, new_prefix)
     try:
         if zero3:
-            model = load_partitioned(family.model, folder, config, dtype, attention, ds_config, new_prefix)
+            model = load_partitioned(source, ds_config)
         elif quantize:
-            model = load_quantized(family.model, folder, config, dtype, attention, *quantize, new_prefix)
+            model = load_quantized(source, *quantize)
         elif stages:
-            model = load_stage(family.model, folder, config, dtype, attention, stages[stage_rank()], new_prefix)
+            model = load_stage(source, stages[stage_rank()])
         else:
             model = family.model.from_pretrained(
                 folder, config=config, new_prefix=new_prefix, dtype=dtype, attn_implementation=attention

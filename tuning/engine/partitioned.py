@@ -7,41 +7,26 @@ from transformers import initialization as init
 
 from glm_models.checkpoint import read_weights
 from glm_models.pretrained import read_generation_config
+from tuning.engine.source import Source
 
 
-def load_partitioned(
-    model_class,
-    folder: str,
-    config,
-    dtype: torch.dtype,
-    attention: str,
-    ds_config: dict,
-    new_prefix: bool = False,
-):
-    """Like `model_class.from_pretrained`, but no process holds more than its part, one weight and one file.
+def load_partitioned(source: Source, ds_config: dict):
+    """Like `from_pretrained`, but no process holds more than its part, one weight and one file.
 
     Called on every rank. transformers would read all files on rank 0 and send each weight from there.
 
-    Args:
-        model_class: model class of a family.
-        config: its configuration.
-        dtype: compute dtype, see ds_config.compute_dtype.
-        attention: implementation in transformers' registry.
-        new_prefix: see check_prefix.
-
     Raises:
-        CheckpointError: the weights do not fit the config, or a file is missing or broken.
+        CheckpointError: see Source.open.
     """
-    model_class.check_weights(folder, config, new_prefix)
-    config.dtype, config._attn_implementation, config.name_or_path = dtype, attention, folder
+    source.open()
     # Each module is partitioned as soon as it is made, without values. Weights are tied after the files are read.
     with init.no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
-        model = model_class(config)
-    missing, unknown, misshapen = fill(model, folder)
+        model = source.model_class(source.config)
+    missing, unknown, misshapen = fill(model, source.folder)
     tie(model, missing)
-    model_class.check_fit(folder, missing, unknown, misshapen)
+    model.check_fit(source.folder, missing, unknown, misshapen)
     initialise(model, missing)
-    model.generation_config = read_generation_config(folder, config)
+    model.generation_config = read_generation_config(source.folder, source.config)
     return model.eval()
 
 

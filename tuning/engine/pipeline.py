@@ -10,7 +10,7 @@ from torch import nn
 from transformers import initialization as init
 
 from glm_models import MODE
-from glm_models.checkpoint import WeightFile, weight_layout
+from glm_models.checkpoint import FolderWeights
 from glm_models.pipeline import (
     Blocks,
     FirstLayer,
@@ -23,6 +23,7 @@ from glm_models.pipeline import (
     stage_modules,
 )
 from glm_models.pretrained import PREFIX
+from tuning.engine.source import Source
 from tuning.errors import UserError
 from utils import control_group, cut_into_stages, on_rank_0, stage_count
 
@@ -124,75 +125,51 @@ def whole_model(model):
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def load_stage(
-    model_class,
-    folder: str,
-    config,
-    dtype: torch.dtype,
-    attention: str,
-    numbers: range,
-    new_prefix: bool = False,
-):
-    """Like `model_class.from_pretrained`, but only the weights of one stage are read; others are on the meta device.
+def load_stage(source: Source, numbers: range):
+    """Like `from_pretrained`, but only the weights of one stage are read; others are on the meta device.
 
     Called on every rank.
 
     Args:
-        model_class: model class of a family.
-        config: its configuration.
-        attention: implementation in transformers' registry.
         numbers: of the stage's blocks.
-        new_prefix: see check_prefix.
 
     Raises:
-        CheckpointError: the weights do not fit the config, or a file is missing or broken.
+        CheckpointError: see Source.open.
     """
-    model_class.check_weights(folder, config, new_prefix)
-    config.dtype, config._attn_implementation, config.name_or_path = dtype, attention, folder
+    source.open()
     with torch.device("meta"), init.no_init_weights():
-        model = model_class(config).to(dtype)
-    if on_rank_0(lambda: differ(folder, model.all_tied_weights_keys)):
+        model = source.model_class(source.config).to(source.dtype)
+    weights = FolderWeights(source.folder)
+    if on_rank_0(lambda: differ(weights, model.all_tied_weights_keys)):
         model.all_tied_weights_keys.clear()  # as in transformers
     # the output layer gets a weight of its own, which DeepSpeed keeps equal to the embedding where they are tied
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(torch.empty_like(head.weight))
     for module in stage_modules(model, numbers):
         module.to_empty(device="cpu")
-    fill(model, folder)
+    fill(model, weights)
     return model.eval()
 
 
-def differ(folder: str, tied: dict[str, str]) -> bool:
+def differ(weights: FolderWeights, tied: dict[str, str]) -> bool:
     """Whether weights that the config ties, by name, are different in the files of a folder."""
-    places = {name: path for path, names in weight_layout(folder).items() for name in names}
-    for pair in tied.items():
-        if places.keys() >= {*pair}:
-            one, other = (WeightFile(places[name])[name] for name in pair)
-            if not torch.equal(one, other):
-                return True
-    return False
+    there = [pair for pair in tied.items() if weights.where.keys() >= {*pair}]
+    return any(not torch.equal(weights[one], weights[other]) for one, other in there)
 
 
 @torch.no_grad()
-def fill(model, folder: str) -> None:
+def fill(model, weights: FolderWeights) -> None:
     """Read those weights of a model that are not on the meta device.
 
     A tied one that no file has is its partner's; a prefix that no file has is new, with the values that it would have
     without a pipeline.
     """
-    files = {name: path for path, names in weight_layout(folder).items() for name in names}
+    there = weights.where.keys()
     partners = model.all_tied_weights_keys | {source: target for target, source in model.all_tied_weights_keys.items()}
-    opened: dict[str, WeightFile] = {}
     for name, parameter in model.named_parameters():
-        if PREFIX in name and name not in files:
-            continue
-        if not parameter.is_meta:
-            there = name if name in files else partners[name]
-            path = files[there]
-            if path not in opened:
-                opened[path] = WeightFile(path)
-            parameter.copy_(opened[path][there])
-    if has_prefix(model) and not any(PREFIX in name for name in files):
+        if not parameter.is_meta and (name in there or PREFIX not in name):
+            parameter.copy_(weights[name if name in there else partners[name]])
+    if has_prefix(model) and not any(PREFIX in name for name in there):
         model.transformer.prefix_encoder.apply(model._init_weights)
 
 

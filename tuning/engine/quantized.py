@@ -8,47 +8,33 @@ from glm_models.checkpoint import read_weights
 from glm_models.pretrained import read_generation_config
 from glm_models.quantized import QuantizedLinear, use_quantized_layers
 from tuning.engine.partitioned import initialise, tie
+from tuning.engine.source import Source
 
 
-def load_quantized(
-    model_class,
-    folder: str,
-    config,
-    dtype: torch.dtype,
-    attention: str,
-    bits: int,
-    device: torch.device | str,
-    new_prefix: bool = False,
-):
-    """Like `model_class.from_pretrained`, but the blocks' linear layers are quantised (glm_models/quantized.py).
+def load_quantized(source: Source, bits: int, device: torch.device | str):
+    """Like `from_pretrained`, but the blocks' linear layers are quantised (glm_models/quantized.py).
 
     The files are read once, one after the other; a weight goes to the device and is quantised there.
 
     Args:
-        model_class: model class of a family.
-        config: its configuration.
-        dtype: of all that is not quantised, and of what is computed.
-        attention: implementation in transformers' registry.
         bits: 4 or 8.
         device: where the model is wanted.
-        new_prefix: see check_prefix.
 
     Raises:
-        CheckpointError: the weights do not fit the config, or a file is missing or broken.
+        CheckpointError: see Source.open.
     """
-    model_class.check_weights(folder, config, new_prefix)
-    config.dtype, config._attn_implementation, config.name_or_path = dtype, attention, folder
+    source.open()
     with torch.device("meta"), init.no_init_weights():
-        model = model_class(config)
-    use_quantized_layers(model, bits, dtype)
-    missing, unknown = fill(model, folder, dtype, device)
+        model = source.model_class(source.config)
+    use_quantized_layers(model, bits, source.dtype)
+    missing, unknown = fill(model, source.folder, source.dtype, device)
     tie(model, missing)
-    model_class.check_fit(folder, missing, unknown, [])
+    model.check_fit(source.folder, missing, unknown, [])
     if missing:  # on the CPU, so that a new prefix is the same on all devices
         for name in missing:
-            put(model, name, torch.empty(model.get_parameter(name).shape, dtype=dtype))
+            put(model, name, torch.empty(model.get_parameter(name).shape, dtype=source.dtype))
         initialise(model, missing)
-    model.generation_config = read_generation_config(folder, config)
+    model.generation_config = read_generation_config(source.folder, source.config)
     return model.to(device).eval()
 
 
