@@ -37,7 +37,7 @@ from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, nam
 from tuning.errors import DataError, UserError
 from tuning.evaluate.answers import AnswerFile, Made, describe_model, describe_scores, file_hash
 from tuning.evaluate.parts import Part
-from tuning.evaluate.work import Work, plan_groups
+from tuning.evaluate.work import GROUP_TOKENS, Work, plan_groups
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import find_base
 from tuning.metrics import ADDED, AS_WRITTEN, references_of, with_references
@@ -171,7 +171,7 @@ def answer_rows(rows: list[dict], lengths: list[int], known: Set[int], args) -> 
         On rank 0 the answers by row: text, and whether it ended by itself.
     """
     tokenizer, model = load_model(args)
-    groups = plan_groups(lengths, args.batch_size, **({"tokens": None} if args.num_beams > 1 else {}))
+    groups = plan_groups(lengths, args.batch_size, None if args.num_beams > 1 else GROUP_TOKENS)
     work, mine, rank = Work(groups, known), {}, int(os.environ.get("RANK", 0))
     with (
         Part(args.output_path, rank) as part,

@@ -14,13 +14,11 @@ from ..checkpoint import (
     write_index,
     write_safetensors,
 )
+from ..pretrained import ChatGLMPreTrainedModel
 from ..streamed import as_bytes
 from .names import Heads, native_names, official_name
 
-
-def is_computed(name: str) -> bool:
-    """Whether a weight of an official file has no place in GlmForCausalLM because models compute it."""
-    return name.endswith("rotary_pos_emb.inv_freq")
+is_computed = ChatGLMPreTrainedModel.is_computed  # such a weight has no place in GlmForCausalLM
 
 
 def native_files(layout: dict) -> dict[str, str]:

@@ -109,6 +109,15 @@ class CompileLock:
         os.close(self.handle)
 
 
+_norm_of = bf16_optimizer.get_global_norm_of_tensors
+
+
+def _norm_of_any(input_tensors: list[torch.Tensor], **how):
+    """DeepSpeed's function cannot be asked about no tensors."""
+    nothing = [torch.zeros((), device=get_accelerator().current_device_name())]
+    return _norm_of(input_tensors=input_tensors or nothing, **how)
+
+
 # The table
 
 
@@ -129,15 +138,6 @@ class Patch(NamedTuple):
     why: str
     version: tuple[str, str]
     needs: tuple[str, ...] = ()
-
-
-_norm_of = bf16_optimizer.get_global_norm_of_tensors
-
-
-def _norm_of_any(input_tensors: list[torch.Tensor], **how):
-    """DeepSpeed's function cannot be asked about no tensors."""
-    nothing = [torch.zeros((), device=get_accelerator().current_device_name())]
-    return _norm_of(input_tensors=input_tensors or nothing, **how)
 
 
 DEEPSPEED, TORCH = ("deepspeed", "0.19"), ("torch", "2.13")

@@ -41,9 +41,7 @@ class Work:
         if torch.distributed.is_initialized():
             store = torch.distributed.distributed_c10d._get_default_store()
             self.store = torch.distributed.PrefixStore("predict", store)
-            self.store.add(
-                "taken", 0
-            )  # fails here, before a file is touched, where the rank that has the store is gone
+            self.store.add("taken", 0)  # where the rank with the store has gone, this fails before a file is touched
         else:
             self.store = torch.distributed.HashStore()
 

@@ -59,9 +59,6 @@ def has_plain_layers(config: LoraConfig) -> bool:
     return more_than_plain(config.to_dict(), besides) is None
 
 
-ROWS = 4096  # of which PredictionLinear makes copies at a time
-
-
 class AddedLinear(nn.Linear):
     """`lora_B`, added in place. Still called as a module, since under ZeRO-3 the call gathers the weight."""
 
@@ -92,6 +89,9 @@ class LoraLinear(lora.Linear):
             low = self.lora_A[name](self.lora_dropout[name](x))
             result = self.lora_B[name](low, result, self.scaling[name])
         return result
+
+
+ROWS = 4096  # of which PredictionLinear makes copies at a time
 
 
 class PredictionLinear(LoraLinear):

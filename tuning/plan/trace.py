@@ -121,7 +121,7 @@ def attention_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 # one operation, so that selective checkpointing can keep its outputs
-fused_attention = torch.library.custom_op("plan::attention", attention_outputs, mutates_args=())
+fused_attention = torch.library.custom_op("memory_plan::attention", attention_outputs, mutates_args=())
 fused_attention.register_fake(attention_outputs)
 
 
@@ -210,7 +210,7 @@ def meta_kernels(on_gpu: bool):
         mock.patch.object(F, "dropout", dropout),
         mock.patch.object(model_attention, "varlen_attn", packed_attention),
         mock.patch.object(model_attention, "why_no_flash_attention", missing),
-        mock.patch.object(model_attention, "FUSED", [*model_attention.FUSED, torch.ops.plan.attention.default]),
+        mock.patch.object(model_attention, "FUSED", [*model_attention.FUSED, torch.ops.memory_plan.attention.default]),
     ):
         yield
 
