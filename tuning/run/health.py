@@ -273,7 +273,7 @@ class StepMonitor:
             raise StopTraining(ExitCode.RESUMABLE, f"{text} {state}")
 
     def shape(self) -> str:
-        """The current micro-batch, in words; in a pipeline those of the current step, several of which are under way."""
+        """The current micro-batch, in words; in a pipeline, where several are under way, those of the current step."""
         if not self.batches:
             done = self.engine.global_steps
             return f"after step {done}" if done else "before the first batch"
