@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from glm_models.generation import generate_answers
+from glm_models.prefix import folder_of
 from glm_models.refill import Request, generate_in_slots
 from glm_models.tokenization import Prompt
 from glm_models.tools import TOOLS_SYSTEM, ToolCallError, answer_text, read_answer
@@ -388,11 +389,13 @@ def read_tools(path: str) -> list[dict]:
 
 def check_args(args) -> None:
     """Resolve --device, read --tools, and set the defaults that depend on other flags."""
+    if args.ori_model_dir and find_base(args.model_path, args.ori_model_dir) == args.model_path:
+        raise UserError(f"--ori_model_dir does nothing for {args.model_path}, which is a complete model: leave it out")
     args.tools = read_tools(args.tools) if args.tools else None
     args.max_src_len = longest_prompt(args)
     if args.predict_path:
         name = os.path.splitext(os.path.basename(args.predict_path))[0]
-        args.output_path = args.output_path or os.path.join(args.model_path, f"predictions-{name}.jsonl")
+        args.output_path = args.output_path or os.path.join(folder_of(args.model_path), f"predictions-{name}.jsonl")
     args.device = named_device(args.device)
 
 

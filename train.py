@@ -47,6 +47,7 @@ from tuning.engine.saving import check_room, count_results, is_save_step, result
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import record_base
 from tuning.lora.earlier import start_from_adapter
+from tuning.lora.prefix import start_from_prefix, take_prefix
 from tuning.lora.starts import make_start
 from tuning.methods import build_model, check_method, check_zero3, count_parameters, parameter_groups
 from tuning.plan import planner
@@ -160,7 +161,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     lock, state = claim_output(args)
 
     # data, model, engine
-    contents = start_from_adapter(args)
+    contents = start_from_adapter(args) | start_from_prefix(args)
     data = read_data(args)
     ds_config = load_training_config(args, data.length.total_steps, data.config.hidden_size)
     for line in ds_notes(ds_config):
@@ -182,7 +183,8 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
         validation = Validation(engine, data.tokenizer, data.sources.held_out, args, data.length, log, save_result)
         resumed["validation"] = validation
     states = Checkpoints(engine, model, resumed, run, args.output_dir, args.save_state_steps, args.save_total_limit)
-    on_rank_0(lambda: check_room(args, result_size(model, dtype), states, count_results(args, data.length)))
+    size = result_size(model, dtype, args.save_prefix_only)
+    on_rank_0(lambda: check_room(args, size, states, count_results(args, data.length)))
     if state:
         states.load(state)
     record = RunRecord(args.output_dir, describe_start(args, run, ds_config, state))
@@ -280,6 +282,7 @@ def check(args, tokenizer) -> None:
 def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
     with exit_on_user_errors():
         args = parse_args(argv)
+        take_prefix(args)
     silence_libraries(args.verbose)
     with exit_on_user_errors(), explain_oom(lambda: memory_advice(args)):
         if args.plan:

@@ -19,6 +19,7 @@ from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
 from tuning.arguments.data import DataPath
 from tuning.arguments.lora import StartName
+from tuning.arguments.models import FolderOrWeights
 from tuning.arguments.parser import (
     SWITCH,
     Boolean,
@@ -299,6 +300,7 @@ def test_flags_that_would_do_nothing_are_refused_whatever_their_value(parser, ne
             File: __file__,
             DataPath: __file__,
             Folder: ".",
+            FolderOrWeights: ".",
             Text: "x",
             NewPath: "x",
             Boolean: "True",

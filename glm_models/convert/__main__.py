@@ -79,6 +79,7 @@ from glm_models.convert.model import (
 )
 from glm_models.convert.tokenizer import write_tokenizer
 from glm_models.convert.weights import NativeView
+from glm_models.prefix import describe_prefix, find_prefix
 from glm_models.streamed import skeleton
 from tuning.errors import UserError
 from tuning.exits import exit_on_user_errors
@@ -90,6 +91,8 @@ from utils import silence_libraries
 
 def convert_model(args) -> str:
     """Convert a whole model. Returns what was written."""
+    if find_prefix(args.model_path):
+        raise CheckpointError(f"{describe_prefix(args.model_path)}; GlmForCausalLM has no place for a prefix")
     native = is_native(read_config(args.model_path))
     if not native and args.ori_model_dir:
         raise UserError("--ori_model_dir does nothing for an official folder, which has all files")

@@ -8,6 +8,7 @@ import argparse
 from glm_models import MODE
 from tuning.arguments.data import DataPath, add_columns
 from tuning.arguments.lora import ALL_LINEAR, LORA, add_variants, changes_base, lora_contradictions
+from tuning.arguments.models import FolderOrWeights
 from tuning.arguments.parser import (
     LARGEST,
     SWITCH,
@@ -205,6 +206,14 @@ def add_methods(parser: Parser) -> None:
         "--prefix_projection", **{**SWITCH, "default": True}, help="compute the prefix with a small network"
     )
     group.add_argument("--prefix_dropout", type=DROPOUT, default=0.1, help="dropout on the prefix")
+    group.add_argument(
+        "--ptuning_checkpoint", type=FolderOrWeights(), may_change=True,
+        help="start from this prefix, which was saved alone: a folder, or its weights file",
+    )  # fmt: skip
+    group.add_argument(
+        "--save_prefix_only", **SWITCH, may_change=True,
+        help="save results as the official scripts do: the prefix alone, without the model",
+    )  # fmt: skip
 
     group = parser.group("LoRA", needs="--train_type lora")
     group.add_argument(
