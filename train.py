@@ -31,6 +31,7 @@ from glm_models.ops import TiledMLP
 from glm_models.pipeline import pipeline_input
 from glm_models.pretrained import check_not_quantised
 from glm_models.quantized import BITS
+from tuning import hub
 from tuning.engine import patches
 from tuning.engine.ds_config import (
     compute_dtype,
@@ -158,6 +159,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     divide_ranks(args.pipeline_stages)
     peers = PeerWatchdog()
     set_seed(args.seed)
+    find_folders(args, hub.WEIGHTS)
     lock, state = claim_output(args)
 
     # data, model, engine
@@ -203,6 +205,16 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     finish(args, model, result, log, validation)
     del lock  # other runs may have the folder now
     return log.history
+
+
+def find_folders(args, need: str) -> None:
+    """Put folders in the place of what the flags name: a hub's model, or a P-Tuning prefix alone, which has a base.
+
+    Args:
+        need: see hub.find_model.
+    """
+    hub.find_models(args, "model_name_or_path", need=need)
+    take_prefix(args)
 
 
 def read_data(args) -> Data:
@@ -282,13 +294,14 @@ def check(args, tokenizer) -> None:
 def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
     with exit_on_user_errors():
         args = parse_args(argv)
-        take_prefix(args)
     silence_libraries(args.verbose)
     with exit_on_user_errors(), explain_oom(lambda: memory_advice(args)):
         if args.plan:
+            find_folders(args, hub.CONFIG)
             (plan_pipeline if args.pipeline_stages else planner.plan)(args, plan_setup)
         elif args.check_data or args.dump_samples:
             if is_rank_0():
+                find_folders(args, hub.TOKENIZER)
                 (check if args.check_data else dump)(args, load_tokenizer(args.mode, args.model_name_or_path))
         else:
             with leaving_distributed():

@@ -8,7 +8,7 @@ import argparse
 from glm_models import MODE
 from tuning.arguments.data import DataPath, add_columns
 from tuning.arguments.lora import ALL_LINEAR, LORA, add_variants, changes_base, lora_contradictions
-from tuning.arguments.models import FolderOrWeights
+from tuning.arguments.models import FolderOrWeights, Model
 from tuning.arguments.parser import (
     LARGEST,
     SWITCH,
@@ -140,7 +140,11 @@ def add_data(parser: Parser) -> None:
     group = parser.group("model and data")
     group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
     group.add_argument(
-        "--model_name_or_path", type=Folder(), required=True, may_change=True, help="folder of the base model"
+        "--model_name_or_path",
+        type=Model(),
+        required=True,
+        may_change=True,
+        help="base model: its folder, or its name on a hub, such as THUDM/chatglm3-6b",
     )
     group.add_argument(
         "--train_path", type=DataPath(weights=True), nargs="+", required=True, may_change=True,

@@ -29,6 +29,7 @@ from tuning.engine.pipeline import load_stage
 from tuning.engine.quantized import load_quantized
 from tuning.engine.source import Source
 from tuning.errors import UserError
+from tuning.hub import find_model
 from tuning.lora.adapter import (
     CONFIG,
     add_adapter,
@@ -115,6 +116,7 @@ def load_result(
     Args:
         folder: a full model, a P-Tuning result or a LoRA adapter; or a P-Tuning prefix that was saved alone, as a
             folder or as a weights file.
+            Or the name of a model on a hub, see tuning.hub; `base` too.
         base: the base model of an adapter or a prefix; None for the one that its config names.
         device: as "cuda:1" or "cpu"; None for the accelerator, else the CPU.
         dtype: None for the dtype of the checkpoint if the device supports it, and for float32 on a CPU.
@@ -124,6 +126,7 @@ def load_result(
         UserError: no such folder, device or base; or a package is missing.
         CheckpointError, FolderError: files are broken, or base and adapter do not belong together.
     """
+    folder, base = find_model(folder), base and find_model(base)
     if not os.path.exists(folder):
         raise UserError(f"{folder}: no such folder; {how_to_download(mode)}")
     whole = find_base(folder, base)

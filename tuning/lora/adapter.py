@@ -17,6 +17,7 @@ from glm_models.prefix import describe_prefix, find_prefix, folder_of, prefix_co
 from glm_models.quantized import BITS
 from tuning.errors import UserError
 from tuning.folders import MANIFEST, check_folder
+from tuning.hub import find_here
 from tuning.lora.layers import PredictionLinear, has_plain_layers, more_than_plain, use_own_layers
 from tuning.lora.starts import Start
 
@@ -166,11 +167,12 @@ def find_base(folder: str, base: str | None) -> str:
 
 
 def _existing_base(folder: str, what: str, base) -> str:
-    if not isinstance(base, str) or not os.path.isdir(base):
+    found = find_here(base)
+    if found is None:
         raise UserError(
             printable(f"{folder} is a {what} and its base model {base} is not here; name it with --ori_model_dir")
         )
-    return base
+    return found
 
 
 def adapters_inside(folder: str) -> list[str]:

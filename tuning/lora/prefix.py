@@ -11,6 +11,7 @@ from glm_models.checkpoint import CheckpointError, printable, read_json, write_j
 from glm_models.prefix import Prefix, find_prefix, folder_of, prefix_config, read_prefix
 from tuning.errors import UserError
 from tuning.folders import MANIFEST, check_folder, file_hash
+from tuning.hub import find_here
 from tuning.lora.adapter import BASE_FILE, check_base, trained_bits
 from tuning.lora.zero3 import is_partitioned
 from utils import on_rank_0, print_rank_0
@@ -87,10 +88,10 @@ def take_prefix(args) -> None:
         return
     if args.ptuning_checkpoint:
         raise UserError(f"--model_name_or_path {path} is a P-Tuning prefix alone: name its base instead")
-    base = prefix_config(path).get("_name_or_path")
-    if not isinstance(base, str) or not os.path.isdir(base):
+    named = prefix_config(path).get("_name_or_path")
+    if (base := find_here(named)) is None:
         raise UserError(printable(
-            f"--model_name_or_path {path} is a P-Tuning prefix alone and its base {base} is not here: name the base "
+            f"--model_name_or_path {path} is a P-Tuning prefix alone and its base {named} is not here: name the base "
             f"with --model_name_or_path, and --ptuning_checkpoint {path}"
         ))  # fmt: skip
     args.model_name_or_path, args.ptuning_checkpoint = base, path
