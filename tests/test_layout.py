@@ -31,6 +31,8 @@ COMMAND_LINES = {
     "glm_models.tiny": ("tuning.arguments.parser", "tuning.errors"),
     "glm_models.convert.__main__": ("tuning.arguments.parser", "tuning.errors", "tuning.exits", "tuning.folders")
     + ("tuning.arguments.models", "tuning.hub", "tuning.lora.adapter", "utils"),
+    "glm_models.convert.gguf": ("tuning.arguments.parser", "tuning.errors", "tuning.exits", "tuning.folders")
+    + ("tuning.lora.adapter", "utils"),
 }
 
 

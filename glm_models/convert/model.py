@@ -69,15 +69,18 @@ class Official(NamedTuple):
         return Heads.of(self.config)
 
 
-def refuse_prefix(official: Official) -> None:
+def refuse_prefix(official: Official, program: str = "GlmForCausalLM") -> None:
     """Refuse a P-Tuning result.
+
+    Args:
+        program: what cannot have a prefix, for the message.
 
     Raises:
         CheckpointError: it is one; the message says what serves it.
     """
     if official.config.pre_seq_len is not None and not has_lost_prefix(official.folder):
         raise CheckpointError(
-            f"{official.folder} is a P-Tuning result, and GlmForCausalLM has no place for its prefix; predict.py, the "
+            f"{official.folder} is a P-Tuning result, and {program} has no place for its prefix; predict.py, the "
             f"official code of {FAMILIES[official.mode].title} and chatglm.cpp answer with it as it is"
         )
 

@@ -23,6 +23,7 @@ from glm_models import MODE
 from glm_models.checkpoint import read_json, read_weights, weight_layout, write_json
 from glm_models.convert.__main__ import main
 from glm_models.generation import generate_answers
+from glm_models.tools import write_call
 from tuning.samples.dialogue import Dialogue, Message
 
 MODES = ("glm2", "glm3")
@@ -258,6 +259,42 @@ def test_a_whole_conversation_is_the_sample_of_training(tokenizers, fast, mode):
         wrapped = tools and [{"type": "function", "function": tool} for tool in tools]
         found = fast[mode].apply_chat_template(talk, tools=wrapped)["input_ids"]
         assert found == [token for part in sample.parts for token in part]
+
+
+def test_a_call_may_be_one_of_tool_calls(fast):
+    """As servers of OpenAI's API hand it on: the prompt is that of the official form of the call."""
+    question, result = {"role": "user", "content": "查"}, {"role": "tool", "content": '{"度": 7}', "tool_call_id": "1"}
+    chance = random.Random(3)
+    values = [
+        "北京",
+        'it\'s "so"\n',
+        "a<|assistant|>b",
+        3,
+        -2.5,
+        True,
+        None,
+        [1, [None]],
+        {"a": {"b": False}},
+        "x" * 200,
+    ]
+    for _ in range(100):
+        names = chance.sample(["city", "城市", "class", "user-id", "a b", "None", "_x1", "__debug__"], 3)
+        arguments = {name: chance.choice(values) for name in names}
+        call = {"role": "assistant", "content": chance.choice(("", None))}
+        call["tool_calls"] = [{"id": "1", "type": "function", "function": {"name": "查询", "arguments": arguments}}]
+        there, here = (
+            fast["glm3"].apply_chat_template([question, one, result], add_generation_prompt=True, tokenize=False)
+            for one in (call, write_call("查询", arguments))
+        )
+        assert there == here
+    for wrong in (
+        call | {"content": "a"},
+        call | {"tool_calls": call["tool_calls"] * 2},
+        call | {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+        call | {"role": "user"},
+    ):
+        with pytest.raises(TemplateError):
+            fast["glm3"].apply_chat_template([question, wrong], add_generation_prompt=True)
 
 
 def test_what_would_be_dropped_is_an_error_of_the_template(fast):
