@@ -43,6 +43,7 @@ from glm_models.tiny import make_tiny_checkpoint, read_lines
 from tuning.samples.dataset import DataSettings, InstructionData, prepare
 from tuning.samples.encoding import available_cpus
 from tuning.samples.formats import to_dialogue
+from tuning.samples.mixture import shared_samples
 from tuning.samples.row_files import read_rows
 
 TURNS = 4  # of a conversation
@@ -132,7 +133,8 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
 
 
 def measure_large(mode: str, folder: str, path: str) -> dict:
-    """Time and memory of preparing one file, in this process and for the first time."""
+    """Time and memory of preparing one file, in this process and for the first time; and of looking for samples that
+    two files share, of so many rows each."""
 
     def peak():  # (that of getrusage counts the process that started this one)
         return status("VmHWM") / 2**20
@@ -147,6 +149,8 @@ def measure_large(mode: str, folder: str, path: str) -> dict:
         prepared = peak()
         second = seconds(lambda: prepare(settings, tokenizer, cache))
         data = InstructionData(settings, tokenizer, prepare(settings, tokenizer, cache))
+        opened = peak()
+        shared = seconds(lambda: shared_samples([data, data], None))
     return {
         "mode": mode,
         "rows": len(data),
@@ -157,7 +161,9 @@ def measure_large(mode: str, folder: str, path: str) -> dict:
         "second_s_per_million_tokens": second / int(data.lengths.sum()) * 1e6,
         "mib_before": before,
         "mib_peak": prepared,
-        "mib_with_data_open": peak(),
+        "mib_with_data_open": opened,
+        "shared_samples_s": shared,
+        "mib_with_shared_samples": peak(),
     }
 
 

@@ -21,7 +21,7 @@ HINTS = {
     "checkpoint": "the folder of the model goes to --model_path",
     "load_in_4bit": "--quantization_bit 4 quantises the model",
     "load_in_8bit": "--quantization_bit 8 quantises the model",
-    "top_k": "--top_p and --temperature are what sampling has here",
+    "top_k": "it is always 50, the default of transformers; --top_p and --temperature are what can be set",
 }
 
 
