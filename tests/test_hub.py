@@ -229,6 +229,22 @@ def test_a_short_file_is_not_taken_for_a_whole_one(server, repository, monkeypat
     assert "not all of it" in refused()
 
 
+def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(server, repository, tmp_path, monkeypatch):
+    server.stalls = next(repository.glob("model-00002-*")).name
+    run = Forked(1, tmp_path / "log", lambda rank: find_model(NAME))
+    assert server.stalled.wait(60)
+    run.kill()
+    assert run.wait() == {0: -9}
+    server.stalls = ""
+    server.released.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert "not all of it" in refused()
+    before = len(server.files(NAME))
+    assert whole(find_model(NAME), repository)
+    assert len(server.files(NAME)) < before + 10  # what was there already is not fetched again
+
+
 def test_what_the_hub_refuses_is_said_in_a_line(server, monkeypatch):
     assert f"no folder THUDM/no-such here, and no such repository on {server.url}" in refused("THUDM/no-such")
     server.gated = True

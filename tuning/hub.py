@@ -8,7 +8,6 @@ Only data files are downloaded: json, vocabulary, and weights in one format. Cod
 libraries' own variables hold: HF_ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and so on; MODELSCOPE_CACHE.
 """
 
-import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -30,7 +29,6 @@ from utils import on_rank_0, once_per_node, print_rank_0
 CONFIG, TOKENIZER, WEIGHTS = "config", "tokenizer", "weights"
 DATA = re.compile(r"[^/]+\.(json|model|jinja)|(MODEL_)?LICENSE[^/]*")  # side files, at the top of a repository
 WEIGHTS_NAMES = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin")
-DOWNLOADS = 4  # files at a time
 BLOCK = 1 << 22  # bytes read at once
 
 
@@ -171,8 +169,8 @@ def get_snapshot(name: HubName, commit: str, need: str) -> str:
         check_room(name, missing)
         # the first file by the name of the branch: the library notes which commit that is
         paths = [get_file(name, wanted[0], name.revision or constants.DEFAULT_REVISION)]
-        with concurrent.futures.ThreadPoolExecutor(DOWNLOADS) as pool:
-            paths += pool.map(functools.partial(get_file, name, revision=commit), wanted[1:])
+        # one after the other: Ctrl-C would have to wait for threads
+        paths += [get_file(name, file, commit) for file in wanted[1:]]
     folder = os.path.dirname(paths[-1])
     if {os.path.dirname(path) for path in paths} != {folder}:
         raise UserError(f"{name.repository} has changed on the hub during the download: start again")

@@ -24,6 +24,7 @@ class Hub(ThreadingHTTPServer):
     lies: how often such a file comes with other bytes than its hash says.
     short: how often such a file comes shorter than the hub has said.
     token: without it every repository is refused.
+    stalls: the name of a file of which half is sent, then nothing until `released`; `stalled` says that it is so.
     gated, down: every request is answered with 403, with 500.
     """
 
@@ -33,6 +34,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.cuts, self.lies, self.short = {}, {}, {}
         self.token, self.gated, self.down = "", False, False
+        self.stalls, self.stalled, self.released = "", threading.Event(), threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -117,6 +119,13 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Length"] = str(len(content))
             content = content[: len(content) // 2]
             self.close_connection = True
+        if self.command == "GET" and path.name == hub.stalls:
+            self.send(status, content[: len(content) // 2], headers | {"Content-Length": str(len(content))})
+            self.wfile.flush()
+            hub.stalled.set()
+            hub.released.wait(60)
+            self.close_connection = True
+            return None
         return self.send(status, content, headers)
 
 
