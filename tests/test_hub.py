@@ -116,6 +116,10 @@ def whole(folder: str, repository: Path) -> bool:
         ("-a/b", None),
         ("hub:a/b", None),
         ("a/b\n", None),
+        ("a--b/c", None),
+        ("a/b..c", None),
+        ("a/b.git", None),
+        ("a/" + "b" * 96, None),
     ],
 )
 def test_names(text, name):

@@ -133,9 +133,9 @@ def find_commit(name: HubName, need: str) -> str:
     Raises:
         UserError: neither.
     """
-    if folder := cached_snapshot(name, name.revision, need):
-        return os.path.basename(folder)
     with explaining(name):
+        if folder := cached_snapshot(name, name.revision, need):
+            return os.path.basename(folder)
         if constants.is_offline_mode():
             raise UserError(
                 f"{name.repository} is not in {constants.HF_HUB_CACHE}, or not all of it, and HF_HUB_OFFLINE is set: "
@@ -150,9 +150,9 @@ def get_snapshot(name: HubName, commit: str, need: str) -> str:
     Raises:
         UserError: it cannot be downloaded; what is cached of it is complete files.
     """
-    if folder := cached_snapshot(name, commit, need):
-        return folder
     with explaining(name):
+        if folder := cached_snapshot(name, commit, need):
+            return folder
         info = huggingface_hub.HfApi().model_info(
             name.repository, revision=commit, files_metadata=True, timeout=timeout()
         )
