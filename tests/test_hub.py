@@ -173,6 +173,10 @@ def test_revisions(server, repository, tmp_path):
     assert os.path.basename(folder) == OTHER and whole(folder, other)
     assert os.path.basename(find_model(NAME)) == COMMIT
     assert "has no revision v9" in refused(f"{NAME}@v9")
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    server.head = OTHER  # the hub has gone on, and another node has the earlier commit
+    folder = hub.get_snapshot(parse_hub_name(NAME), COMMIT, hub.WEIGHTS)
+    assert os.path.basename(folder) == COMMIT and whole(folder, repository)
 
 
 def test_only_what_is_needed(server):

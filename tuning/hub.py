@@ -77,8 +77,10 @@ def find_model(path: str, need: str = WEIGHTS) -> str:
         UserError: it cannot be found or downloaded; the message is one line.
     """
     name = parse_hub_name(path)
-    if os.path.exists(path) or name is None:
-        if name and name.official:
+    if name is None:
+        return path
+    if on_rank_0(lambda: os.path.exists(path)):  # the same on all nodes, which must all go on in the same way
+        if name.official:
             print_rank_0(f"{path} is a folder here, and is used; a hub is not asked")
         return path
     if name.hub:
@@ -141,7 +143,7 @@ def find_commit(name: HubName, need: str) -> str:
                 f"{name.repository} is not in {constants.HF_HUB_CACHE}, or not all of it, and HF_HUB_OFFLINE is set: "
                 "download it where there is a network, or name a folder"
             )
-        return huggingface_hub.HfApi().model_info(name.repository, revision=name.revision, timeout=timeout()).sha
+        return ask_hub(name, name.revision).sha
 
 
 def get_snapshot(name: HubName, commit: str, need: str) -> str:
@@ -153,9 +155,10 @@ def get_snapshot(name: HubName, commit: str, need: str) -> str:
     with explaining(name):
         if folder := cached_snapshot(name, commit, need):
             return folder
-        info = huggingface_hub.HfApi().model_info(
-            name.repository, revision=commit, files_metadata=True, timeout=timeout()
-        )
+        branch = name.revision or constants.DEFAULT_REVISION
+        info = ask_hub(name, branch)
+        if info.sha != commit:  # another node has an earlier one, which is still the one to use
+            branch, info = commit, ask_hub(name, commit)
         everything = [describe(file) for file in info.siblings]
         wanted = choose(name, everything, need)
         missing = [file for file in wanted if not cached_file(name, file, commit)]
@@ -168,7 +171,7 @@ def get_snapshot(name: HubName, commit: str, need: str) -> str:
             ))  # fmt: skip
         check_room(name, missing)
         # the first file by the name of the branch: the library notes which commit that is
-        paths = [get_file(name, wanted[0], name.revision or constants.DEFAULT_REVISION)]
+        paths = [get_file(name, wanted[0], branch)]
         # one after the other: Ctrl-C would have to wait for threads
         paths += [get_file(name, file, commit) for file in wanted[1:]]
     folder = os.path.dirname(paths[-1])
@@ -179,9 +182,10 @@ def get_snapshot(name: HubName, commit: str, need: str) -> str:
     return folder
 
 
-def timeout() -> float:
-    """Seconds to wait for the hub's first answer."""
-    return constants.HF_HUB_ETAG_TIMEOUT
+def ask_hub(name: HubName, revision: str | None) -> huggingface_hub.ModelInfo:
+    """The commit and the files of a revision."""
+    api, wait = huggingface_hub.HfApi(), constants.HF_HUB_ETAG_TIMEOUT
+    return api.model_info(name.repository, revision=revision, files_metadata=True, timeout=wait)
 
 
 def describe(sibling) -> File:
