@@ -116,6 +116,10 @@ def whole(folder: str, repository: Path) -> bool:
         ("-a/b", None),
         ("hub:a/b", None),
         ("a/b\n", None),
+        ("a--b/c", None),
+        ("a/b..c", None),
+        ("a/b.git", None),
+        ("a/" + "b" * 96, None),
     ],
 )
 def test_names(text, name):
@@ -169,6 +173,10 @@ def test_revisions(server, repository, tmp_path):
     assert os.path.basename(folder) == OTHER and whole(folder, other)
     assert os.path.basename(find_model(NAME)) == COMMIT
     assert "has no revision v9" in refused(f"{NAME}@v9")
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    server.head = OTHER  # the hub has gone on, and another node has the earlier commit
+    folder = hub.get_snapshot(parse_hub_name(NAME), COMMIT, hub.WEIGHTS)
+    assert os.path.basename(folder) == COMMIT and whole(folder, repository)
 
 
 def test_only_what_is_needed(server):
@@ -227,6 +235,22 @@ def test_a_short_file_is_not_taken_for_a_whole_one(server, repository, monkeypat
     assert not [path for path in Path(constants.HF_HUB_CACHE).rglob("*") if path.name in (name, ".incomplete")]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "not all of it" in refused()
+
+
+def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(server, repository, tmp_path, monkeypatch):
+    server.stalls = next(repository.glob("model-00002-*")).name
+    run = Forked(1, tmp_path / "log", lambda rank: find_model(NAME))
+    assert server.stalled.wait(60)
+    run.kill()
+    assert run.wait() == {0: -9}
+    server.stalls = ""
+    server.released.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert "not all of it" in refused()
+    before = len(server.files(NAME))
+    assert whole(find_model(NAME), repository)
+    assert len(server.files(NAME)) < before + 10  # what was there already is not fetched again
 
 
 def test_what_the_hub_refuses_is_said_in_a_line(server, monkeypatch):
