@@ -1,6 +1,6 @@
 """Write a ChatGLM2 or ChatGLM3, or a LoRA adapter of one, as a GGUF file for llama.cpp and what is built on it.
 
-    python -m glm_models.convert.gguf --mode glm3 --model_path output-glm3/epoch-2-step-750-merged --output_dir glm3-gguf
+    python -m glm_models.convert.gguf --mode glm3 --model_path output-glm3/epoch-2-step-750-merged --output_dir my-gguf
 
 Vocabulary, stop tokens and chat template are in the file. Names of keys and tensors are those of the package gguf:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
