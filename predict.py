@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from glm_models.generation import generate_answers
+from glm_models.prefix import folder_of
 from glm_models.refill import Request, generate_in_slots
 from glm_models.tokenization import Prompt
 from glm_models.tools import TOOLS_SYSTEM, ToolCallError, answer_text, read_answer
@@ -39,6 +40,7 @@ from tuning.evaluate.answers import AnswerFile, Made, describe_model, describe_s
 from tuning.evaluate.parts import Part
 from tuning.evaluate.work import GROUP_TOKENS, Work, plan_groups
 from tuning.exits import exit_on_user_errors
+from tuning.hub import find_models
 from tuning.lora.adapter import find_base
 from tuning.metrics import ADDED, AS_WRITTEN, references_of, with_references
 from tuning.run.health import PeerWatchdog
@@ -388,11 +390,16 @@ def read_tools(path: str) -> list[dict]:
 
 def check_args(args) -> None:
     """Resolve --device, read --tools, and set the defaults that depend on other flags."""
+    named = args.model_path
+    find_models(args, "model_path", "ori_model_dir")
+    if args.ori_model_dir and find_base(args.model_path, args.ori_model_dir) == args.model_path:
+        raise UserError(f"--ori_model_dir does nothing for {args.model_path}, which is a complete model: leave it out")
     args.tools = read_tools(args.tools) if args.tools else None
     args.max_src_len = longest_prompt(args)
     if args.predict_path:
         name = os.path.splitext(os.path.basename(args.predict_path))[0]
-        args.output_path = args.output_path or os.path.join(args.model_path, f"predictions-{name}.jsonl")
+        place = folder_of(args.model_path) if named == args.model_path else ""  # not in the cache of a hub
+        args.output_path = args.output_path or os.path.join(place, f"predictions-{name}.jsonl")
     args.device = named_device(args.device)
 
 

@@ -31,6 +31,7 @@ from glm_models.ops import TiledMLP
 from glm_models.pipeline import pipeline_input
 from glm_models.pretrained import check_not_quantised
 from glm_models.quantized import BITS
+from tuning import hub
 from tuning.engine import patches
 from tuning.engine.ds_config import (
     compute_dtype,
@@ -47,6 +48,7 @@ from tuning.engine.saving import check_room, count_results, is_save_step, result
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import record_base
 from tuning.lora.earlier import start_from_adapter
+from tuning.lora.prefix import start_from_prefix, take_prefix
 from tuning.lora.starts import make_start
 from tuning.methods import build_model, check_method, check_zero3, count_parameters, parameter_groups
 from tuning.plan import planner
@@ -157,10 +159,11 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     divide_ranks(args.pipeline_stages)
     peers = PeerWatchdog()
     set_seed(args.seed)
+    find_folders(args, hub.WEIGHTS)
     lock, state = claim_output(args)
 
     # data, model, engine
-    contents = start_from_adapter(args)
+    contents = start_from_adapter(args) | start_from_prefix(args)
     data = read_data(args)
     ds_config = load_training_config(args, data.length.total_steps, data.config.hidden_size)
     for line in ds_notes(ds_config):
@@ -182,7 +185,8 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
         validation = Validation(engine, data.tokenizer, data.sources.held_out, args, data.length, log, save_result)
         resumed["validation"] = validation
     states = Checkpoints(engine, model, resumed, run, args.output_dir, args.save_state_steps, args.save_total_limit)
-    on_rank_0(lambda: check_room(args, result_size(model, dtype), states, count_results(args, data.length)))
+    size = result_size(model, dtype, args.save_prefix_only)
+    on_rank_0(lambda: check_room(args, size, states, count_results(args, data.length)))
     if state:
         states.load(state)
     record = RunRecord(args.output_dir, describe_start(args, run, ds_config, state))
@@ -201,6 +205,16 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     finish(args, model, result, log, validation)
     del lock  # other runs may have the folder now
     return log.history
+
+
+def find_folders(args, need: str) -> None:
+    """Put folders in the place of what the flags name: a hub's model, or a P-Tuning prefix alone, which has a base.
+
+    Args:
+        need: see hub.find_model.
+    """
+    hub.find_models(args, "model_name_or_path", need=need)
+    take_prefix(args)
 
 
 def read_data(args) -> Data:
@@ -283,9 +297,11 @@ def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
     silence_libraries(args.verbose)
     with exit_on_user_errors(), explain_oom(lambda: memory_advice(args)):
         if args.plan:
+            find_folders(args, hub.CONFIG)
             (plan_pipeline if args.pipeline_stages else planner.plan)(args, plan_setup)
         elif args.check_data or args.dump_samples:
             if is_rank_0():
+                find_folders(args, hub.TOKENIZER)
                 (check if args.check_data else dump)(args, load_tokenizer(args.mode, args.model_name_or_path))
         else:
             with leaving_distributed():

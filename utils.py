@@ -26,7 +26,7 @@ def silence_libraries(verbose: bool) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    for name in ("torch.distributed", "torch.utils.cpp_extension", "peft"):
+    for name in ("torch.distributed", "torch.utils.cpp_extension", "peft", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -65,6 +65,8 @@ def once_per_node(action):
     Raises:
         Exception: that of the first such process that failed, on all processes of all nodes.
     """
+    if not torch.distributed.is_initialized():
+        return action()
     local_rank = int(os.environ["LOCAL_RANK"])
     return _once(action, local_rank == 0)[torch.distributed.get_rank() - local_rank]
 

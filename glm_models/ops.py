@@ -169,6 +169,40 @@ def join(result: torch.Tensor, skip: torch.Tensor, alpha: float) -> torch.Tensor
     return _Join.apply(result, skip, alpha)
 
 
+def has_fused_dropout(device: torch.device) -> bool:
+    """Whether the device has one kernel for the random mask and the product with it; a CPU has none."""
+    return device.type != "cpu"
+
+
+class _DroppedFork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        if has_fused_dropout(x.device):
+            dropped, factors = torch.native_dropout(x, p, True)  # factors: bool
+            ctx.scale = 1 / (1 - p)
+        else:
+            factors = torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
+            dropped, ctx.scale = x * factors, 1
+        ctx.save_for_backward(factors)
+        return x.view_as(x), dropped
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_dropped):
+        (factors,) = ctx.saved_tensors
+        return torch.addcmul(grad, grad_dropped, factors, value=ctx.scale), None
+
+
+def fork_dropped(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x for one function, and dropout(x, p) for another; one kernel in the backward pass, where autograd's own takes
+    two.
+
+    Args:
+        p: probability of a zero, 0 < p < 1.
+    """
+    return _DroppedFork.apply(x, p)
+
+
 class _Choice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mask, one, other):
@@ -251,23 +285,22 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):
         to_hidden, to_weight, _ = ctx.needs_input_grad
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)  # float64: there may be a million tokens
         grad_hidden = torch.empty_like(hidden) if to_hidden else None
         grad_weight = torch.zeros_like(weight) if to_weight else None
-        rows = max(1, CHUNK // len(weight))
+        rows, minus_one = max(1, CHUNK // len(weight)), hidden.new_full((1, 1), -1.0, dtype=torch.float32)
+        # of each token, in float32: the target's logit, and the sum of all exp(logit)
+        target_logits, sums = hidden.new_empty((2, len(hidden), 1), dtype=torch.float32)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows]
-            target = targets[start : start + rows, None]
+            target, whole = targets[start : start + rows, None], sums[start : start + rows]
             logits = (part @ weight.t()).float()
             logits -= logits.amax(-1, keepdim=True)
-            target_logits = logits.gather(-1, target)
-            logits.exp_()
-            whole = logits.sum(-1, keepdim=True)
-            total += (whole.log() - target_logits).sum(dtype=torch.float64)
+            torch.gather(logits, -1, target, out=target_logits[start : start + rows])
+            torch.sum(logits.exp_(), -1, keepdim=True, out=whole)
             if not (to_hidden or to_weight):
                 continue
             # probability, minus 1 at the target; in float32, because the difference is small where the model is sure
-            logits.div_(whole).scatter_add_(-1, target, whole.new_full((1, 1), -1.0).expand_as(target))
+            logits.div_(whole).scatter_add_(-1, target, minus_one.expand_as(target))
             grad = logits.to(hidden.dtype)
             del logits
             if to_hidden:
@@ -276,7 +309,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad.t(), part)
             del grad
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return total.float()
+        return (sums.log_() - target_logits).sum(dtype=torch.float64).float()  # float64: there may be a million tokens
 
     @staticmethod
     @once_differentiable

@@ -13,9 +13,15 @@ def rotation_matrices(angles: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack((cos, sin, -sin, cos)).to(dtype).unflatten(0, (2, 2))
 
 
-def _rotate(pairs: torch.Tensor, matrices: torch.Tensor) -> None:
-    rotated = pairs[:1] * matrices[0]
-    pairs.copy_(rotated.addcmul_(pairs[1:], matrices[1]))
+def _rotate(mixed: torch.Tensor, matrices: torch.Tensor, pairs) -> torch.Tensor:
+    old = pairs(mixed)
+    if old.numel() == mixed.numel():  # into a new tensor; nothing has to be copied
+        result = torch.empty_like(mixed)
+        torch.mul(old[:1], matrices[0], out=pairs(result)).addcmul_(old[1:], matrices[1])
+        return result
+    rotated = old[:1] * matrices[0]
+    old.copy_(rotated.addcmul_(old[1:], matrices[1]))
+    return mixed
 
 
 class _Rotation(torch.autograd.Function):
@@ -23,28 +29,26 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx, mixed, matrices, pairs):
         ctx.save_for_backward(matrices)
         ctx.pairs = pairs
-        mixed = mixed.detach()  # for the reason in ops._AddedProduct
-        _rotate(pairs(mixed), matrices)
-        return mixed
+        return _rotate(mixed.detach(), matrices, pairs)  # detached for the reason in ops._AddedProduct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (matrices,) = ctx.saved_tensors
-        # transposed: the inverse of a rotation. In place, since this gradient was just put together from q's, k's, v's
-        _rotate(ctx.pairs(grad), matrices.transpose(0, 1))
-        return grad, None, None
+        # transposed: the inverse of a rotation. This gradient, put together from q's, k's and v's, may be overwritten
+        return _rotate(grad, matrices.transpose(0, 1), ctx.pairs), None, None
 
 
 def apply_rotary(mixed: torch.Tensor, matrices: torch.Tensor, pairs) -> torch.Tensor:
-    """Rotate the queries and keys in the output of the query-key-value projection; three kernels on a GPU.
+    """Rotate the queries and keys in the output of the query-key-value projection; at most three kernels on a GPU.
 
-    In place: the result overwrites `mixed`, which nothing else may use, and the gradient that of the result.
+    The result may overwrite `mixed`, which nothing else may use, and its gradient that of the result.
 
     Args:
         mixed: [batch, tokens, size].
         matrices: see rotation_matrices.
-        pairs: the family's function; gives the pairs to rotate as a view of mixed, [2, batch, tokens, ...].
+        pairs: the family's function; gives the pairs to rotate as a view of mixed, [2, batch, tokens, ...]. Where it
+            gives all of mixed, two kernels write a new tensor; else a third writes the pairs back.
     """
     return _Rotation.apply(mixed, matrices, pairs)
 
@@ -62,26 +66,29 @@ def glm_angles(config, position_ids: torch.Tensor) -> torch.Tensor:
         position_ids: [batch, axes, tokens]; of 2 axes, each rotates half of every head; 1 axis rotates the whole head.
 
     Returns:
-        [batch, tokens, 1, 1, axes, head_dim / axes / 2], float32.
+        [batch, tokens, 1, 3, axes, head_dim / axes / 2], float32: of queries, keys and values; values are not turned,
+        their angles are 0.
     """
     axes = position_ids.shape[1]
     dim = config.hidden_size // config.num_attention_heads // axes
     steps = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32)
     inv_freq = (1.0 / 10000 ** (steps / dim)).half().float()
-    return position_ids.transpose(1, 2)[:, :, None, None, :, None] * inv_freq
+    frequencies = torch.stack((inv_freq, inv_freq, torch.zeros_like(inv_freq)))[:, None]
+    return position_ids.transpose(1, 2)[:, :, None, None, :, None] * frequencies
 
 
 def glm_pairs(mixed: torch.Tensor, config) -> torch.Tensor:
-    """The pairs of queries and keys in mixed [batch, tokens, heads * 3 * head_dim], laid out head by head [q | k | v].
+    """The pairs in mixed [batch, tokens, heads * 3 * head_dim], laid out head by head [q | k | v].
 
-    Each axis has its part of every head; the first half of the part pairs with the second half.
+    Each axis has its part of every head; the first half of the part pairs with the second half. Those of values are
+    among the pairs, though not turned: a rotation of all is two kernels, of queries and keys alone three.
 
     Returns:
-        [2, batch, tokens, heads, 2, axes, head_dim / axes / 2].
+        [2, batch, tokens, heads, 3, axes, head_dim / axes / 2].
     """
     axes = 2 if config.position_encoding_2d else 1
     half = config.hidden_size // config.num_attention_heads // axes // 2
-    return mixed.unflatten(-1, (-1, 3, axes, 2, half))[:, :, :, :2].movedim(-2, 0)
+    return mixed.unflatten(-1, (-1, 3, axes, 2, half)).movedim(-2, 0)
 
 
 # ChatGLM2-6B and ChatGLM3-6B: half of each head

@@ -3,7 +3,7 @@
 # LoRA and all parameters, with the official settings, sampling and scores. Prints our scores beside the official ones.
 # Needs the official weights, the data, and: pip install jieba==0.42.1 rouge-chinese==1.0.3 nltk==3.10.4
 #
-#   MODEL    folder of ChatGLM-6B             (default ChatGLM-6B)
+#   MODEL    ChatGLM-6B: folder, or hub name  (default ChatGLM-6B)
 #   TRAIN    AdvertiseGen's train.json        (default AdvertiseGen/train.json); rows of content and summary
 #   DEV      AdvertiseGen's dev.json          (default AdvertiseGen/dev.json)
 #   METHODS  some of ptuning lora all         (default all three)
@@ -35,9 +35,9 @@ if [ $((16 % (batch * gpus))) -ne 0 ]; then
   echo "error: BATCH $batch times NUM_GPUS $gpus must divide 16, the rows of a step" >&2
   exit 2
 fi
-for path in "$model" "$train" "$dev"; do
+for path in "$train" "$dev"; do  # a model may be named as on a hub; train.py looks for it
   if [ ! -e "$path" ]; then
-    echo "error: $path is not there; MODEL, TRAIN and DEV name the model's folder and the two files" >&2
+    echo "error: $path is not there; TRAIN and DEV name the two files" >&2
     exit 2
   fi
 done

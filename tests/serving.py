@@ -215,7 +215,7 @@ class Expected:
                 found = self.texts[mode, name]
                 different = sum(a != b for a, b in zip(found, self.texts[mode, "base"], strict=True))
                 assert different > len(found) // 2 and len(set(found)) > len(found) // 2, (mode, name, found)
-                assert all(len(set(text)) > 4 for text in found), (mode, name, found)
+                assert name == "ptuning" or all(len(set(text)) > 4 for text in found), (mode, name, found)
 
     def of(self, mode: str, name: str) -> list[str]:
         return self.texts[mode, name]

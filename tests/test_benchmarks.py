@@ -11,6 +11,7 @@ import pytest
 from runs import Forked
 
 import train
+from glm_models import MODE
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "benchmark"
@@ -48,3 +49,16 @@ def test_the_speed_of_each_kind_is_measured_with_flags_that_train_py_takes(tiny,
     for more in training_speed.OURS.values():
         argv = training_speed.arguments("glm3", tiny["glm3"], __file__, f"{tmp_path}/output", 384, more)
         assert train.parse_args(argv).train_type == "lora"
+
+
+@pytest.mark.parametrize("mode", MODE)
+@pytest.mark.parametrize(("method", "most"), [("lora", 3000), ("all", 1800), ("ptuning", 3000)])
+def test_a_micro_batch_launches_few_kernels_and_waits_for_none(mode, method, most, monkeypatch):
+    """Of the official number of layers, reckoned from two small numbers: all layers but the first and last are alike."""
+    monkeypatch.syspath_prepend(FOLDER)
+    from kernel_count import count_method
+
+    two, three = (count_method(mode, method, 150, layers) for layers in (2, 3))
+    assert not two.waits and not three.waits
+    of_a_layer = three.kernels.total() - two.kernels.total()
+    assert of_a_layer > 0 and three.kernels.total() + (28 - 3) * of_a_layer <= most

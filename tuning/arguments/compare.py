@@ -9,6 +9,7 @@ from collections.abc import Callable
 from glm_models import MODE
 from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
+from tuning.arguments.models import Model
 from tuning.arguments.parser import SWITCH, File, Integer, NewPath, Number, Parser
 from tuning.errors import UserError
 
@@ -58,9 +59,9 @@ class ModelFolder:
         mode, _, folder = text.partition("=")
         if mode not in MODE or not folder:
             raise ValueError(f"MODE=FOLDER is needed, MODE one of {', '.join(MODE)}")
-        if not os.path.isfile(os.path.join(folder, "config.json")):
+        if os.path.exists(folder) and not os.path.isfile(os.path.join(folder, "config.json")):
             raise ValueError("no model folder there (config.json is missing)")
-        return mode, folder
+        return mode, Model()(folder)
 
 
 class Rate:

@@ -6,16 +6,19 @@
 An adapter is loaded together with its base, which its config names.
 """
 
+import functools
 import os
 from typing import NamedTuple
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from transformers import initialization as init
 
 from glm_models import MODE, check_family
 from glm_models.checkpoint import printable, weight_layout
 from glm_models.families import how_to_download
 from glm_models.identify import check_ids
+from glm_models.prefix import Prefix, find_prefix
 from glm_models.pretrained import has_lost_prefix
 from glm_models.quantized import BITS
 from glm_models.streamed import skeleton
@@ -26,6 +29,7 @@ from tuning.engine.pipeline import load_stage
 from tuning.engine.quantized import load_quantized
 from tuning.engine.source import Source
 from tuning.errors import UserError
+from tuning.hub import find_model
 from tuning.lora.adapter import (
     CONFIG,
     add_adapter,
@@ -37,6 +41,7 @@ from tuning.lora.adapter import (
     unread_keys,
 )
 from tuning.lora.layers import more_than_plain
+from tuning.lora.prefix import fill, load_with_prefix, open_prefix
 from utils import print_rank_0, stage_rank, supports_bf16
 
 # Keys of a LoRA config that prediction does not support, and why.
@@ -109,8 +114,10 @@ def load_result(
     it would be rounded to their precision, and most of the update would be lost. So it does on a quantised base.
 
     Args:
-        folder: a full model, a P-Tuning result or a LoRA adapter.
-        base: the base model of an adapter; None for the one that the adapter's config names.
+        folder: a full model, a P-Tuning result or a LoRA adapter; or a P-Tuning prefix that was saved alone, as a
+            folder or as a weights file.
+            Or the name of a model on a hub, see tuning.hub; `base` too.
+        base: the base model of an adapter or a prefix; None for the one that its config names.
         device: as "cuda:1" or "cpu"; None for the accelerator, else the CPU.
         dtype: None for the dtype of the checkpoint if the device supports it, and for float32 on a CPU.
         bits: quantise the linear layers of the base to 4 or 8 bits; 0: do not; None: as in the result's training.
@@ -119,18 +126,20 @@ def load_result(
         UserError: no such folder, device or base; or a package is missing.
         CheckpointError, FolderError: files are broken, or base and adapter do not belong together.
     """
-    if not os.path.isdir(folder):
+    folder, base = find_model(folder), base and find_model(base)
+    if not os.path.exists(folder):
         raise UserError(f"{folder}: no such folder; {how_to_download(mode)}")
     whole = find_base(folder, base)
     device = device if isinstance(device, torch.device) else named_device(device)
-    if whole != folder:
-        check_adapter(mode, folder, whole)
+    prefix = read_beside(mode, folder, whole)
     tokenizer = load_tokenizer(mode, whole)
     dtype, reason = (dtype, "as asked") if dtype else choose_dtype(whole, device)
     bits, precision = prediction_bits(folder, bits)
     quantize = Quantize(bits, device) if bits else None
     print_rank_0(f"{folder} on {device} in {str(dtype).removeprefix('torch.')} ({reason}){precision}")
-    if whole == folder:
+    if prefix:
+        model = load_with_prefix(functools.partial(load_base, mode, whole, dtype, quantize=quantize), prefix)
+    elif whole == folder:
         model = load_base(mode, whole, dtype, quantize=quantize)
     else:
         model = load_adapted(mode, folder, whole, dtype, quantize)
@@ -157,6 +166,32 @@ def prediction_bits(folder: str, bits: int | None = None) -> tuple[int, str]:
         before = f"quantised to {trained} bits" if trained else "not quantised"
         why += f"; in its training they were {before}"
     return bits, f", linear layers of the base {name} ({why})" if bits or trained else ""
+
+
+def read_beside(mode: str, folder: str, base: str) -> Prefix | None:
+    """Check an adapter, or a prefix alone, and that its base is the one recorded in training.
+
+    Returns:
+        The prefix. None for an adapter, and for a complete model, which is its own base.
+
+    Raises:
+        UserError, CheckpointError, FolderError: the two do not belong together, or what is in `folder` is broken.
+    """
+    if base == folder:
+        return None
+    if not find_prefix(folder):
+        check_adapter(mode, folder, base)
+        return None
+    prefix = open_prefix(folder)
+    kind = ", ".join(f"{key} {value}" for key, value in prefix.config.items())
+    said = [f"{folder} is a P-Tuning prefix alone ({kind}); its base model is {base}", check_base(folder, mode, base)]
+    check_family(base, mode, need=("config",))
+    family = MODE[mode]
+    with torch.device("meta"), init.no_init_weights():  # before the base is loaded
+        fill(family.model(family.config.from_pretrained(base, **prefix.config)), prefix)
+    for line in said:
+        print_rank_0(printable(line))
+    return prefix
 
 
 def check_adapter(mode: str, folder: str, base: str) -> None:

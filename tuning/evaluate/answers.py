@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from glm_models.checkpoint import CheckpointError, read_json
 from glm_models.identify import describe_base
+from glm_models.prefix import find_prefix
 from glm_models.tools import find_call
 from tuning import folders
 from tuning.errors import FolderError, UserError
@@ -77,7 +78,8 @@ def describe_model(mode: str, folder: str, base: str, tokenizer) -> dict:
     found = {}
     if base != folder:
         names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-        paths = [os.path.join(folder, name) for name in names]
+        prefix = find_prefix(folder)
+        paths = [prefix] if prefix else [os.path.join(folder, name) for name in names]
         found = {f"{os.path.basename(p)} of --model_path": file_hash(p) for p in paths if os.path.isfile(p)}
     model = describe_base(mode, base)
     whose = "--model_path" if base == folder else "the base"

@@ -33,6 +33,7 @@ from tuning.evaluate import report, scores
 from tuning.evaluate.inputs import read_curves
 from tuning.exits import exit_on_user_errors
 from tuning.folders import file_hash, write_errors, write_file
+from tuning.hub import find_model
 from tuning.samples.formats import question_of, unused_keys
 from tuning.samples.row_files import describe_file, read_rows
 
@@ -367,6 +368,7 @@ def main(argv=None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with exit_on_user_errors():
         args = parse_args(argv)
+        args.model = {mode: find_model(model) for mode, model in args.model.items()}
         try:
             path = compare(args)
         except (KeyboardInterrupt, Interrupted):

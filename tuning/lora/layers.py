@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import nn
 
-from glm_models.ops import OutputLayer, add_product
+from glm_models.ops import OutputLayer, add_product, fork_dropped
 from glm_models.quantized import QuantizedLinear
 from tuning.lora.starts import starts_from_base
 
@@ -84,10 +84,13 @@ class LoraLinear(lora.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.disable_adapters or self.merged:
             return super().forward(x)
-        result = self.base_layer(x)
+        inputs = {}
         for name in self.active_adapters:
-            low = self.lora_A[name](self.lora_dropout[name](x))
-            result = self.lora_B[name](low, result, self.scaling[name])
+            dropout = self.lora_dropout[name]  # an Identity where the adapter has none
+            x, inputs[name] = fork_dropped(x, dropout.p) if self.training and hasattr(dropout, "p") else (x, x)
+        result = self.base_layer(x)
+        for name, dropped in inputs.items():
+            result = self.lora_B[name](self.lora_A[name](dropped), result, self.scaling[name])
         return result
 
 

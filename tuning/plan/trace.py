@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from glm_models import attention as model_attention
+from glm_models import ops as model_ops
 from glm_models.quantized import quantized_layers
 
 
@@ -177,7 +178,7 @@ def meta_kernels(on_gpu: bool):
         on_gpu: allocate like GPU kernels; otherwise like CPU kernels.
     """
     real_attention, real_dropout = F.scaled_dot_product_attention, F.dropout
-    real_missing = model_attention.why_no_flash_attention
+    real_missing, real_fused = model_attention.why_no_flash_attention, model_ops.has_fused_dropout
 
     def attention(query, key, value, attn_mask=None, *args, **kwargs):
         if not query.is_meta:
@@ -208,6 +209,7 @@ def meta_kernels(on_gpu: bool):
     with (
         mock.patch.object(F, "scaled_dot_product_attention", attention),
         mock.patch.object(F, "dropout", dropout),
+        mock.patch.object(model_ops, "has_fused_dropout", lambda x: on_gpu if x.type == "meta" else real_fused(x)),
         mock.patch.object(model_attention, "varlen_attn", packed_attention),
         mock.patch.object(model_attention, "why_no_flash_attention", missing),
         mock.patch.object(model_attention, "FUSED", [*model_attention.FUSED, torch.ops.memory_plan.attention.default]),

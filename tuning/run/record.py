@@ -234,12 +234,13 @@ def open_output(args) -> str | None:
         print_rank_0(
             f"going on from {state}" if state else f"no training state in {args.output_dir} yet: from the start"
         )
-    if args.adapter_path and args.overwrite_output_dir:
-        inside = os.path.realpath(args.adapter_path) + os.sep
-        if inside.startswith(os.path.realpath(args.output_dir) + os.sep):
+    removed = results.list_removable(args.output_dir) if args.overwrite_output_dir else []
+    removed = tuple(os.path.realpath(path) + os.sep for path in removed)
+    for start in filter(None, (args.model_name_or_path, args.adapter_path, args.ptuning_checkpoint)):
+        if (os.path.realpath(start) + os.sep).startswith(removed):
             raise UserError(
-                f"--overwrite_output_dir would remove {args.adapter_path}, from which this run should start: name "
-                "another --output_dir"
+                f"--overwrite_output_dir would remove {start}, from which this run should start: name another "
+                "--output_dir"
             )
     results.check_second_run(args.output_dir, state, args.resume_from_checkpoint == "auto", args.overwrite_output_dir)
     return state
