@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
-from conftest import TEXT
+import torch
+from conftest import TEXT, make_lively_checkpoint
 from jobs import run_jobs
 from runs import ROOT
 
@@ -46,7 +47,13 @@ AGAIN = "再下一句？"
 TOOLS = [
     {"name": "find", "description": "查找", "parameters": {"type": "object", "properties": {"text": {}, "at": {}}}}
 ]
-SIZE = "--layers 4 --hidden_size 96 --heads 6"
+# chatglm.cpp scales ChatGLM's layers as those of 28, whatever config.json says; vLLM has heads of 32 and larger
+SIZES = {
+    "glm": "--layers 28 --hidden_size 64 --heads 4",
+    "glm2": "--layers 4 --hidden_size 128 --heads 4",
+    "glm3": "--layers 4 --hidden_size 128 --heads 4",
+}
+TIMES = {"base": 8, "all": 25, "lora": 40, "ptuning": 15}  # that a row is learnt
 METHODS = {
     "all": "--learning_rate 2e-3",
     "lora": "--lora_dim 16 --lora_alpha 32 --lora_dropout 0 --learning_rate 5e-3 "
@@ -142,12 +149,12 @@ def make_bases(every: list[Models], args) -> None:
     text = write_rows(folder / "text.json", [{"text": line} for line in [*TEXT, TOOLS_SYSTEM, json.dumps(TOOLS)]])
     jobs = {}
     for models in every:
-        flags = f"--mode {models.mode} --output {models['start']} --text {text} {SIZE}"
+        flags = f"--mode {models.mode} --output {models['start']} --text {text} {SIZES[models.mode]}"
         tiny.main(flags.split())
         for path in (code / models.mode).glob("*.py") if code else ():
             shutil.copy(path, models["start"])
         lines = [line for line in reversed(TEXT) if 8 <= len(line) <= 24]
-        jobs |= training(models, "all", "start", rows_to_learn(models.mode, lines, "上一句"), "base-run", 8)
+        jobs |= training(models, "all", "start", rows_to_learn(models.mode, lines, "上一句"), "base-run", TIMES["base"])
     run_jobs(folder, 1, jobs)
     for models in every:
         last_result(models["base-run"]).rename(models["base"])
@@ -158,7 +165,9 @@ def make_models(every: list[Models], args) -> None:
     jobs = {}
     for models in every:
         for method in METHODS:
-            jobs |= training(models, method, "base", rows_to_learn(models.mode, SENTENCES), f"{method}-run", 30)
+            jobs |= training(
+                models, method, "base", rows_to_learn(models.mode, SENTENCES), f"{method}-run", TIMES[method]
+            )
     run_jobs(args.work, 1, jobs)
     for models in every:
         for method in METHODS:
@@ -206,7 +215,7 @@ class Expected:
                 found = self.texts[mode, name]
                 different = sum(a != b for a, b in zip(found, self.texts[mode, "base"], strict=True))
                 assert different > len(found) // 2 and len(set(found)) > len(found) // 2, (mode, name, found)
-                assert all(len(set(text)) > 4 for text in found), (mode, name, found)
+                assert name == "ptuning" or all(len(set(text)) > 4 for text in found), (mode, name, found)
 
     def of(self, mode: str, name: str) -> list[str]:
         return self.texts[mode, name]
@@ -278,8 +287,6 @@ def with_vllm(args, every: list[Models], expected: Expected):
         tokenizer = str(models["tokenizer"])
         for what, name, more in (
             ("all-hf", "all", {}),
-            ("merged-hf", "merged", {}),
-            ("all", "all", {"tokenizer": tokenizer}),
             ("merged", "merged", {"tokenizer": tokenizer}),
             ("base", "lora", {"tokenizer": tokenizer, "adapter": str(models["lora"])}),
             ("base-hf", "lora", {"adapter": str(models["lora-hf"])}),
@@ -288,6 +295,8 @@ def with_vllm(args, every: list[Models], expected: Expected):
             found = ask(args.python_vllm, "vllm", args.work, task)
             with_files = f" with {' and '.join(more)}" if more else ""
             yield compare("vLLM", f"{models.mode} {what}{with_files}", found, expected.of(models.mode, name))
+    if "glm3" not in args.mode:
+        return
     models = expected.models["glm3"]
     port = free_port()
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(models["all"]), "--port", str(port)]
@@ -296,12 +305,12 @@ def with_vllm(args, every: list[Models], expected: Expected):
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     task = {"folder": str(models["all"]), "command": command, "port": port, "model": "mine", "environment": environment}
     task |= {"log": f"{args.work}/vllm-serve.log"}
-    found = ask(args.python_vllm, "server", args.work, task | {"talks": talks_to_ask()})
-    texts = [message["content"] for message in found]
-    yield compare("vllm serve", "glm3 all", texts, expected.of("glm3", "all"))
     tools = [{"type": "function", "function": tool} for tool in TOOLS]
-    found = ask(args.python_vllm, "server", args.work, task | {"talks": tool_talks(), "tools": tools})
-    yield compare_call("vllm serve", [message["content"] for message in found], models)
+    plain_talks = talks_to_ask()
+    task |= {"talks": [*plain_talks, *tool_talks()], "tools": [None] * len(plain_talks) + [tools] * 2}
+    texts = [message["content"] for message in ask(args.python_vllm, "server", args.work, task)]
+    yield compare("vllm serve", "glm3 all", texts[:-2], expected.of("glm3", "all"))
+    yield compare_call("vllm serve", texts[-2:], models)
 
 
 def compare_call(client: str, texts: list[str], models: Models) -> Check:
@@ -353,6 +362,39 @@ def with_llama_cpp(args, every: list[Models], expected: Expected):
                 wrong = [text for text, a, b in zip(every_text, found["ids"], ids, strict=True) if a != b]
                 right = len(ids) - len(wrong)
                 yield Check("llama.cpp", f"{title}, ids of texts", right, len(ids), repr(wrong[:3]) if wrong else "")
+    yield from variants_in_llama_cpp(args)
+
+
+# Networks that the official models have, or that other models of these families may have.
+VARIANTS = {
+    "glm2, positions divided by 4": ("glm2", {"rope_ratio": 4.0}),
+    "glm3, rope_ratio 4": ("glm3", {"rope_ratio": 4.0}),
+    "glm2, keys of all heads": ("glm2", {"multi_query_attention": False}),
+}
+
+
+def variants_in_llama_cpp(args):
+    """Random models of other networks: the likeliest ids after prompts of random ids."""
+    for title, (mode, config) in VARIANTS.items():
+        if mode not in args.mode:
+            continue
+        folder = args.work / re.sub(r"\W+", "-", title)
+        if not folder.exists():
+            make_lively_checkpoint(mode, str(folder), layers=3, hidden_size=64, heads=4, vocab_size=1000, **config)
+            gguf.main(["--mode", mode, "--model_path", str(folder), "--output_dir", f"{folder}-gguf"])
+        prompts = torch.randint(400, 900, (4, 60), generator=torch.Generator().manual_seed(3)).tolist()
+        model = MODE[mode].model.from_pretrained(str(folder)).eval()
+        right = []
+        with torch.inference_mode():
+            for prompt in prompts:
+                ids = list(prompt)
+                for _ in range(48):
+                    ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+                right.append(ids[len(prompt) :])
+        task = {"folder": f"{folder}-gguf/{gguf.MODEL_FILE}", "talks": [], "prompts": prompts}
+        found = ask(args.python_llama, "llama_cpp", args.work, task)["more"]
+        same = sum(there == here for there, here in zip(found, right, strict=True))
+        yield Check("llama.cpp", title, same, len(right), "" if same == len(right) else f"{found[0]}, not {right[0]}")
 
 
 def free_port() -> int:
@@ -375,12 +417,13 @@ def parse_args():
         parser.add_argument(f"--python_{client}", help="Python of an environment, see above")
     parser.add_argument("--official_code", type=Path, help="folders glm, glm2, glm3 with the official .py files")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="programs to ask")
+    parser.add_argument("--mode", nargs="+", choices=MODE, default=list(MODE), help="families")
     parser.add_argument("--work", type=Path, help="folder to keep; default: one that is removed")
     return parser.parse_args()
 
 
 def check_all(args) -> list[Check]:
-    every = [Models(mode, args.work) for mode in MODE]
+    every = [Models(mode, args.work) for mode in args.mode]
     for make, done in ((make_bases, args.work / "bases"), (make_models, args.work / "models")):
         if not done.exists():
             make(every, args)

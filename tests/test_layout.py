@@ -32,7 +32,7 @@ COMMAND_LINES = {
     "glm_models.convert.__main__": ("tuning.arguments.parser", "tuning.errors", "tuning.exits", "tuning.folders")
     + ("tuning.arguments.models", "tuning.hub", "tuning.lora.adapter", "utils"),
     "glm_models.convert.gguf": ("tuning.arguments.parser", "tuning.errors", "tuning.exits", "tuning.folders")
-    + ("tuning.lora.adapter", "utils"),
+    + ("tuning.arguments.models", "tuning.hub", "tuning.lora.adapter", "utils"),
 }
 
 

@@ -1,6 +1,6 @@
 """Write a ChatGLM2 or ChatGLM3, or a LoRA adapter of one, as a GGUF file for llama.cpp and what is built on it.
 
-    python -m glm_models.convert.gguf --mode glm3 --model_path output-glm3/epoch-2-step-750-merged --output_dir glm3-gguf
+    python -m glm_models.convert.gguf --mode glm3 --model_path output-glm3/epoch-2-step-750-merged --output_dir my-gguf
 
 Vocabulary, stop tokens and chat template are in the file. Names of keys and tensors are those of the package gguf:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -10,7 +10,8 @@ import argparse
 
 from glm_models import MODE
 from tuning import exits
-from tuning.arguments.parser import Folder, NewPath, Parser, answer_early
+from tuning.arguments.models import Model
+from tuning.arguments.parser import NewPath, Parser, answer_early
 
 TYPES = ("float32", "float16", "bfloat16")
 
@@ -25,12 +26,12 @@ def make_parser() -> Parser:
     group = parser.group("models")
     group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM2-6B or ChatGLM3-6B")
     group.add_argument(
-        "--model_path", type=Folder(), required=True,
-        help="an official folder, a result, a GlmForCausalLM of glm_models.convert, or a LoRA adapter",
+        "--model_path", type=Model(), required=True,
+        help="an official model, as folder or name on a hub; a result; a GlmForCausalLM of glm_models.convert; an adapter",
     )  # fmt: skip
     group.add_argument("--output_dir", type=NewPath(), required=True, help="folder to write; must be empty or new")
     group.add_argument(
-        "--ori_model_dir", type=Folder(), default_text="what the folder names",
+        "--ori_model_dir", type=Model(), default_text="what the folder names",
         help="of an adapter: its base; of a GlmForCausalLM: the official folder with config and vocabulary",
     )  # fmt: skip
     group.add_argument(
@@ -83,6 +84,7 @@ from glm_models.streamed import as_bytes, skeleton
 from tuning.errors import UserError
 from tuning.exits import exit_on_user_errors
 from tuning.folders import check_new_folder, check_space, claimed_folder
+from tuning.hub import WEIGHTS, find_models
 from tuning.lora.adapter import CONFIG, check_base, find_base, read_adapter, trained_bits
 from utils import silence_libraries
 
@@ -386,6 +388,7 @@ def main(argv=None) -> None:
     with exit_on_user_errors():
         args = parse_args(argv)
         silence_libraries(verbose=False)
+        find_models(args, "model_path", "ori_model_dir", need=WEIGHTS)
         print(f"wrote {os.path.normpath(args.output_dir)}: {write(args)}; {args.model_path} is unchanged")
 
 

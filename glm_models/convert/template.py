@@ -23,7 +23,7 @@ _GLM2 = """\
         {{- raise_exception('the content of a message must be text; ChatGLM2 has no tools') }}
     {%- endif %}
     {%- if role == 'user' %}
-        {{- '[Round ' + (loop.index0 // 2 + 1)|string + ']\\n\\n问：' + message['content'] + '\\n\\n' }}
+        {{- '[Round ' + ((loop.index0 / 2)|int + 1)|string + ']\\n\\n问：' + message['content'] + '\\n\\n' }}
     {%- else %}
         {%- if loop.last and add_generation_prompt %}
             {{- raise_exception('the last message must be the question that is to be answered') }}
@@ -49,6 +49,9 @@ _GLM3 = """\
     {{- found.tools|tojson(indent=4) }}
 {%- endmacro %}
 {%- macro block_of(arguments) %}
+    {%- if '%r'|format('a') != "'a'" %}
+        {{- raise_exception('this program cannot write tool_calls; send the text of the call with its metadata') }}
+    {%- endif %}
     {%- if arguments is not mapping %}
         {{- raise_exception('the arguments of a call must be an object, not a text') }}
     {%- endif %}

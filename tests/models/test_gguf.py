@@ -111,7 +111,7 @@ WORDS = ("[gMASK]<sop>", "[gMASK]sop", "<|assistant|>", "<|user|>", "<|im_start|
 def test_the_template_writes_the_same_prompts_and_looks_like_no_other(tiny, tmp_path, mode):
     fast = AutoTokenizer.from_pretrained(convert(mode, tiny[mode], tmp_path / "tokenizer", "--tokenizer_only"))
     template = gguf.chat_template(mode)
-    assert not any(word in template for word in WORDS)
+    assert not any(word in template for word in WORDS) and "//" not in template  # which llama.cpp does not divide by
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )

@@ -61,7 +61,8 @@ def chatglm_cpp(task: dict) -> list[str]:
 def llama_cpp(task: dict) -> dict:
     """llama-cpp-python with a GGUF file ("folder" is the file).
 
-    Task: "adapter", a GGUF file; "texts". Returns "answers", and "ids" of the texts without special tokens.
+    Task: "adapter", a GGUF file; "texts"; "prompts", lists of ids. Returns "answers", "ids" of the texts without
+    special tokens, and "more": the ids that follow each prompt.
     """
     from llama_cpp import Llama
 
@@ -73,11 +74,15 @@ def llama_cpp(task: dict) -> dict:
         found = model.create_chat_completion(talk, temperature=0, max_tokens=LONGEST)
         answers.append(found["choices"][0]["message"]["content"])
     ids = [model.tokenize(text.encode(), add_bos=False, special=False) for text in task.get("texts", ())]
-    return {"answers": answers, "ids": ids}
+    more = []
+    for prompt in task.get("prompts", ()):
+        model.reset()
+        more.append([token for token, _ in zip(model.generate(prompt, temp=0), range(LONGEST), strict=False)])
+    return {"answers": answers, "ids": ids, "more": more}
 
 
 def server(task: dict) -> list[dict]:
-    """An OpenAI-compatible server. Task: "command" that starts it, "port", "model". Returns the messages."""
+    """An OpenAI-compatible server. Task: "command" that starts it, "port", "model", "tools" of talks. To: messages."""
     url = f"http://127.0.0.1:{task['port']}"
     words = [sys.executable, *task["command"]]
     with open(f"{task['log']}", "w") as log:
@@ -88,7 +93,8 @@ def server(task: dict) -> list[dict]:
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"the server did not start: {Path(task['log']).read_text()[-3000:]}")
             time.sleep(1)
-        return [_ask(url, task["model"], talk, task.get("tools")) for talk in task["talks"]]
+        tools = task.get("tools") or [None] * len(task["talks"])
+        return [_ask(url, task["model"], talk, some) for talk, some in zip(task["talks"], tools, strict=True)]
     finally:
         process.terminate()
         process.wait()
