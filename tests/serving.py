@@ -53,7 +53,8 @@ SIZES = {
     "glm2": "--layers 4 --hidden_size 128 --heads 4",
     "glm3": "--layers 4 --hidden_size 128 --heads 4",
 }
-TIMES = {"base": 8, "all": 25, "lora": 40, "ptuning": 15}  # that a row is learnt
+TIMES = {"all": 25, "lora": 40, "ptuning": 15}  # that a row is learnt
+BASES = {"glm": (24, 30), "glm2": (100, 8), "glm3": (100, 8)}  # lines of text that a base learns, and how often
 METHODS = {
     "all": "--learning_rate 2e-3",
     "lora": "--lora_dim 16 --lora_alpha 32 --lora_dropout 0 --learning_rate 5e-3 "
@@ -153,8 +154,9 @@ def make_bases(every: list[Models], args) -> None:
         tiny.main(flags.split())
         for path in (code / models.mode).glob("*.py") if code else ():
             shutil.copy(path, models["start"])
-        lines = [line for line in reversed(TEXT) if 8 <= len(line) <= 24]
-        jobs |= training(models, "all", "start", rows_to_learn(models.mode, lines, "上一句"), "base-run", TIMES["base"])
+        count, times = BASES[models.mode]
+        lines = [line for line in TEXT if 8 <= len(line) <= 24][count::-1]
+        jobs |= training(models, "all", "start", rows_to_learn(models.mode, lines, "上一句"), "base-run", times)
     run_jobs(folder, 1, jobs)
     for models in every:
         last_result(models["base-run"]).rename(models["base"])
