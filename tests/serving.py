@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 import torch
+from clients import LONGEST
 from conftest import TEXT, make_lively_checkpoint
 from jobs import run_jobs
 from runs import ROOT
@@ -41,7 +42,6 @@ from glm_models.convert import __main__ as convert
 from glm_models.convert import gguf
 from glm_models.tools import TOOLS_SYSTEM, read_answer
 
-CLIENTS = ("transformers", "vllm", "chatglm.cpp", "llama.cpp")
 SENTENCES = [text for text in TEXT if 10 <= len(text) <= 24 and "{" not in text and "[" not in text][:16]
 AGAIN = "再下一句？"
 TOOLS = [
@@ -53,7 +53,8 @@ SIZES = {
     "glm2": "--layers 4 --hidden_size 128 --heads 4",
     "glm3": "--layers 4 --hidden_size 128 --heads 4",
 }
-TIMES = {"base": 8, "all": 25, "lora": 40, "ptuning": 15}  # that a row is learnt
+TIMES = {"all": 25, "lora": 40, "ptuning": 15}  # that a row is learnt
+BASES = {"glm": (24, 30), "glm2": (100, 8), "glm3": (100, 8)}  # lines of text that a base learns, and how often
 METHODS = {
     "all": "--learning_rate 2e-3",
     "lora": "--lora_dim 16 --lora_alpha 32 --lora_dropout 0 --learning_rate 5e-3 "
@@ -109,6 +110,13 @@ def tool_talks() -> list[list[dict]]:
     return [[asked], [asked, made, result]]
 
 
+def with_tool_talks(mode: str) -> dict:
+    """The conversations to ask, and for ChatGLM3 those with tools after them, as parts of a task for a server."""
+    talks, tools = talks_to_ask(), [{"type": "function", "function": tool} for tool in TOOLS]
+    more = tool_talks() if mode == "glm3" else []
+    return {"talks": [*talks, *more], "tools": [None] * len(talks) + [tools] * len(more)}
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     return path
@@ -153,8 +161,9 @@ def make_bases(every: list[Models], args) -> None:
         tiny.main(flags.split())
         for path in (code / models.mode).glob("*.py") if code else ():
             shutil.copy(path, models["start"])
-        lines = [line for line in reversed(TEXT) if 8 <= len(line) <= 24]
-        jobs |= training(models, "all", "start", rows_to_learn(models.mode, lines, "上一句"), "base-run", TIMES["base"])
+        count, times = BASES[models.mode]
+        lines = [line for line in TEXT if 8 <= len(line) <= 24][count::-1]
+        jobs |= training(models, "all", "start", rows_to_learn(models.mode, lines, "上一句"), "base-run", times)
     run_jobs(folder, 1, jobs)
     for models in every:
         last_result(models["base-run"]).rename(models["base"])
@@ -195,7 +204,7 @@ def expect(models: Models, name: str, talks: list[list[dict]], **more) -> list[s
     write_rows(path, [{"messages": talk, **more} for talk in talks])
     output = path.with_suffix(".answers")
     argv = f"--mode {models.mode} --model_path {models[name]} --predict_path {path} --output_path {output}"
-    predict.main([*argv.split(), "--max_new_tokens", "48", "--device", "cpu", "--overwrite"])
+    predict.main([*argv.split(), "--max_new_tokens", str(LONGEST), "--device", "cpu", "--overwrite"])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert name in ("base", "ptuning") or all(row["ended"] for row in rows), (models.mode, name, rows)
     return [row["prediction"] for row in rows]
@@ -275,9 +284,13 @@ def with_transformers(args, every: list[Models], expected: Expected):
         port, folder = free_port(), str(models["all-hf"])
         command = ["-m", "transformers.cli.transformers", "serve", "--port", str(port), "--host", "127.0.0.1"]
         task = {"folder": folder, "command": [*command, "--device", "cpu"], "port": port, "model": folder}
-        task |= {"talks": talks_to_ask(), "log": f"{args.work}/serve-{models.mode}.log"}
-        found = [message["content"] for message in ask(args.python_serve, "server", args.work, task)]
-        yield compare("transformers serve", f"{models.mode} all", found, expected.of(models.mode, "all"))
+        task |= with_tool_talks(models.mode) | {"log": f"{args.work}/serve-{models.mode}.log"}
+        task["has_tool_choice"] = False  # it refuses the key
+        texts = [message["content"] for message in ask(args.python_serve, "server", args.work, task)]
+        count = len(talks_to_ask())
+        yield compare("transformers serve", f"{models.mode} all", texts[:count], expected.of(models.mode, "all"))
+        if models.mode == "glm3":
+            yield compare_call("transformers serve", texts[count:], models)
 
 
 def with_vllm(args, every: list[Models], expected: Expected):
@@ -295,19 +308,20 @@ def with_vllm(args, every: list[Models], expected: Expected):
             found = ask(args.python_vllm, "vllm", args.work, task)
             with_files = f" with {' and '.join(more)}" if more else ""
             yield compare("vLLM", f"{models.mode} {what}{with_files}", found, expected.of(models.mode, name))
+
+
+def with_vllm_serve(args, every: list[Models], expected: Expected):
     if "glm3" not in args.mode:
         return
     models = expected.models["glm3"]
     port = free_port()
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(models["all"]), "--port", str(port)]
     command += ["--tokenizer", str(models["tokenizer"]), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "512", "--served-model-name", "mine", "--host", "127.0.0.1"]
+    command += ["--max-model-len", "1024", "--served-model-name", "mine", "--host", "127.0.0.1"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     task = {"folder": str(models["all"]), "command": command, "port": port, "model": "mine", "environment": environment}
     task |= {"log": f"{args.work}/vllm-serve.log"}
-    tools = [{"type": "function", "function": tool} for tool in TOOLS]
-    plain_talks = talks_to_ask()
-    task |= {"talks": [*plain_talks, *tool_talks()], "tools": [None] * len(plain_talks) + [tools] * 2}
+    task |= with_tool_talks("glm3")
     texts = [message["content"] for message in ask(args.python_vllm, "server", args.work, task)]
     yield compare("vllm serve", "glm3 all", texts[:-2], expected.of("glm3", "all"))
     yield compare_call("vllm serve", texts[-2:], models)
@@ -388,7 +402,7 @@ def variants_in_llama_cpp(args):
         with torch.inference_mode():
             for prompt in prompts:
                 ids = list(prompt)
-                for _ in range(48):
+                for _ in range(LONGEST):
                     ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
                 right.append(ids[len(prompt) :])
         task = {"folder": f"{folder}-gguf/{gguf.MODEL_FILE}", "talks": [], "prompts": prompts}
@@ -406,6 +420,7 @@ def free_port() -> int:
 RUNS = {
     "transformers": (with_transformers, None),
     "vllm": (with_vllm, "python_vllm"),
+    "vllm_serve": (with_vllm_serve, "python_vllm"),
     "chatglm.cpp": (with_chatglm_cpp, "python_cpp"),
     "llama.cpp": (with_llama_cpp, "python_llama"),
 }

@@ -27,7 +27,7 @@ def make_parser() -> Parser:
     group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM2-6B or ChatGLM3-6B")
     group.add_argument(
         "--model_path", type=Model(), required=True,
-        help="an official model, as folder or name on a hub; a result; a GlmForCausalLM of glm_models.convert; an adapter",
+        help="an official model, as folder or name on a hub; a result; what glm_models.convert wrote; an adapter",
     )  # fmt: skip
     group.add_argument("--output_dir", type=NewPath(), required=True, help="folder to write; must be empty or new")
     group.add_argument(

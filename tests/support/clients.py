@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-LONGEST = 48  # tokens of an answer
+LONGEST = 96  # tokens of an answer
 START = 600  # seconds in which a server has to be ready
 
 
@@ -26,7 +26,7 @@ def vllm(task: dict) -> list[str]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8}
     adapter = task.get("adapter")
     if adapter:
         settings |= {"enable_lora": True, "max_lora_rank": 16}
@@ -94,7 +94,8 @@ def server(task: dict) -> list[dict]:
                 raise RuntimeError(f"the server did not start: {Path(task['log']).read_text()[-3000:]}")
             time.sleep(1)
         tools = task.get("tools") or [None] * len(task["talks"])
-        return [_ask(url, task["model"], talk, some) for talk, some in zip(task["talks"], tools, strict=True)]
+        more = {"tool_choice": "none"} if task.get("has_tool_choice", True) else {}  # who asked reads the call
+        return [_ask(url, task["model"], talk, some, more) for talk, some in zip(task["talks"], tools, strict=True)]
     finally:
         process.terminate()
         process.wait()
@@ -107,10 +108,10 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-def _ask(url: str, model: str, talk: list[dict], tools: list[dict] | None) -> dict:
+def _ask(url: str, model: str, talk: list[dict], tools: list[dict] | None, more: dict) -> dict:
     content = {"model": model, "messages": talk, "temperature": 0, "max_tokens": LONGEST}
     if tools:
-        content |= {"tools": tools, "tool_choice": "none"}  # the call is read by who asked, not by the server
+        content |= {"tools": tools, **more}
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(content).encode(), {"Content-Type": "application/json"}
     )
