@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader
 
 from tuning.errors import DataError
+from tuning.run.nodes import check_same
 from tuning.samples import cache
 from tuning.samples.batches import Batch
 from tuning.samples.data_files import DataFile, find_files
@@ -65,6 +66,7 @@ def load_data(args, tokenizer, path: str, several_outputs: bool = False, columns
     settings, folder = data_settings(args, path, several_outputs, columns), cache_folder(args)
     prepared = once_per_node(lambda: prepare(settings, tokenizer, folder, progress=is_rank_0()))
     data = InstructionData(settings, tokenizer, prepared)
+    check_same({path: f"SHA-256 {data.content[:12]}"})
     if folder is None:
         on_rank_0(lambda: None)  # all have mapped it
         once_per_node(lambda: os.unlink(prepared))  # what is mapped stays readable

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import random
+import socket
 import sys
 import warnings
 
@@ -52,11 +53,13 @@ def _once(action, runs_it: bool) -> list:
         except Exception as caught:
             error = caught
     outcomes = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(outcomes, (result, error), control_group())
-    for _, error in outcomes:
+    torch.distributed.all_gather_object(outcomes, (result, error, socket.gethostname()), control_group())
+    for _, error, host in outcomes:
         if error is not None:
+            if host != outcomes[0][2] and error.args and isinstance(error.args[0], str):
+                error.args = (f"on node {host}: {error.args[0]}", *error.args[1:])
             raise error
-    return [result for result, _ in outcomes]
+    return [result for result, _, _ in outcomes]
 
 
 def once_per_node(action):
@@ -76,6 +79,15 @@ def on_rank_0(action):
         Exception: that of rank 0, on all ranks.
     """
     return _once(action, is_rank_0())[0]
+
+
+def wait_for_all() -> None:
+    """Wait until all ranks are here: before ranks meet on the device, after one of them may have worked alone.
+
+    A collective of the device's group fails after ten minutes, and one rank can read or write longer.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier(control_group())
 
 
 _stages = 1  # of the pipeline of this run, see cut_into_stages

@@ -276,26 +276,18 @@ def end_distributed() -> None:
 # The shared folder, and the devices
 
 
-def check_shared(folder: str) -> None:
-    """Make sure that all ranks see the same folder; without a shared disk a run would otherwise fail late.
-
-    Raises:
-        UserError: a node does not see it.
-    """
+def is_shared(folder: str) -> bool:
+    """Whether all nodes see the same folder, which is there on rank 0. Called on every rank."""
     if torch.distributed.get_world_size() == 1:
-        return
+        return True
     mark = on_rank_0(lambda: _make_mark(folder))
     end = time.monotonic() + VISIBLE_WITHIN
     while not (seen := os.path.exists(mark)) and time.monotonic() < end:
         time.sleep(0.2)
     everyone = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (seen, socket.gethostname()), control_group())
+    torch.distributed.all_gather_object(everyone, seen, control_group())
     on_rank_0(lambda: os.unlink(mark))
-    if blind := sorted({host for seen, host in everyone if not seen}):
-        raise UserError(
-            f"--output_dir {folder} is not the same folder on all nodes ({', '.join(blind)} does not see what rank 0 "
-            "writes): name one on a disk that they share"
-        )
+    return all(everyone)
 
 
 def _make_mark(folder: str) -> str:
