@@ -15,7 +15,6 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader
 
 from tuning.errors import DataError
-from tuning.run.nodes import check_same
 from tuning.samples import cache
 from tuning.samples.batches import Batch
 from tuning.samples.data_files import DataFile, find_files
@@ -25,7 +24,7 @@ from tuning.samples.epochs import BatchShape, EpochPlan, Packs, RankBatches, Run
 from tuning.samples.formats import Columns
 from tuning.samples.mixture import Mixture, add_replay, shared_samples, weigh
 from tuning.samples.row_files import describe_file
-from utils import data_parallel_rank, data_parallel_size, is_rank_0, on_rank_0, once_per_node, print_rank_0
+from utils import check_same, data_parallel_rank, data_parallel_size, is_rank_0, on_rank_0, once_per_node, print_rank_0
 
 # Batches
 

@@ -44,7 +44,7 @@ from tuning.lora.adapter import find_base
 from tuning.metrics import ADDED, AS_WRITTEN, references_of, with_references
 from tuning.run.health import PeerWatchdog
 from tuning.run.launch import leaving_distributed, start_distributed
-from tuning.run.nodes import as_texts, check_same, check_start, first_here
+from tuning.run.nodes import check_settings, check_start, first_here
 from tuning.run.record import describe_versions
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.findings import FIRST, lines_text
@@ -137,7 +137,7 @@ def predict_file(args) -> None:
             return set(opened[0].answers)  # the texts would go to all ranks
 
         shared = share_parts(args.output_path)
-        check_same(once_per_node(lambda: as_texts(describe_run(args, len(rows), base, tokenizer).settings, args)))
+        check_settings(once_per_node(lambda: describe_run(args, len(rows), base, tokenizer).settings), args)
         known = on_rank_0(take_over)
         lengths = warn_of_cuts(tokenizer, args.predict_path, lines, rows, args.max_src_len)
         if known:

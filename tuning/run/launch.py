@@ -30,6 +30,7 @@ TASKS = {
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
+LOCAL_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
 VISIBLE_WITHIN = 15.0  # seconds until another node sees a new file: network file systems cache directory listings
 
 
@@ -281,13 +282,21 @@ def is_shared(folder: str) -> bool:
     if torch.distributed.get_world_size() == 1:
         return True
     mark = on_rank_0(lambda: _make_mark(folder))
-    end = time.monotonic() + VISIBLE_WITHIN
+    end = time.monotonic() + (0 if _is_local(folder) else VISIBLE_WITHIN)
     while not (seen := os.path.exists(mark)) and time.monotonic() < end:
         time.sleep(0.2)
     everyone = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, seen, control_group())
     on_rank_0(lambda: os.unlink(mark))
     return all(everyone)
+
+
+def _is_local(folder: str) -> bool:
+    """Whether a folder, which need not exist, is on a disk of this node, where a new file is seen at once."""
+    where, kinds = os.path.realpath(folder), {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    while where not in kinds and where != os.path.dirname(where):
+        where = os.path.dirname(where)
+    return kinds.get(where) in LOCAL_DISKS
 
 
 def _make_mark(folder: str) -> str:

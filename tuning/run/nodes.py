@@ -18,10 +18,9 @@ from tuning.errors import UserError
 from tuning.exits import ENDING, WATCHED
 from tuning.folders import list_files, start_folder
 from tuning.run.launch import gloo_address, machine
-from utils import control_group, is_rank_0, on_rank_0, once_per_node
+from utils import check_same, control_group, is_rank_0, local_rank, on_rank_0, once_per_node, tell_all
 
 BLOCK = 1 << 24  # bytes of a file in one message
-SHOWN = 5  # differences in a message
 # A node that no longer answers is given up after IDLE + INTERVAL * PROBES = 30 seconds.
 IDLE, INTERVAL, PROBES = 10, 5, 4
 CONNECT = 120.0  # seconds in which all ranks must have reached rank 0
@@ -32,23 +31,9 @@ def node_name() -> str:
     return socket.gethostname()
 
 
-def local_rank() -> int:
-    """Number of this process on its node."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def first_here() -> int:
     """Rank of the first process of this node."""
     return torch.distributed.get_rank() - local_rank()
-
-
-def tell_all(mine) -> list:
-    """What each rank has said, by rank."""
-    if not torch.distributed.is_initialized():  # one process without a launcher
-        return [mine]
-    everyone = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine, control_group())
-    return everyone
 
 
 def first_ranks() -> list[int]:
@@ -64,31 +49,6 @@ def several_nodes() -> bool:
 # What must be the same
 
 
-def check_same(mine: dict[str, str]) -> None:
-    """Compare the nodes by what their first processes say. Called on every rank.
-
-    Args:
-        mine: by the name that the user knows, as that of a file, what must be the same on all nodes.
-
-    Raises:
-        UserError: on all ranks; names the node and what differs there.
-    """
-    everyone = tell_all((node_name(), mine) if local_rank() == 0 else None)
-    first, expected = everyone[0]
-    for host, found in filter(None, everyone):
-        lines = [
-            f"{name}: {found.get(name, 'absent')} there, {expected.get(name, 'absent')} on {first}"
-            for name in dict.fromkeys([*expected, *found])
-            if found.get(name) != expected.get(name)
-        ]
-        if lines:
-            more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-            raise UserError(
-                "\n       ".join([f"node {host} differs from node {first}:", *lines[:SHOWN], *more])
-                + "\n       make them the same on all nodes, or use a disk that they share"
-            )
-
-
 def check_same_run(args, settings: dict, ds_config: dict) -> None:
     """Make sure that base, starting weights and ds file are the same on all nodes. Called on every rank.
 
@@ -99,19 +59,24 @@ def check_same_run(args, settings: dict, ds_config: dict) -> None:
     Raises:
         UserError: see check_same.
     """
-    check_same(
-        as_texts(settings, args) | as_texts({f"{name} of {args.ds_file}": ds_config[name] for name in ds_config})
-    )
+    check_settings(settings | {f"{name} of {args.ds_file}": value for name, value in ds_config.items()}, args)
 
 
-def as_texts(settings: dict, args=None) -> dict[str, str]:
-    """Settings for `check_same`; a flag in a name becomes what it names, as the folder of the base."""
-    found = {}
-    for name, value in settings.items():
-        for flag in ("model_name_or_path", "adapter_path", "ptuning_checkpoint", "predict_path"):
-            name = name.replace(f"of --{flag}", f"of {getattr(args, flag, '')}")
-        found[name] = _short(value)
-    return found
+def check_settings(settings: dict, args) -> None:
+    """Compare settings between nodes; a flag in a name becomes what it names, as the folder of the base.
+
+    Called on every rank.
+
+    Raises:
+        UserError: see check_same.
+    """
+    check_same({_named(name, args): _short(value) for name, value in settings.items()})
+
+
+def _named(name: str, args) -> str:
+    for flag in ("model_name_or_path", "adapter_path", "ptuning_checkpoint", "predict_path"):
+        name = name.replace(f"of --{flag}", f"of {getattr(args, flag, '')}")
+    return name
 
 
 def _short(value) -> str:
@@ -351,6 +316,7 @@ class NodeWatch:
     def close(self) -> None:
         """From now on other processes may end."""
         self.over = True
+        WATCHED.clear()
 
 
 def probe(peer: socket.socket) -> None:

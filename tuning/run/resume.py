@@ -40,8 +40,8 @@ from tuning.folders import (
     write_errors,
     write_file,
 )
-from tuning.run.nodes import file_sizes, first_here, gather_files, is_everywhere, spread_files, tell_all
-from utils import on_rank_0, once_per_node, print_rank_0
+from tuning.run.nodes import file_sizes, first_here, gather_files, is_everywhere, spread_files
+from utils import on_rank_0, once_per_node, print_rank_0, tell_all
 
 FORMAT = 1  # of run.json and the rank files
 LATEST = "latest"
@@ -265,7 +265,7 @@ class Checkpoints:
         folder = os.path.join(self.parent, f"step-{step:08d}")
         mine = folder if self.shared or first_here() == 0 else self._name_here(folder)
         with write_errors(mine):
-            once_per_node(lambda: check_space(self.parent, self.size(), "a training state"))
+            on_rank_0(lambda: check_space(self.parent, self.size(), "a training state"))
             partial = on_rank_0(lambda: start_folder(folder))
             own = once_per_node(lambda: partial if mine == folder else start_folder(mine))
             self.engine.save_checkpoint(own, tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
