@@ -55,7 +55,7 @@ from tuning.plan.pipeline import plan_pipeline
 from tuning.plan.planner import memory_advice, plan_setup
 from tuning.run.flops import matmul_peak, needed_flops
 from tuning.run.health import NO_HOOKS, PeerWatchdog, StepHooks, StepMonitor, explain_oom
-from tuning.run.launch import describe_devices, leaving_distributed, start_distributed
+from tuning.run.launch import describe_devices, leaving_distributed, start_distributed, telling_others
 from tuning.run.log import RunLog, next_steps
 from tuning.run.nodes import check_same_run, check_start
 from tuning.run.record import (
@@ -304,7 +304,7 @@ def check(args, tokenizer) -> None:
 
 
 def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
-    with exit_on_user_errors():
+    with exit_on_user_errors(), telling_others():
         args = parse_args(argv)
         take_prefix(args)
     silence_libraries(args.verbose)

@@ -6,12 +6,15 @@ that is safe; otherwise the run stops and names them, so that no process silentl
 """
 
 import contextlib
+import datetime
 import errno
 import ipaddress
 import json
 import os
 import socket
+import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +24,7 @@ import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from tuning.errors import UserError
+from tuning.errors import ExitCode, UserError
 from utils import control_group, on_rank_0
 
 # Variables of srun and mpirun: rank, number of tasks, rank on this machine.
@@ -126,13 +129,68 @@ def start_distributed(verbose: bool, local_rank: int = -1) -> tuple[int, int]:
         accelerator.set_device(local_rank)
     choose_interface()
     try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
+        with _heeding_refusals():
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
     except (torch.distributed.DistError, ValueError, OSError) as error:
         raise UserError(_start_problem(error)) from None
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     _check_addresses(rank, size)
     _check_nodes(rank, size)
     return rank, size
+
+
+REFUSED = "a process does not come"  # key in the store where processes meet
+REACH = 30.0  # seconds in which rank 0, which imports as much, must have opened the store
+
+
+def _meeting_place(opens: bool, seconds: float) -> torch.distributed.TCPStore:
+    """The store where the processes meet, for messages before they have met."""
+    return torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=opens, wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=seconds), multi_tenant=True,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def telling_others():
+    """If the block fails, tell the processes of other nodes why: they would wait ten minutes for this one.
+
+    They cannot be told by rank 0, without which there is no store.
+    """
+    try:
+        yield
+    except UserError as error:
+        with contextlib.suppress(UserError, RuntimeError, ValueError, OSError, KeyError):
+            os.environ |= rank_variables(os.environ, 1)
+            if int(os.environ["RANK"]):
+                text = f"rank {os.environ['RANK']} on node {socket.gethostname()}: {error}"
+                _meeting_place(False, REACH).set(REFUSED, text)
+        raise
+
+
+@contextlib.contextmanager
+def _heeding_refusals():
+    """While the block waits for the other processes, end this one if one of them has told why it does not come."""
+    over = threading.Event()
+
+    def look():
+        opens = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        with contextlib.suppress(RuntimeError, ValueError, OSError):  # making the process group will report it
+            store = _meeting_place(opens, 600)
+            while not over.wait(0.5):
+                if store.check([REFUSED]):
+                    text = store.get(REFUSED).decode(errors="replace")
+                    if os.environ["LOCAL_RANK"] == "0":
+                        print(f"error: {text}", file=sys.stderr, flush=True)
+                    time.sleep(2)  # until the others have read it, from rank 0
+                    os._exit(ExitCode.USER_ERROR)
+
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _start_problem(error: Exception) -> str:
