@@ -14,7 +14,7 @@ from tuning.folders import MANIFEST, check_folder, file_hash
 from tuning.hub import find_here
 from tuning.lora.adapter import BASE_FILE, check_base, trained_bits
 from tuning.lora.zero3 import is_partitioned
-from utils import on_rank_0, print_rank_0
+from utils import on_rank_0, once_per_node, print_rank_0
 
 FILE = "pytorch_model.bin"  # what the official demos read
 
@@ -110,7 +110,7 @@ def start_from_prefix(args) -> dict[str, str]:
     path = args.ptuning_checkpoint
     if not path:
         return {}
-    config, digest = on_rank_0(lambda: ((prefix := open_prefix(path)).config, file_hash(prefix.file)))
+    config, digest = once_per_node(lambda: ((prefix := open_prefix(path)).config, file_hash(prefix.file)))
     wrong = {key: value for key, value in config.items() if getattr(args, key) != value}
     if wrong:
         asked = " ".join(f"--{key} {getattr(args, key)}" for key in wrong)
