@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import write_model
 from hub_server import COMMIT, OTHER, Hub
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 from runs import ROOT, Forked, make_rows
 from safetensors.torch import load_file
 
@@ -188,6 +188,25 @@ def test_only_what_is_needed(server):
     assert server.files(NAME).count("config.json") == 1
 
 
+def test_a_tokenizer_is_taken_for_whole_with_all_its_files_only(server, monkeypatch):
+    wanted, get_file, left = set(os.listdir(find_model(NAME, TOKENIZER))), hub.get_file, []
+
+    def stops(*args):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return get_file(*args)
+
+    assert len(wanted) > 2
+    for count in range(1, len(wanted)):
+        shutil.rmtree(constants.HF_HUB_CACHE)
+        left[:] = range(count)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(hub, "get_file", stops)
+            find_model(NAME, TOKENIZER)
+        assert set(os.listdir(find_model(NAME, TOKENIZER))) == wanted
+
+
 def test_bin_files_do_where_there_are_no_others(server, repository, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(repository, old, ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -283,6 +302,24 @@ def test_without_a_network_it_says_what_to_do(server, monkeypatch):
             monkeypatch.setattr(constants, name, value)
     said = refused()
     assert "could not be downloaded from http://127.0.0.1" in said and "set HF_ENDPOINT to a mirror" in said
+
+
+def test_other_ways_to_large_files_and_proxies(server, repository, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        server.xet = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
+    said = refused()
+    assert "start again" in said and "HF_HUB_DISABLE_XET=1 does without" in said
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    assert whole(find_model(NAME), repository)
+    close_session()
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    assert "pip install socksio" in refused("THUDM/another")
+    close_session()
 
 
 def test_disks(server, monkeypatch, tmp_path):

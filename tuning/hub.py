@@ -119,7 +119,7 @@ def lacks(folder: str, need: str) -> str | None:
     names = os.listdir(folder)
     if "config.json" not in names:
         return "config.json"
-    if need != CONFIG and not any(name.endswith(".model") or name == "tokenizer.json" for name in names):
+    if need != CONFIG and not any(map(is_vocabulary, names)):
         return "the vocabulary"
     if need == WEIGHTS:
         try:
@@ -127,6 +127,11 @@ def lacks(folder: str, need: str) -> str | None:
         except CheckpointError as error:
             return str(error)
     return None
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a file is that of a vocabulary, by its name."""
+    return name.endswith(".model") or name == "tokenizer.json"
 
 
 def find_commit(name: HubName, need: str) -> str:
@@ -207,6 +212,8 @@ def choose(name: HubName, files: list[File], need: str) -> list[File]:
         return [by_name["config.json"]]
     chosen = ["config.json"]
     chosen += [one for one in by_name if DATA.fullmatch(one) and not one.endswith(".index.json") and one not in chosen]
+    # the vocabulary last: `lacks` takes a snapshot that has it for one with all side files
+    chosen.sort(key=is_vocabulary)
     if need == TOKENIZER:
         return [by_name[one] for one in chosen]
     for pattern, single in zip(WEIGHTS_NAMES, ("model.safetensors", "pytorch_model.bin"), strict=True):
@@ -283,7 +290,8 @@ def explaining(name: HubName):
         yield
     except UserError:
         raise
-    except (errors.HTTPError, OSError, ValueError) as error:
+    # RuntimeError: of Xet, where the hub keeps large files; ImportError: a package for a kind of proxy is missing
+    except (errors.HTTPError, OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(printable(explain(error, name))) from None
 
 
@@ -303,6 +311,14 @@ def explain(error: Exception, name: HubName) -> str:
     if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         return f"cannot write {repository} to {constants.HF_HUB_CACHE} (HF_HUB_CACHE): {error.strerror}"
     reason = " ".join(str(error.__cause__ or error).split())[:200]
+    if isinstance(error, ImportError):
+        socks = ": pip install socksio, or set another proxy" if "SOCKS" in reason else ""
+        return f"{repository} cannot be downloaded from {where}, a package is missing ({reason}){socks}"
+    if isinstance(error, RuntimeError):
+        return (
+            f"{repository} could not be downloaded from where {where} keeps large files (Xet: {reason}): "
+            "start again, which continues with the files that are missing; HF_HUB_DISABLE_XET=1 does without them"
+        )
     return (
         f"no folder {repository} here, and it could not be downloaded from {where} ({type(error).__name__}: {reason}): "
         "start again, which continues with the files that are missing, set HF_ENDPOINT to a mirror, or name a folder"

@@ -26,6 +26,7 @@ class Hub(ThreadingHTTPServer):
     short: how often such a file comes shorter than the hub has said.
     token: without it every repository is refused.
     stalls: the name of a file of which half is sent, then nothing until `released`; `stalled` says that it is so.
+    xet: the address that the hub names for large files, in place of its own; "" for none.
     gated, down: every request is answered with 403, with 500.
     """
 
@@ -35,7 +36,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.cuts, self.lies, self.short = {}, {}, {}
         self.head = COMMIT
-        self.token, self.gated, self.down = "", False, False
+        self.token, self.xet, self.gated, self.down = "", "", False, False
         self.stalls, self.stalled, self.released = "", threading.Event(), threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -82,6 +83,9 @@ class Handler(BaseHTTPRequestHandler):
         api = parts[:2] == ["api", "models"]
         owner, name, *rest = parts[2:] if api else parts
         revisions = hub.repositories.get(f"{owner}/{name}")
+        if parts == ["api", "xet"]:
+            ends = {"X-Xet-Cas-Url": hub.xet, "X-Xet-Access-Token": "any", "X-Xet-Token-Expiration": "9999999999"}
+            return self.send(200, b"", ends)
         if hub.down:
             return self.refuse(500, "Down")
         if hub.gated:
@@ -105,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
         said = describe(path)
         tag = said["lfs"]["sha256"] if said.get("lfs") else said["blobId"]
         headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if hub.xet and said.get("lfs"):
+            headers |= {"X-Xet-Hash": said["lfs"]["sha256"], "X-Xet-Refresh-Route": f"{hub.url}/api/xet"}
         if self.command == "GET" and hub.lies.get(path.name, 0) > 0:
             hub.lies[path.name] -= 1
             content = content[:-1] + bytes([content[-1] ^ 1])
