@@ -58,7 +58,7 @@ def fill(model: nn.Module, prefix: Prefix) -> None:
     Called on every rank if the model is partitioned.
 
     Raises:
-        CheckpointError: a shape differs.
+        CheckpointError: a shape differs, or a value is too large for the model's type.
     """
     parameters = dict(model.transformer.prefix_encoder.named_parameters())
     for name, parameter in parameters.items():
@@ -72,6 +72,11 @@ def fill(model: nn.Module, prefix: Prefix) -> None:
         for name, parameter in parameters.items():
             if parameter.numel():  # under ZeRO-3 gathered on this rank
                 parameter.copy_(prefix.weights[name])
+                if not prefix.weights[name].to(parameter.dtype).isfinite().all():
+                    raise CheckpointError(
+                        f"the P-Tuning prefix {prefix.path}: {name} has values that {parameter.dtype} does not have; "
+                        "use bf16 or float32"
+                    )
 
 
 # Training goes on from it
