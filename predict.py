@@ -44,7 +44,7 @@ from tuning.hub import find_models
 from tuning.lora.adapter import find_base
 from tuning.metrics import ADDED, AS_WRITTEN, references_of, with_references
 from tuning.run.health import PeerWatchdog
-from tuning.run.launch import leaving_distributed, start_distributed
+from tuning.run.launch import leaving_distributed, start_distributed, telling_others
 from tuning.run.nodes import check_settings, check_start, first_here
 from tuning.run.record import describe_versions
 from tuning.samples.dialogue import Dialogue
@@ -426,7 +426,8 @@ def all_ranks(args):
 
 def main(argv=None) -> None:
     with exit_on_user_errors():
-        args = parse_args(argv)
+        with telling_others():
+            args = parse_args(argv)
         silence_libraries(args.verbose)
         with all_ranks(args):
             check_args(args)

@@ -273,7 +273,7 @@ class Checkpoints:
             for part, owner in self.parts.items():
                 tensors |= {f"{part}.{name}": tensor for name, tensor in owner.state().items()}
             save_file(tensors, os.path.join(own, f"rank-{self.rank}.safetensors"), metadata=texts)
-            once_per_node(lambda: _remove_programs(own))
+            (on_rank_0 if self.shared else once_per_node)(lambda: _remove_programs(own))
             on_rank_0(lambda: write_file(os.path.join(partial, "run.json"), self._run_text()))
             if not self.shared:
                 gather_files(own, partial)
