@@ -24,6 +24,7 @@ use_large_pages()
 
 import deepspeed
 import torch
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 
 from data_set import Sources, batch_shape, data_settings, dump, load_sources, name_files, training_steps
 from glm_models import MODE
@@ -117,6 +118,8 @@ def pipeline_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
         The loss of each, on the device; on all stages but the last one zeros.
     """
     engine.train_batch(iter([pipeline_input(batch) for batch in batches]))
+    if engine.steps_per_print() is None:  # else the engine prints the times of some steps, and then forgets them
+        engine.timers(TRAIN_BATCH_TIMER).reset()
     return engine.fwd_outputs if engine.is_last_stage() else [torch.zeros((), device=engine.device)] * len(batches)
 
 

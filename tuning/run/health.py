@@ -21,7 +21,7 @@ from tuning.exits import ENDING
 from tuning.run.launch import machine
 from tuning.run.nodes import NodeWatch
 from tuning.samples.batches import Batch
-from utils import control_group, data_parallel_size, is_rank_0, print_rank_0, wait_for_all
+from utils import control_group, data_parallel_size, is_rank_0, print_rank_0, stage_count, wait_for_all
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST = 5.0  # seconds: a terminal or Slurm signals all processes, and then the launcher repeats the signal
@@ -279,13 +279,18 @@ class StepMonitor:
             raise StopTraining(ExitCode.RESUMABLE, f"{text} {state}")
 
     def shape(self) -> str:
-        """The current micro-batch, in words."""
+        """The current micro-batch, in words; in a pipeline, where several are under way, those of the current step."""
         if not self.batches:
             done = self.engine.global_steps
             return f"after step {done}" if done else "before the first batch"
+        lengths = [[tokens for tokens, _ in batch["segments"]] for batch in self.batches]
+        if stage_count() > 1:
+            return (
+                f"in a step of {len(lengths)} micro-batches, of at most {max(map(len, lengths))} samples and "
+                f"{max(map(sum, lengths))} tokens, the longest sample {max(map(max, lengths))}"
+            )
         # the engine counts the micro-batches of all steps
-        batch = self.batches[self.engine.micro_steps % len(self.batches)]
-        lengths = [tokens for tokens, _ in batch["segments"]]
+        lengths = lengths[self.engine.micro_steps % len(lengths)]
         return f"in a micro-batch of {len(lengths)} samples, {sum(lengths)} tokens, the longest {max(lengths)}"
 
 
