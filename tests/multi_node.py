@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
+from deepspeed.accelerator import get_accelerator
 from machines import ADDRESSES, NAMES, Machines, kill_all, wait_for_end, why_not
 from runs import LIMIT, ROOT, STAGES, Launched, command, make_base, make_rows, read_losses
 from safetensors.torch import load_file
@@ -86,10 +87,14 @@ def run_and_resume(machines: Machines, folder: Path, name: str, argv: list[str],
     return values(losses)
 
 
-def compare_losses(machines: Machines, folder: Path, stage: int, shared: bool, *more: str) -> tuple[float, float]:
-    """Differences of losses and of weights from four ranks on one machine, in which nothing was killed."""
-    name = f"stage-{stage}-{'shared' if shared else 'own'}{'-'.join(more)}"
-    alone = folder / f"alone-{stage}{'-'.join(more)}"
+def compare_losses(machines: Machines, folder: Path, stage: int, shared: bool, *more: str, kind: str = ""):
+    """Differences of losses and of weights from four ranks on one machine, in which nothing was killed.
+
+    Args:
+        more: arguments of train.py, and `kind` a name for them.
+    """
+    name = f"stage-{stage}-{'shared' if shared else 'own'}{kind}"
+    alone = folder / f"alone-{stage}{kind}"
     if not alone.exists():
         run = Launched(flags(folder, stage, alone, *more), 4, folder / f"{alone.name}-losses", folder / "log")
         assert set(run.wait().values()) == {0}, (folder / "log").read_text()[-3000:]
@@ -218,14 +223,16 @@ def print_refusals(machines: Machines, folder: Path) -> None:
 
 
 def print_more(machines: Machines, folder: Path) -> None:
-    content = json.loads((ROOT / STAGES[2]).read_text()) | {"bf16": {"enabled": True}}
+    get_accelerator().is_bf16_supported = lambda: True  # any CPU can, if slowly
     for stage in STAGES:
         content = json.loads((ROOT / STAGES[stage]).read_text()) | {"bf16": {"enabled": True}}
         (folder / f"bf16-{stage}.json").write_text(json.dumps(content))
-        loss, weight = compare_losses(machines, folder, stage, False, "--ds_file", f"{folder}/bf16-{stage}.json")
+        loss, weight = compare_losses(
+            machines, folder, stage, False, "--ds_file", f"{folder}/bf16-{stage}.json", kind="-bf16"
+        )
         print(f"ZeRO-{stage} in bfloat16, own disks: losses within {loss:.1e}, weights {weight:.1e}", flush=True)
     more = ("--pipeline_stages", "2")
-    loss, weight = compare_losses(machines, folder, 2, False, *more)
+    loss, weight = compare_losses(machines, folder, 2, False, *more, kind="-pipeline")
     print(f"2 stages x 2, own disks: losses within {loss:.1e}, weights {weight:.1e}", flush=True)
     argv = ["--mode", "glm3", "--model_path", str(folder / "base"), "--predict_path", str(folder / "rows.json")]
     argv += ["--device", "cpu", "--max_new_tokens", "5", "--output_path"]
