@@ -1,7 +1,7 @@
 """How fast instruction files are prepared: against SentencePiece alone, the second start, and memory on a large file.
 
     python tests/benchmark/data_preparation.py --checkpoint glm3=ChatGLM3-6B/ --data data/spo_0.json data/d2q_0.json
-    python tests/benchmark/data_preparation.py --rows 1000000 --json results.json
+    python tests/benchmark/data_preparation.py --rows 100000 1000000 --json results.json
     python tests/benchmark/data_preparation.py --runs 0 --calls --rows 200000 1000000      # memory alone
 
 Only the tokenizer files of a checkpoint folder are read. Without --checkpoint, a tokenizer of each family is trained on
