@@ -24,6 +24,7 @@ use_large_pages()
 
 import deepspeed
 import torch
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 
 from data_set import Sources, batch_shape, data_settings, dump, load_sources, name_files, training_steps
 from glm_models import MODE
@@ -56,15 +57,34 @@ from tuning.plan.pipeline import plan_pipeline
 from tuning.plan.planner import memory_advice, plan_setup
 from tuning.run.flops import matmul_peak, needed_flops
 from tuning.run.health import NO_HOOKS, PeerWatchdog, StepHooks, StepMonitor, explain_oom
-from tuning.run.launch import describe_devices, leaving_distributed, start_distributed
+from tuning.run.launch import describe_devices, leaving_distributed, start_distributed, telling_others
 from tuning.run.log import RunLog, next_steps
-from tuning.run.record import RunRecord, begin_output, check_resume, claim_output, describe_run, describe_start
+from tuning.run.nodes import check_same_run, check_start
+from tuning.run.record import (
+    RunRecord,
+    begin_output,
+    check_resume,
+    claim_output,
+    describe_run,
+    describe_start,
+    describe_versions,
+)
 from tuning.run.resume import Checkpoints, ds_section
 from tuning.run.validation import Validation
 from tuning.samples.batches import Batch
 from tuning.samples.check import check_data
 from tuning.samples.epochs import RunLength, run_length
-from utils import data_parallel_size, device, is_rank_0, on_rank_0, print_rank_0, set_seed, silence_libraries
+from utils import (
+    data_parallel_size,
+    device,
+    is_rank_0,
+    on_rank_0,
+    once_per_node,
+    print_rank_0,
+    set_seed,
+    silence_libraries,
+    wait_for_all,
+)
 
 
 def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
@@ -98,6 +118,8 @@ def pipeline_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
         The loss of each, on the device; on all stages but the last one zeros.
     """
     engine.train_batch(iter([pipeline_input(batch) for batch in batches]))
+    if engine.steps_per_print() is None:  # else the engine prints the times of some steps, and then forgets them
+        engine.timers(TRAIN_BATCH_TIMER).reset()
     return engine.fwd_outputs if engine.is_last_stage() else [torch.zeros((), device=engine.device)] * len(batches)
 
 
@@ -158,9 +180,11 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     start_distributed(args.verbose, args.local_rank)
     divide_ranks(args.pipeline_stages)
     peers = PeerWatchdog()
+    check_start(args, describe_versions())
     set_seed(args.seed)
     find_folders(args, hub.WEIGHTS)
-    lock, state = claim_output(args)
+    output = claim_output(args)
+    state = output.state
 
     # data, model, engine
     contents = start_from_adapter(args) | start_from_prefix(args)
@@ -169,8 +193,9 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     for line in ds_notes(ds_config):
         print_rank_0(line)
     dtype = compute_dtype(ds_config)
-    base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype, args.quantization_bit))
+    base = once_per_node(lambda: record_base(args.mode, args.model_name_or_path, dtype, args.quantization_bit))
     run = describe_run(args, contents | data.sources.contents, data.tokenizer, base, ds_config, zero_layout(ds_config))
+    check_same_run(args, run.settings, ds_config)
     check_resume(args, state, run, data.length.total_steps)
     engine, model = start_engine(args, ds_config, data.stages, ds_section(state, run.ranks))
     start = make_start(args, model)
@@ -184,7 +209,8 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     if validates(args):
         validation = Validation(engine, data.tokenizer, data.sources.held_out, args, data.length, log, save_result)
         resumed["validation"] = validation
-    states = Checkpoints(engine, model, resumed, run, args.output_dir, args.save_state_steps, args.save_total_limit)
+    how_many = args.save_state_steps, args.save_total_limit
+    states = Checkpoints(engine, model, resumed, run, args.output_dir, *how_many, output.shared)
     size = result_size(model, dtype, args.save_prefix_only)
     on_rank_0(lambda: check_room(args, size, states, count_results(args, data.length)))
     if state:
@@ -203,7 +229,7 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
         result = run_steps(args, engine, data, RunParts(log, watch, validation, states, record, save_result))
     peers.close()
     finish(args, model, result, log, validation)
-    del lock  # other runs may have the folder now
+    del output  # other runs may have the folder now
     return log.history
 
 
@@ -263,6 +289,7 @@ def start_engine(args, ds_config: dict, stages: list[range] | None, more: dict):
 
     fit_buckets(ds_config, trained)
     ds_config |= more
+    wait_for_all()  # each has read the base from its own disk
     module = build_stages(model, stages) if stages else model  # first: a tied output layer trains from here on
     groups = split_groups(own_groups(parameter_groups(model, args)), ds_config)
     if args.loraplus_lr_ratio:
@@ -292,7 +319,7 @@ def check(args, tokenizer) -> None:
 
 
 def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
-    with exit_on_user_errors():
+    with exit_on_user_errors(), telling_others():
         args = parse_args(argv)
     silence_libraries(args.verbose)
     with exit_on_user_errors(), explain_oom(lambda: memory_advice(args)):

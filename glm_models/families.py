@@ -64,9 +64,12 @@ class HubName(NamedTuple):
 
 def parse_hub_name(text: str) -> HubName | None:
     """Read owner/name, owner/name@revision, or the same after "modelscope:"; None for all else."""
-    part = r"[A-Za-z0-9][\w.-]*"
+    part = r"[A-Za-z0-9](?:[\w.-]*\w)?"
     found = re.fullmatch(rf"(?:({MODELSCOPE}):)?({part}/{part})(?:@(\w[\w./-]*))?", text, re.ASCII)
-    return HubName(found[1] or "", found[2], found[3]) if found else None
+    # what the hubs do not allow
+    if not found or re.search(r"--|\.\.|\.git$", found[2]) or len(found[2]) > 96:
+        return None
+    return HubName(found[1] or "", found[2], found[3])
 
 
 def how_to_download(mode: str) -> str:

@@ -88,7 +88,10 @@ def read_prefix(path: str) -> Prefix:
             f"{path} does not hold a P-Tuning prefix alone: {FULL_PREFIX}embedding.weight and no weights of a model"
         )
     stored = WeightFile(file)
-    weights = {inner: stored[name] for inner, name in inner_names(stored.names).items()}
+    names = inner_names(stored.names)
+    if lost := set(filter(lambda name: PREFIX in name, stored.names)) - set(names.values()):
+        raise CheckpointError(f"{file} holds more than one P-Tuning prefix: {_list([*lost, *names.values()])}")
+    weights = {inner: stored[name] for inner, name in names.items()}
     if weights.keys() not in PARTS.values():
         raise CheckpointError(f"{file}: a P-Tuning prefix is {_list(PARTS[False])} or {_list(PARTS[True])}; it has "
                               f"{_list(weights)}")  # fmt: skip

@@ -18,7 +18,8 @@
 #
 # The same as the official: steps of 16 rows, learning rates, AdamW with betas 0.9 and 0.999, linear decay without
 # warm-up, no weight decay, prefix of 128 without projection, questions cut at 63 tokens (62 in the test) and answers at
-# 62, references too; sampling with top-p 0.7 and temperature 0.95, at most 65 new tokens; BLEU-4 and ROUGE.
+# 62, references too; sampling with top-p 0.7, temperature 0.95 and top-k 50, at most 65 new tokens; BLEU-4 and ROUGE.
+# (No official file says top-k: it is the default of transformers, of 4.27.1 in the official runs and of ours now.)
 # Different: weights are bfloat16 where the GPU has it, not float16, and P-Tuning's base is not quantised to 4 bits; the
 # loss is the mean over the tokens of all 16 rows; random numbers. The table does not say LoRA's rank and layers: here as
 # in the code that it names (rank 8, alpha 32, dropout 0.1, query_key_value), with the schedule of the other methods.

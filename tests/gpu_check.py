@@ -31,8 +31,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 import utils
-from glm_models import MODE, attention, ops
+from glm_models import MODE, attention, ops, quantized
+from glm_models.modeling import Block
 from glm_models.tiny import make_tiny_checkpoint
+from tuning.arguments.quantization import missing_package
 from tuning.engine import loading
 from tuning.plan import planner
 
@@ -390,6 +392,108 @@ def stop_and_go_on(machine: Machine) -> str:
     return "stopped at a step, and went on to the end"
 
 
+def quantised_bases(machine: Machine) -> str:
+    """4 and 8 bits: weights as a CPU quantises them, products and gradients with them; LoRA, its resume and answers."""
+    if missing := missing_package():
+        raise Skip(f"the package bitsandbytes is not installed: {missing}")
+    torch.manual_seed(0)
+    weight, x = torch.randn(192, 128), torch.randn(3, 5, 128)
+    for bits, name in quantized.BITS.items():
+        model = torch.nn.Sequential(OneLinear(weight.to(machine.device, machine.dtype)))
+        layer = use_one(model, bits, machine.dtype)
+        exact = quantized.round_trip(weight.to(machine.dtype), bits)
+        dense = layer.dequantized(torch.float32)
+        assert ((dense.cpu() - exact).norm() / exact.norm()).item() < 1e-2, f"{name}: other weights than on a CPU"
+        inputs = x.to(machine.device, machine.dtype).requires_grad_()
+        toward = torch.ones(3, 5, 192, device=machine.device, dtype=machine.dtype)
+        (grad,) = torch.autograd.grad(layer(inputs), inputs, toward)
+        pairs = [(layer(inputs.detach()), inputs.detach().float() @ dense.t()), (grad, toward.float() @ dense)]
+        for one, right in pairs:
+            error = ((one.float() - right).norm() / right.norm()).item()
+            assert error < 8 * torch.finfo(machine.dtype).eps, f"{name}: {error:.1e} off"
+    data, jobs = machine.rows("quantised", 4, lambda i: 2), {}
+    for mode in ["glm3"] if machine.short else MODE:
+        for bits in (None, 4, 8):
+            name, more = f"{mode}-{bits}-bits", ["--quantization_bit", bits] if bits else []
+            fixed = (
+                f"{METHODS['lora']} --num_train_epochs 2 --ds_file {machine.ds_file('zero2', machine.dtype)}".split()
+            )
+            first = machine.train_flags(mode, "lora", data, f"bits-{name}", *fixed, "--save_state_steps", 4, *more)
+            jobs[name] = ("train", first)
+            if bits:
+                state = machine.folder / f"bits-{name}" / "states/step-00000004"
+                again = [*fixed, *more, "--resume_from_checkpoint", state]
+                jobs[f"{name} resumed"] = ("train", machine.train_flags(mode, "lora", data, f"bits-{name}-r", *again))
+                result = machine.folder / f"bits-{name}" / "epoch-2-step-8"
+                answers = ["--mode", mode, "--model_path", result, "--predict_path", data, "--max_length", 120, *more]
+                jobs[f"{name} answers"] = ("predict", [*map(str, answers)])
+    results = machine.run("quantised", jobs)
+    problems = [f"{name}: {row['error']}" for name, row in results.items() if "error" in row]
+    for name, row in results.items():
+        losses, resumed = row.get("losses"), results.get(f"{name} resumed", {}).get("losses")
+        whole = results[f"{name.split('-')[0]}-None-bits"].get("losses")
+        if losses and resumed and not near(losses[4:], resumed, 2e-3):
+            problems.append(f"{name}: resumed with {resumed} instead of {losses[4:]}")
+        if losses and whole and len(losses) == len(whole) and not near(losses, whole, 0.1):
+            problems.append(f"{name}: losses {losses}, those of the whole base {whole}")
+    assert not problems, "; ".join(problems)
+    return f"weights, products, gradients; {len(jobs)} trainings, resumed trainings and predictions"
+
+
+class OneLinear(Block):
+    """A block that is one linear layer."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.linear = torch.nn.Linear(*weight.t().shape, bias=False, device=weight.device, dtype=weight.dtype)
+        self.linear.weight.data.copy_(weight)
+
+
+def use_one(model: torch.nn.Module, bits: int, dtype: torch.dtype) -> quantized.QuantizedLinear:
+    """Quantise the only linear layer of a model."""
+    quantized.use_quantized_layers(model, bits, dtype)
+    (layer,) = quantized.quantized_layers(model)
+    return layer
+
+
+def near(some: list[float], others: list[float], share: float) -> bool:
+    return all(math.isclose(a, b, rel_tol=share) for a, b in zip(some, others, strict=True))
+
+
+def pipelines_and_answers(machine: Machine) -> str:
+    """Two processes: a pipeline of two stages has the losses of one process, and a file gets the same answers."""
+    if machine.cuda and get_accelerator().device_count() < 2:
+        raise Skip("one device; the tests run two processes on a CPU")
+    modes = ["glm3"] if machine.short or machine.dtype == torch.float16 else MODE
+    data, results, files = machine.rows("stages", 8, lambda i: 1 + i % 3), {}, {}
+    for ranks in (1, 2):
+        jobs = {}
+        for mode in modes:
+            flags = f"--gradient_accumulation_steps 4 --ds_file {machine.ds_file('zero2', machine.dtype)}".split()
+            flags += ["--pipeline_stages", 2] if ranks == 2 else []
+            jobs[f"{mode} losses"] = ("train", machine.train_flags(mode, "all", data, f"stages-{mode}-{ranks}", *flags))
+            files[mode, ranks] = machine.folder / f"answers-{mode}-{ranks}.jsonl"
+            # one row at a time: then a row's answer does not depend on those beside it
+            answers = ["--mode", mode, "--model_path", machine.base(mode), "--predict_path", data, "--max_length", 120]
+            answers += ["--batch_size", 1, "--output_path", files[mode, ranks]]
+            jobs[f"{mode} answers"] = ("predict", [*map(str, answers)])
+        results[ranks] = machine.run(f"stages-{ranks}", jobs, ranks)
+    for name, row in results[1].items():
+        other = results[2][name]
+        assert "error" not in row and "error" not in other, f"{name}: {row}, {other}"
+        assert "losses" not in row or near(row["losses"], other["losses"], 1e-2), f"{name}: {row}, {other}"
+    for mode in modes:
+        one, other = ([json.loads(line) for line in files[mode, ranks].read_text().splitlines()] for ranks in (1, 2))
+        assert len(one) == 8, f"{mode}: {len(one)} answers"
+        assert [answer_of(row) for row in one] == [answer_of(row) for row in other], f"{mode}: other answers"
+    return f"{', '.join(modes)}: two stages have the losses of one process within 1 %; two processes the same answers"
+
+
+def answer_of(row: dict) -> dict:
+    """A line of an answer file without what differs from run to run."""
+    return {key: value for key, value in row.items() if "second" not in key and "time" not in key}
+
+
 def flash_attention(machine: Machine) -> str:
     """--attn_implementation flash_attention_2: losses as with torch's own kernels."""
     if not machine.cuda:
@@ -446,6 +550,8 @@ CHECKS = {
     "memory against --plan": memory,
     "waits for the device": waits,
     "tokens a second": speed,
+    "quantised bases": quantised_bases,
+    "pipeline and answers": pipelines_and_answers,
     "flash_attention_2": flash_attention,
     "several GPUs": several_gpus,
 }

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 import torch
 from conftest import make_lively_checkpoint
 from deepspeed.comm.torch import TorchBackend
-from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from jobs import run_jobs
 from runs import METHOD_FLAGS, ROOT, Forked, make_rows
 from safetensors.torch import load_file
@@ -146,6 +146,7 @@ def hand_over(argv: list[str], rank: int, folder: Path) -> None:
             stage, used = engine.zero_optimization_stage(), used_numbers(engine.module)
             expected.append(zero_traffic(stage, trained, used, len(step.batches), item))
             return
+        assert not engine.timers(TRAIN_BATCH_TIMER).event_timers  # else two events a step are kept for ever
         tied = [weight.numel() for weight, _ in engine.module.get_tied_weights_and_groups()]
         rows = [(batch["input_ids"].numel(), len(batch["segments"])) for batch in step.batches]
         position, hidden = (engine.stage_id, engine.num_stages), 32

@@ -54,7 +54,7 @@ def test_the_speed_of_each_kind_is_measured_with_flags_that_train_py_takes(tiny,
 @pytest.mark.parametrize("mode", MODE)
 @pytest.mark.parametrize(("method", "most"), [("lora", 3000), ("all", 1800), ("ptuning", 3000)])
 def test_a_micro_batch_launches_few_kernels_and_waits_for_none(mode, method, most, monkeypatch):
-    """Of the official number of layers, reckoned from two small numbers: all layers but the first and last are alike."""
+    """Reckoned for the official 28 layers from 2 and 3: all but the first and the last are alike."""
     monkeypatch.syspath_prepend(FOLDER)
     from kernel_count import count_method
 

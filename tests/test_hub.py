@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import write_model
 from hub_server import COMMIT, OTHER, Hub
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 from runs import ROOT, Forked, make_rows
 from safetensors.torch import load_file
 
@@ -116,6 +116,10 @@ def whole(folder: str, repository: Path) -> bool:
         ("-a/b", None),
         ("hub:a/b", None),
         ("a/b\n", None),
+        ("a--b/c", None),
+        ("a/b..c", None),
+        ("a/b.git", None),
+        ("a/" + "b" * 96, None),
     ],
 )
 def test_names(text, name):
@@ -169,6 +173,10 @@ def test_revisions(server, repository, tmp_path):
     assert os.path.basename(folder) == OTHER and whole(folder, other)
     assert os.path.basename(find_model(NAME)) == COMMIT
     assert "has no revision v9" in refused(f"{NAME}@v9")
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    server.head = OTHER  # the hub has gone on, and another node has the earlier commit
+    folder = hub.get_snapshot(parse_hub_name(NAME), COMMIT, hub.WEIGHTS)
+    assert os.path.basename(folder) == COMMIT and whole(folder, repository)
 
 
 def test_only_what_is_needed(server):
@@ -178,6 +186,25 @@ def test_only_what_is_needed(server):
     assert "tokenizer.model" in os.listdir(folder) and not list(Path(folder).glob("*.safetensors*"))
     assert find_model(NAME) == folder and list(Path(folder).glob("*.safetensors"))
     assert server.files(NAME).count("config.json") == 1
+
+
+def test_a_tokenizer_is_taken_for_whole_with_all_its_files_only(server, monkeypatch):
+    wanted, get_file, left = set(os.listdir(find_model(NAME, TOKENIZER))), hub.get_file, []
+
+    def stops(*args):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return get_file(*args)
+
+    assert len(wanted) > 2
+    for count in range(1, len(wanted)):
+        shutil.rmtree(constants.HF_HUB_CACHE)
+        left[:] = range(count)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(hub, "get_file", stops)
+            find_model(NAME, TOKENIZER)
+        assert set(os.listdir(find_model(NAME, TOKENIZER))) == wanted
 
 
 def test_bin_files_do_where_there_are_no_others(server, repository, tmp_path):
@@ -229,6 +256,22 @@ def test_a_short_file_is_not_taken_for_a_whole_one(server, repository, monkeypat
     assert "not all of it" in refused()
 
 
+def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(server, repository, tmp_path, monkeypatch):
+    server.stalls = next(repository.glob("model-00002-*")).name
+    run = Forked(1, tmp_path / "log", lambda rank: find_model(NAME))
+    assert server.stalled.wait(60)
+    run.kill()
+    assert run.wait() == {0: -9}
+    server.stalls = ""
+    server.released.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert "not all of it" in refused()
+    before = len(server.files(NAME))
+    assert whole(find_model(NAME), repository)
+    assert len(server.files(NAME)) < before + 10  # what was there already is not fetched again
+
+
 def test_what_the_hub_refuses_is_said_in_a_line(server, monkeypatch):
     assert f"no folder THUDM/no-such here, and no such repository on {server.url}" in refused("THUDM/no-such")
     server.gated = True
@@ -259,6 +302,24 @@ def test_without_a_network_it_says_what_to_do(server, monkeypatch):
             monkeypatch.setattr(constants, name, value)
     said = refused()
     assert "could not be downloaded from http://127.0.0.1" in said and "set HF_ENDPOINT to a mirror" in said
+
+
+def test_other_ways_to_large_files_and_proxies(server, repository, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        server.xet = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
+    said = refused()
+    assert "start again" in said and "HF_HUB_DISABLE_XET=1 does without" in said
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    assert whole(find_model(NAME), repository)
+    close_session()
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    assert "pip install socksio" in refused("THUDM/another")
+    close_session()
 
 
 def test_disks(server, monkeypatch, tmp_path):

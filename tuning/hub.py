@@ -8,7 +8,6 @@ Only data files are downloaded: json, vocabulary, and weights in one format. Cod
 libraries' own variables hold: HF_ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and so on; MODELSCOPE_CACHE.
 """
 
-import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -30,7 +29,6 @@ from utils import on_rank_0, once_per_node, print_rank_0
 CONFIG, TOKENIZER, WEIGHTS = "config", "tokenizer", "weights"
 DATA = re.compile(r"[^/]+\.(json|model|jinja)|(MODEL_)?LICENSE[^/]*")  # side files, at the top of a repository
 WEIGHTS_NAMES = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin")
-DOWNLOADS = 4  # files at a time
 BLOCK = 1 << 22  # bytes read at once
 
 
@@ -79,8 +77,10 @@ def find_model(path: str, need: str = WEIGHTS) -> str:
         UserError: it cannot be found or downloaded; the message is one line.
     """
     name = parse_hub_name(path)
-    if os.path.exists(path) or name is None:
-        if name and name.official:
+    if name is None:
+        return path
+    if on_rank_0(lambda: os.path.exists(path)):  # the same on all nodes, which must all go on in the same way
+        if name.official:
             print_rank_0(f"{path} is a folder here, and is used; a hub is not asked")
         return path
     if name.hub:
@@ -119,7 +119,7 @@ def lacks(folder: str, need: str) -> str | None:
     names = os.listdir(folder)
     if "config.json" not in names:
         return "config.json"
-    if need != CONFIG and not any(name.endswith(".model") or name == "tokenizer.json" for name in names):
+    if need != CONFIG and not any(map(is_vocabulary, names)):
         return "the vocabulary"
     if need == WEIGHTS:
         try:
@@ -129,21 +129,26 @@ def lacks(folder: str, need: str) -> str | None:
     return None
 
 
+def is_vocabulary(name: str) -> bool:
+    """Whether a file is that of a vocabulary, by its name."""
+    return name.endswith(".model") or name == "tokenizer.json"
+
+
 def find_commit(name: HubName, need: str) -> str:
     """The commit of the snapshot to use: what is cached, else what the hub has.
 
     Raises:
         UserError: neither.
     """
-    if folder := cached_snapshot(name, name.revision, need):
-        return os.path.basename(folder)
     with explaining(name):
+        if folder := cached_snapshot(name, name.revision, need):
+            return os.path.basename(folder)
         if constants.is_offline_mode():
             raise UserError(
                 f"{name.repository} is not in {constants.HF_HUB_CACHE}, or not all of it, and HF_HUB_OFFLINE is set: "
                 "download it where there is a network, or name a folder"
             )
-        return huggingface_hub.HfApi().model_info(name.repository, revision=name.revision, timeout=timeout()).sha
+        return ask_hub(name, name.revision).sha
 
 
 def get_snapshot(name: HubName, commit: str, need: str) -> str:
@@ -152,12 +157,13 @@ def get_snapshot(name: HubName, commit: str, need: str) -> str:
     Raises:
         UserError: it cannot be downloaded; what is cached of it is complete files.
     """
-    if folder := cached_snapshot(name, commit, need):
-        return folder
     with explaining(name):
-        info = huggingface_hub.HfApi().model_info(
-            name.repository, revision=commit, files_metadata=True, timeout=timeout()
-        )
+        if folder := cached_snapshot(name, commit, need):
+            return folder
+        branch = name.revision or constants.DEFAULT_REVISION
+        info = ask_hub(name, branch)
+        if info.sha != commit:  # another node has an earlier one, which is still the one to use
+            branch, info = commit, ask_hub(name, commit)
         everything = [describe(file) for file in info.siblings]
         wanted = choose(name, everything, need)
         missing = [file for file in wanted if not cached_file(name, file, commit)]
@@ -170,9 +176,9 @@ def get_snapshot(name: HubName, commit: str, need: str) -> str:
             ))  # fmt: skip
         check_room(name, missing)
         # the first file by the name of the branch: the library notes which commit that is
-        paths = [get_file(name, wanted[0], name.revision or constants.DEFAULT_REVISION)]
-        with concurrent.futures.ThreadPoolExecutor(DOWNLOADS) as pool:
-            paths += pool.map(functools.partial(get_file, name, revision=commit), wanted[1:])
+        paths = [get_file(name, wanted[0], branch)]
+        # one after the other: Ctrl-C would have to wait for threads
+        paths += [get_file(name, file, commit) for file in wanted[1:]]
     folder = os.path.dirname(paths[-1])
     if {os.path.dirname(path) for path in paths} != {folder}:
         raise UserError(f"{name.repository} has changed on the hub during the download: start again")
@@ -181,9 +187,10 @@ def get_snapshot(name: HubName, commit: str, need: str) -> str:
     return folder
 
 
-def timeout() -> float:
-    """Seconds to wait for the hub's first answer."""
-    return constants.HF_HUB_ETAG_TIMEOUT
+def ask_hub(name: HubName, revision: str | None) -> huggingface_hub.ModelInfo:
+    """The commit and the files of a revision."""
+    api, wait = huggingface_hub.HfApi(), constants.HF_HUB_ETAG_TIMEOUT
+    return api.model_info(name.repository, revision=revision, files_metadata=True, timeout=wait)
 
 
 def describe(sibling) -> File:
@@ -205,6 +212,8 @@ def choose(name: HubName, files: list[File], need: str) -> list[File]:
         return [by_name["config.json"]]
     chosen = ["config.json"]
     chosen += [one for one in by_name if DATA.fullmatch(one) and not one.endswith(".index.json") and one not in chosen]
+    # the vocabulary last: `lacks` takes a snapshot that has it for one with all side files
+    chosen.sort(key=is_vocabulary)
     if need == TOKENIZER:
         return [by_name[one] for one in chosen]
     for pattern, single in zip(WEIGHTS_NAMES, ("model.safetensors", "pytorch_model.bin"), strict=True):
@@ -281,7 +290,8 @@ def explaining(name: HubName):
         yield
     except UserError:
         raise
-    except (errors.HTTPError, OSError, ValueError) as error:
+    # RuntimeError: of Xet, where the hub keeps large files; ImportError: a package for a kind of proxy is missing
+    except (errors.HTTPError, OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(printable(explain(error, name))) from None
 
 
@@ -301,6 +311,14 @@ def explain(error: Exception, name: HubName) -> str:
     if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         return f"cannot write {repository} to {constants.HF_HUB_CACHE} (HF_HUB_CACHE): {error.strerror}"
     reason = " ".join(str(error.__cause__ or error).split())[:200]
+    if isinstance(error, ImportError):
+        socks = ": pip install socksio, or set another proxy" if "SOCKS" in reason else ""
+        return f"{repository} cannot be downloaded from {where}, a package is missing ({reason}){socks}"
+    if isinstance(error, RuntimeError):
+        return (
+            f"{repository} could not be downloaded from where {where} keeps large files (Xet: {reason}): "
+            "start again, which continues with the files that are missing; HF_HUB_DISABLE_XET=1 does without them"
+        )
     return (
         f"no folder {repository} here, and it could not be downloaded from {where} ({type(error).__name__}: {reason}): "
         "start again, which continues with the files that are missing, set HF_ENDPOINT to a mirror, or name a folder"

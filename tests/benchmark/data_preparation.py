@@ -1,7 +1,7 @@
 """How fast instruction files are prepared: against SentencePiece alone, the second start, and memory on a large file.
 
     python tests/benchmark/data_preparation.py --checkpoint glm3=ChatGLM3-6B/ --data data/spo_0.json data/d2q_0.json
-    python tests/benchmark/data_preparation.py --rows 1000000 --json results.json
+    python tests/benchmark/data_preparation.py --rows 100000 1000000 --json results.json
     python tests/benchmark/data_preparation.py --runs 0 --calls --rows 200000 1000000      # memory alone
 
 Only the tokenizer files of a checkpoint folder are read. Without --checkpoint, a tokenizer of each family is trained on
@@ -43,6 +43,7 @@ from glm_models.tiny import make_tiny_checkpoint, read_lines
 from tuning.samples.dataset import DataSettings, InstructionData, prepare
 from tuning.samples.encoding import available_cpus
 from tuning.samples.formats import to_dialogue
+from tuning.samples.mixture import shared_samples
 from tuning.samples.row_files import read_rows
 
 TURNS = 4  # of a conversation
@@ -132,7 +133,8 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
 
 
 def measure_large(mode: str, folder: str, path: str) -> dict:
-    """Time and memory of preparing one file, in this process and for the first time."""
+    """Time and memory of preparing one file, in this process and for the first time; and of looking for samples that
+    two files share, of so many rows each."""
 
     def peak():  # (that of getrusage counts the process that started this one)
         return status("VmHWM") / 2**20
@@ -147,6 +149,8 @@ def measure_large(mode: str, folder: str, path: str) -> dict:
         prepared = peak()
         second = seconds(lambda: prepare(settings, tokenizer, cache))
         data = InstructionData(settings, tokenizer, prepare(settings, tokenizer, cache))
+        opened = peak()
+        shared = seconds(lambda: shared_samples([data, data], None))
     return {
         "mode": mode,
         "rows": len(data),
@@ -157,7 +161,9 @@ def measure_large(mode: str, folder: str, path: str) -> dict:
         "second_s_per_million_tokens": second / int(data.lengths.sum()) * 1e6,
         "mib_before": before,
         "mib_peak": prepared,
-        "mib_with_data_open": peak(),
+        "mib_with_data_open": opened,
+        "shared_samples_s": shared,
+        "mib_with_shared_samples": peak(),
     }
 
 

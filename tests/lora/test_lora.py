@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from glm_models import ops
 from tuning.lora.layers import LoraLinear, use_own_layers
 
 
@@ -34,10 +35,11 @@ def run(model, x):
     return [output, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dropout", "fused"), [(0.0, False), (0.3, False), (0.3, True)])  # fused as on a GPU
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(2, 7, 24), (7, 24), (1, 1, 24), (0, 24)])
-def test_output_and_gradients_are_those_of_peft(shape, bias, dropout):
+def test_output_and_gradients_are_those_of_peft(shape, bias, dropout, fused, monkeypatch):
+    monkeypatch.setattr(ops, "has_fused_dropout", lambda _: fused)
     peft, ours = pair(bias, dropout)
     x = torch.randn(shape, dtype=torch.float64)
     results = [run(model, x) for model in (peft, ours)]

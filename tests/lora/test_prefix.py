@@ -103,6 +103,11 @@ def test_a_prefix_in_float16_goes_with_a_base_of_another_type(folders, tiny, tmp
     for dtype in (torch.bfloat16, torch.float32):
         found = result_logits("glm3", tmp_path / "half.bin", tiny["glm3"], dtype=dtype)
         assert found.dtype == dtype and torch.equal(found, result_logits("glm3", joined, dtype=dtype))
+    large = half | {EMBEDDING: half[EMBEDDING].float().index_fill(0, torch.tensor([0]), 1e5)}
+    torch.save(large, tmp_path / "large.bin")
+    assert result_logits("glm3", tmp_path / "large.bin", tiny["glm3"], dtype=torch.bfloat16).isfinite().all()
+    with pytest.raises(CheckpointError, match=r"embedding.weight has values that torch.float16 does not have"):
+        result_logits("glm3", tmp_path / "large.bin", tiny["glm3"], dtype=torch.float16)
 
 
 def arguments(mode: str, base, *more: str):
@@ -235,6 +240,7 @@ BROKEN = {
     "an unknown part": ({FULL_PREFIX + "norm.weight": torch.ones(2)}, {}, "norm.weight, trans.0.bias"),
     "not finite": ({EMBEDDING: torch.full((5, 64), torch.nan)}, {}, "embedding.weight holds NaN or infinity"),
     "whole numbers": ({EMBEDDING: torch.ones(5, 64, dtype=torch.int64)}, {}, "not a weight of a prefix"),
+    "two prefixes": ({"other.prefix_encoder.embedding.weight": torch.ones(5, 64)}, {}, "more than one P-Tuning prefix"),
     "another length": ({}, {"pre_seq_len": 16}, "pre_seq_len is 16, but the prefix beside it has 5"),
     "another kind": ({}, {"prefix_projection": False}, "prefix_projection is False, but the prefix beside it has True"),
     "another base": ({EMBEDDING: torch.ones(5, 96)}, {}, "embedding.weight is [5, 96], the base needs [5, "),

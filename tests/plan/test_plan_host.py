@@ -157,3 +157,7 @@ def test_an_adapter_has_a_size_and_the_context_a_meaning(small_machine, capsys):
     assert "an interrupted run saves a training state" in text
     assert "CUDA context: memory of CUDA, its kernels and NCCL" in text and "capability 8.0 or newer" in text
     assert "warning" not in text
+
+
+def test_a_small_difference_is_not_shown_as_none():
+    assert [host.lowered(by * host.GIB) for by in (3.456, 0.006, 0.004)] == ["-3.46", "-0.01", "by less than 0.01"]

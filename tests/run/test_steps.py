@@ -9,6 +9,7 @@ import torch
 import data_set
 import train
 from tuning.engine.saving import count_results, is_save_step
+from tuning.run import health
 from tuning.run.health import StepHooks, StepMonitor
 from tuning.samples.batches import Batch
 from tuning.samples.epochs import Packs, RunLength, run_length
@@ -122,3 +123,15 @@ def test_an_error_names_the_micro_batch_in_which_it_was(fails_at, tokens):
         train.train_step(engine, watch.batches)
     assert error.value.__notes__ == [f"in a micro-batch of 1 samples, {tokens} tokens, the longest {tokens}"]
     assert seen == [2]
+
+
+def test_an_error_in_a_pipeline_names_all_micro_batches_of_the_step(monkeypatch):
+    """Several are under way at once, and the engine counts them when the step is done."""
+    monkeypatch.setattr(health, "stage_count", lambda: 2)
+    watch = StepMonitor(Engine(accumulation=2), Rows.files, 5.0)
+    with pytest.raises(torch.OutOfMemoryError) as error, watch:
+        watch.begin_step([*batches(7, 5), Batch([0], 1, input_ids=torch.ones(1, 10), segments=[(4, 0), (6, 0)])])
+        raise torch.OutOfMemoryError
+    assert error.value.__notes__ == [
+        "in a step of 3 micro-batches, of at most 2 samples and 10 tokens, the longest sample 7"
+    ]

@@ -20,10 +20,13 @@ class Hub(ThreadingHTTPServer):
 
     repositories: by name, the folder of each revision.
     requests: method and path of all that was asked.
+    head: the commit of branches.
     cuts: how often the connection breaks in the middle of a file of this name.
     lies: how often such a file comes with other bytes than its hash says.
     short: how often such a file comes shorter than the hub has said.
     token: without it every repository is refused.
+    stalls: the name of a file of which half is sent, then nothing until `released`; `stalled` says that it is so.
+    xet: the address that the hub names for large files, in place of its own; "" for none.
     gated, down: every request is answered with 403, with 500.
     """
 
@@ -32,7 +35,9 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, dict[str, Path]] = {}
         self.requests: list[tuple[str, str]] = []
         self.cuts, self.lies, self.short = {}, {}, {}
-        self.token, self.gated, self.down = "", False, False
+        self.head = COMMIT
+        self.token, self.xet, self.gated, self.down = "", "", False, False
+        self.stalls, self.stalled, self.released = "", threading.Event(), threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -78,6 +83,9 @@ class Handler(BaseHTTPRequestHandler):
         api = parts[:2] == ["api", "models"]
         owner, name, *rest = parts[2:] if api else parts
         revisions = hub.repositories.get(f"{owner}/{name}")
+        if parts == ["api", "xet"]:
+            ends = {"X-Xet-Cas-Url": hub.xet, "X-Xet-Access-Token": "any", "X-Xet-Token-Expiration": "9999999999"}
+            return self.send(200, b"", ends)
         if hub.down:
             return self.refuse(500, "Down")
         if hub.gated:
@@ -88,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         folder = revisions.get(revision)
         if folder is None:
             return self.refuse(404, "RevisionNotFound")
-        commit = revision if len(revision) == 40 else COMMIT
+        commit = revision if len(revision) == 40 else hub.head
         if api:
             content = {"id": f"{owner}/{name}", "sha": commit, "siblings": [describe(f) for f in walk(folder)]}
             return self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
@@ -101,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
         said = describe(path)
         tag = said["lfs"]["sha256"] if said.get("lfs") else said["blobId"]
         headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if hub.xet and said.get("lfs"):
+            headers |= {"X-Xet-Hash": said["lfs"]["sha256"], "X-Xet-Refresh-Route": f"{hub.url}/api/xet"}
         if self.command == "GET" and hub.lies.get(path.name, 0) > 0:
             hub.lies[path.name] -= 1
             content = content[:-1] + bytes([content[-1] ^ 1])
@@ -117,6 +127,13 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Length"] = str(len(content))
             content = content[: len(content) // 2]
             self.close_connection = True
+        if self.command == "GET" and path.name == hub.stalls:
+            self.send(status, content[: len(content) // 2], headers | {"Content-Length": str(len(content))})
+            self.wfile.flush()
+            hub.stalled.set()
+            hub.released.wait(60)
+            self.close_connection = True
+            return None
         return self.send(status, content, headers)
 
 

@@ -163,8 +163,9 @@ def contradictions(args: argparse.Namespace) -> list[str]:
     for flag, text in (("--train_flags", args.train_flags), ("--predict_flags", args.predict_flags)):
         ours = sorted({word for word in shlex.split(text) if word.split("=")[0].removeprefix("--") in OURS})
         wrong += [f"{flag} {word}: the comparison sets it by itself" for word in ours]
-    if any(word.split("=")[0] == "--adapter_path" for word in shlex.split(args.train_flags)):
-        wrong.append("--train_flags --adapter_path: all methods start from the base")
+    for start in ("--adapter_path", "--ptuning_checkpoint"):
+        if any(word.split("=")[0] == start for word in shlex.split(args.train_flags)):
+            wrong.append(f"--train_flags {start}: all methods start from the base")
     return wrong or (handed_on(args) if args.model and args.train_path and args.test_path else [])
 
 

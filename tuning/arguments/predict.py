@@ -18,10 +18,11 @@ DESCRIPTION = """Answer with a trained model: a whole file, one sample, or a cha
     python predict.py --mode glm3 --model_path ...            (chat; an empty line ends it)"""
 
 HINTS = {
+    "ptuning_checkpoint": "the folder of the prefix goes to --model_path, that of its base to --ori_model_dir",
     "checkpoint": "the folder of the model goes to --model_path",
     "load_in_4bit": "--quantization_bit 4 quantises the model",
     "load_in_8bit": "--quantization_bit 8 quantises the model",
-    "top_k": "--top_p and --temperature are what sampling has here",
+    "top_k": "it is always 50, the default of transformers; --top_p and --temperature are what can be set",
 }
 
 

@@ -17,7 +17,7 @@ from tuning.lora.starts import Start, saved_sizes
 from tuning.run import results
 from tuning.run.resume import Checkpoints
 from tuning.samples.epochs import RunLength
-from utils import is_rank_0, on_rank_0, print_rank_0
+from utils import is_rank_0, on_rank_0, print_rank_0, wait_for_all
 
 
 def result_size(model, dtype, prefix_only: bool = False) -> int:
@@ -99,6 +99,7 @@ def gathered(named_parameters):
     holders = find_holders([parameter for _, parameter in named_parameters])
     for (name, parameter), holder in zip(named_parameters, holders, strict=True):
         if hasattr(parameter, "ds_id"):
+            wait_for_all()  # rank 0 may have just written a file
             with deepspeed.zero.GatheredParameters([parameter]):
                 yield name, parameter.data
         else:

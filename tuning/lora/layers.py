@@ -86,8 +86,9 @@ class LoraLinear(lora.Linear):
             return super().forward(x)
         inputs = {}
         for name in self.active_adapters:
-            dropout = self.lora_dropout[name]  # an Identity where the adapter has none
-            x, inputs[name] = fork_dropped(x, dropout.p) if self.training and hasattr(dropout, "p") else (x, x)
+            dropout = self.lora_dropout[name]
+            drops = self.training and isinstance(dropout, nn.Dropout)  # an Identity where the adapter has none
+            x, inputs[name] = fork_dropped(x, dropout.p) if drops else (x, x)
         result = self.base_layer(x)
         for name, dropped in inputs.items():
             result = self.lora_B[name](self.lora_A[name](dropped), result, self.scaling[name])

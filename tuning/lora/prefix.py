@@ -14,7 +14,7 @@ from tuning.folders import MANIFEST, check_folder, file_hash
 from tuning.hub import find_here
 from tuning.lora.adapter import BASE_FILE, check_base, trained_bits
 from tuning.lora.zero3 import is_partitioned
-from utils import on_rank_0, print_rank_0
+from utils import on_rank_0, once_per_node, print_rank_0
 
 FILE = "pytorch_model.bin"  # what the official demos read
 
@@ -58,7 +58,7 @@ def fill(model: nn.Module, prefix: Prefix) -> None:
     Called on every rank if the model is partitioned.
 
     Raises:
-        CheckpointError: a shape differs.
+        CheckpointError: a shape differs, or a value is too large for the model's type.
     """
     parameters = dict(model.transformer.prefix_encoder.named_parameters())
     for name, parameter in parameters.items():
@@ -72,6 +72,11 @@ def fill(model: nn.Module, prefix: Prefix) -> None:
         for name, parameter in parameters.items():
             if parameter.numel():  # under ZeRO-3 gathered on this rank
                 parameter.copy_(prefix.weights[name])
+                if not prefix.weights[name].to(parameter.dtype).isfinite().all():
+                    raise CheckpointError(
+                        f"the P-Tuning prefix {prefix.path}: {name} has values that {parameter.dtype} does not have; "
+                        "use bf16 or float32"
+                    )
 
 
 # Training goes on from it
@@ -110,7 +115,7 @@ def start_from_prefix(args) -> dict[str, str]:
     path = args.ptuning_checkpoint
     if not path:
         return {}
-    config, digest = on_rank_0(lambda: ((prefix := open_prefix(path)).config, file_hash(prefix.file)))
+    config, digest = once_per_node(lambda: ((prefix := open_prefix(path)).config, file_hash(prefix.file)))
     wrong = {key: value for key, value in config.items() if getattr(args, key) != value}
     if wrong:
         asked = " ".join(f"--{key} {getattr(args, key)}" for key in wrong)

@@ -129,6 +129,11 @@ def shown_size(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
+def lowered(by: float) -> str:
+    """By how many bytes a change lowers the memory, in GiB: -0.42, or in words where two decimals would show -0.00."""
+    return f"{-by / GIB:+.2f}" if by >= 0.005 * GIB else "by less than 0.01"
+
+
 def _length_text(args: argparse.Namespace) -> str:
     """The results that `plan_disk` counts."""
     if args.max_steps:

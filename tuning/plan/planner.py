@@ -32,7 +32,7 @@ from tuning.errors import UserError
 from tuning.lora.earlier import take_lora_flags
 from tuning.methods import build_model, check_zero3, parameter_groups, zero3_problem
 from tuning.plan.allocator import CachingAllocator
-from tuning.plan.host import GIB, HostPlan, host_text, plan_host
+from tuning.plan.host import GIB, HostPlan, host_text, lowered, plan_host
 from tuning.plan.trace import Event, trace_step
 from tuning.plan.traffic import describe_traffic
 from tuning.plan.zero import Setup, Zero12Simulator
@@ -344,7 +344,7 @@ def advice(args: argparse.Namespace, plans: Plans) -> str:
     """Changes that lower the peak, one per line: GiB per GPU, the difference, main memory, the flags."""
     before = plans(args).peak
     lines = [
-        f"  {after.peak / GIB:6.2f} ({(after.peak - before) / GIB:+.2f}), {after.host.memory / GIB:4.0f}  {change}"
+        f"  {after.peak / GIB:6.2f} ({lowered(before - after.peak)}), {after.host.memory / GIB:4.0f}  {change}"
         for change, after in suggestions(args, plans)
     ]
     head = "what would lower it: GiB per GPU, GiB of main memory"

@@ -111,10 +111,10 @@ def read_conversation(row: dict, key: str) -> Dialogue:
             raise BadRow("format", f"a system message under 'system' and another one in {key}")
         messages.insert(0, Message("system", row["system"]))
     for name in ("tools", "functions"):
-        if row.get(name) is not None and row[name] != "":
+        if row.get(name) is not None and (written := _tools(row[name], name)) is not None:
             if tools is not None:
                 raise BadRow("format", "tools in two places of a row")
-            tools = _tools(row[name], name)
+            tools = written
     if tools == NO_TOOLS and not reader.style.startswith("ChatGLM3"):
         tools = None  # in ChatGLM3's form an empty list is written, as the official chat does
     _check_order(messages, key)
@@ -350,10 +350,15 @@ def _json(value, where: str):
         raise BadRow("json", f"{where} is not valid JSON: {error}") from None
 
 
-def _tools(value, where: str) -> str:
-    """Descriptions of tools as JSON, without the wrapper {"type": "function", "function": ...} of the OpenAI API."""
+def _tools(value, where: str) -> str | None:
+    """Descriptions of tools as JSON, without the wrapper {"type": "function", "function": ...} of the OpenAI API.
+
+    None for a string that is empty or blank, as an empty cell of a table is: no tools, not an empty list of them.
+    """
     if isinstance(value, str):
-        value = _json(value, where) if value.strip() else []
+        if not value.strip():
+            return None
+        value = _json(value, where)
     try:
         written = repr(value)
     except RecursionError:

@@ -127,7 +127,7 @@ def _flaw_of_texts(row: dict, several_outputs: bool, empty_outputs: bool) -> Fla
         return Flaw("empty", "instruction and input are both empty")
     if not empty_outputs and "output" in row and not all(map(str.strip, outputs)):
         return Flaw("empty", "output is empty; --allow_empty_output trains such rows to answer nothing")
-    if len(row) > len(KEYS) and (flaw := _flaw_of_earlier(row)):
+    if row.keys() != KEYS and (flaw := _flaw_of_earlier(row)):
         return flaw
     if has_half_pair(query + "".join(outputs)):
         return HALF_PAIR
