@@ -50,6 +50,8 @@ class Client(NamedTuple):
     native: it serves GlmForCausalLM.
     prefix: families whose P-Tuning results it serves; families: whose whole models.
     scales_base: it reads rope_ratio as ChatGLM3 does, and one layout of query_key_value.
+    adapters: it reads LoRA adapters itself.
+    gguf: glm_models.convert.gguf writes its files, without its own converter.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Client(NamedTuple):
     prefix: tuple[str, ...] = ()
     scales_base: bool = True
     adapters: bool = True
+    gguf: bool = False
 
 
 CLIENTS = (
@@ -85,6 +88,7 @@ CLIENTS = (
         "llama.cpp (converter in llama-cpp-python 0.3.36)", "conversion/chatglm.py", families=("glm3",),
         architectures=BOTH, keys=("_name_or_path", *NETWORK),
         files=("tokenizer.model", "tokenizer_config.json", "tokenization_chatglm.py", "configuration_chatglm.py"),
+        gguf=True,
     ),
     Client(
         "chatglm.cpp 0.4.2", "chatglm_cpp/convert.py", families=("glm", "glm2", "glm3"),
@@ -161,6 +165,15 @@ def check(folder: str, mode: str | None = None) -> list[str]:
 
 
 def verdict(client: Client, found: Found) -> str:
+    """What one program makes of a folder, with the command for GGUF where that helps."""
+    said = own_verdict(client, found)
+    if not client.gguf or said == SERVES or found.kind == PTUNING or found.mode == "glm":
+        return said
+    command = f"python -m glm_models.convert.gguf --mode {found.mode or 'MODE'} --model_path {found.folder}"
+    return f"its own converter: {said}. {command} --output_dir NEW makes its file"
+
+
+def own_verdict(client: Client, found: Found) -> str:
     """What one program makes of a folder."""
     convert = f"python -m glm_models.convert --mode {found.mode} --model_path {found.folder}"
     if found.kind == ADAPTER:
