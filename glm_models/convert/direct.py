@@ -21,7 +21,7 @@ from ..identify import describe_base, describe_weights, is_native_folder
 from ..streamed import as_bytes, skeleton
 from .model import KEPT, Official, compare_outputs, compare_tokenizers, official_files, open_native
 from .names import native_names
-from .tokenizer import make_tokenizer, write_tokenizer
+from .tokenizer import check_names, make_tokenizer, write_tokenizer
 from .weights import OfficialView
 
 # Writing
@@ -39,6 +39,7 @@ def check_convertible(mode: str, base: str) -> None:
             f"--save_format native: {base} has a P-Tuning prefix, for which GlmForCausalLM has no place; leave the "
             "flag out"
         )
+    check_names(tokenizer)
     make_tokenizer(tokenizer.vocab_file, tokenizer.special_tokens)
 
 
