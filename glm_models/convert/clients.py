@@ -75,8 +75,8 @@ CLIENTS = (
         architectures=BOTH, keys=(*NETWORK, *SWITCHES, "original_rope"), fast=True, native=True,
     ),
     Client(
-        "SGLang", "python/sglang/srt/models/chatglm.py", architectures=("ChatGLMModel",), keys=(*NETWORK, *SWITCHES),
-        fast=True, native=True,
+        "SGLang", "python/sglang/srt/{models/chatglm,model_loader/utils}.py", architectures=("ChatGLMModel",),
+        keys=(*NETWORK, *SWITCHES), fast=True, native=True,
     ),
     Client(
         "LMDeploy", "lmdeploy/pytorch/models/{module_map,patch,chatglm2}.py, configurations/chatglm.py",
@@ -158,7 +158,9 @@ def check(folder: str, mode: str | None = None) -> list[str]:
     title = f" of {FAMILIES[found.mode].title}" if found.mode else ""
     lines = [f"{folder}: {found.kind}{title}. Checked by names alone, as looked up on {LOOKED_UP}; nothing was run"]
     if found.broken:
-        lines.append(f"no program can read it: {found.broken}")
+        lost = [key for key in (GLM_NETWORK if found.mode == "glm" else NETWORK) if key not in found.config]
+        why = f"config.json lacks {', '.join(lost)}; " if lost else ""
+        lines.append(f"no program can read it: {why}{found.broken}")
         return lines
     lines += [f"{client.name}: {verdict(client, found)} [{client.source}]" for client in CLIENTS]
     return lines + ([f"peft: {peft_verdict(found)}"] if found.kind == ADAPTER else [])
