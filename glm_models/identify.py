@@ -8,9 +8,8 @@ import torch
 
 from . import MODE
 from .checkpoint import CheckpointError, read_json, read_weights
-from .families import FAMILIES, how_to_download
+from .families import FAMILIES, convert_first, how_to_download, is_native
 
-NATIVE = "GlmForCausalLM"  # transformers' own class, which computes what ChatGLM2 and ChatGLM3 do
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 SPARE_ROWS = 1000  # official embeddings have 184 to 230 rows more than the vocabulary has tokens
 OTHER_RELEASE = "vocabulary and weights are of different releases; take all files from one"
@@ -72,10 +71,7 @@ def _check_one_model(folder: str, mode: str) -> None:
     """
     has_config = os.path.lexists(os.path.join(folder, "config.json"))
     if is_native_folder(folder):
-        raise CheckpointError(
-            f"{folder} is a {NATIVE}, which only predict.py reads as it is; convert it first: python -m "
-            f"glm_models.convert --mode {mode} --model_path {folder} --output_dir NEW"
-        )
+        raise CheckpointError(convert_first(mode, folder))
     adapter = [name for name in ADAPTER_FILES if os.path.lexists(os.path.join(folder, name))]
     if adapter and has_config:
         raise CheckpointError(
@@ -91,11 +87,6 @@ def _check_one_model(folder: str, mode: str) -> None:
     if results:
         names = ", ".join(results[:5]) + (f" and {len(results) - 5} more" if len(results) > 5 else "")
         raise CheckpointError(f"{folder} has no config.json, but models or adapters inside: name one of them ({names})")
-
-
-def is_native(content: dict) -> bool:
-    """Whether a config.json is that of a GlmForCausalLM."""
-    return content.get("model_type") == "glm" or NATIVE in (content.get("architectures") or [])
 
 
 def is_native_folder(folder: str) -> bool:

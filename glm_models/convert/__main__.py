@@ -91,7 +91,7 @@ from glm_models.convert.model import (
 )
 from glm_models.convert.tokenizer import write_tokenizer
 from glm_models.convert.weights import NativeView
-from glm_models.identify import is_native
+from glm_models.families import is_native
 from glm_models.prefix import describe_prefix, find_prefix
 from glm_models.streamed import skeleton
 from tuning.errors import UserError

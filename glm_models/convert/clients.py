@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from .. import MODE
 from ..checkpoint import CheckpointError, read_json
-from ..families import FAMILIES
-from ..identify import NATIVE, is_native, possible_modes
+from ..families import FAMILIES, NATIVE, is_native
+from ..identify import possible_modes
 from ..prefix import find_prefix
 from ..streamed import skeleton
 from .tokenizer import TOKENIZER_FILES

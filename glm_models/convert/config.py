@@ -7,8 +7,8 @@ from transformers import GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
 from ..checkpoint import CheckpointError, read_json, weight_shapes
+from ..families import NATIVE
 from ..glm2 import ChatGLM2Config
-from ..identify import NATIVE
 from ..messages import short_repr
 from ..streamed import check_names
 

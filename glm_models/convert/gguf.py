@@ -78,7 +78,7 @@ from glm_models.convert.names import FUSED
 from glm_models.convert.template import TEMPLATES
 from glm_models.convert.tokenizer import USER_DEFINED, check_names, native_token, read_vocabulary
 from glm_models.convert.weights import is_computed
-from glm_models.identify import is_native
+from glm_models.families import is_native
 from glm_models.messages import short_repr
 from glm_models.streamed import as_bytes, skeleton
 from tuning.errors import UserError
