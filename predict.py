@@ -29,6 +29,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
+from glm_models.convert.direct import side_folder
 from glm_models.generation import generate_answers
 from glm_models.prefix import folder_of
 from glm_models.refill import Request, generate_in_slots
@@ -126,7 +127,7 @@ def predict_file(args) -> None:
     if unused := unused_keys((row for _, row in numbered), KEYS | ADDED | {AS_WRITTEN}):
         print_rank_0(f"{args.predict_path}: {unused}")
     base = find_base(args.model_path, args.ori_model_dir)
-    tokenizer = load_tokenizer(args.mode, base)
+    tokenizer = load_tokenizer(args.mode, side_folder(base))
     lines = [line for line, _ in numbered]
     rows = [with_references(row, tokenizer) if "output" in row else row for _, row in numbered]
     with contextlib.ExitStack() as files:

@@ -28,6 +28,7 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 
 from data_set import Sources, batch_shape, data_settings, dump, load_sources, name_files, training_steps
 from glm_models import MODE
+from glm_models.convert.direct import check_convertible
 from glm_models.ops import TiledMLP
 from glm_models.pipeline import pipeline_input
 from glm_models.pretrained import check_not_quantised
@@ -248,6 +249,8 @@ def read_data(args) -> Data:
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     check_not_quantised(config)
+    if args.save_format == "native":
+        check_convertible(args.mode, args.model_name_or_path)
     ds_config = load_training_config(args, 1, config.hidden_size)
     check_zero3(args, ds_config["zero_optimization"]["stage"])
     model = check_method(args)

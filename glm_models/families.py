@@ -80,3 +80,19 @@ def how_to_download(mode: str) -> str:
         f"download its data files: `modelscope download --model ZhipuAI/{name} --local_dir {name}` or "
         f"`hf download THUDM/{name} --local-dir {name}`"
     )
+
+
+NATIVE = "GlmForCausalLM"  # transformers' own class, which computes what ChatGLM2 and ChatGLM3 do
+
+
+def is_native(content: dict) -> bool:
+    """Whether a config.json is that of a GlmForCausalLM."""
+    return content.get("model_type") == "glm" or NATIVE in (content.get("architectures") or [])
+
+
+def convert_first(mode: str, folder: str) -> str:
+    """What to do with the folder of a GlmForCausalLM where one of a family is needed."""
+    return (
+        f"{folder} is a {NATIVE}, which only predict.py reads as it is; convert it first: python -m "
+        f"glm_models.convert --mode {mode} --model_path {folder} --output_dir NEW"
+    )

@@ -69,15 +69,19 @@ def stream_logits(
     Args:
         model: on the meta device.
         batch: input_ids, attention_mask and position_ids, as from the tokenizer's `pad`.
-        read: name of a weight -> the weight, float32.
+        read: name of a weight -> the weight. If it is not float32, it is converted some rows at a time.
         change: (module, name of its weight, input, output) -> output, of the modules that have weights.
     """
 
     def fill(module: nn.Module, prefix: str) -> None:
         for key, _ in list(module.named_parameters(recurse=False)):
-            setattr(module, key, nn.Parameter(read(prefix + key), requires_grad=False))
+            weight = read(prefix + key)
+            if not isinstance(module, (nn.Linear, nn.Embedding)):
+                weight = weight.float()
+            setattr(module, key, nn.Parameter(weight, requires_grad=False))
 
     def empty(module: nn.Module, prefix: str, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        output = output.float()  # of an embedding
         if change is not None:
             output = change(module, prefix + "weight", inputs[0], output)
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -87,9 +91,23 @@ def stream_logits(
     for name, module in model.named_modules():
         if list(module.named_parameters(recurse=False)):
             prefix = name + "."
+            if isinstance(module, nn.Linear):
+                module.forward = lambda x, module=module: linear_by_rows(x, module.weight, module.bias)
             module.register_forward_pre_hook(lambda m, _, prefix=prefix: fill(m, prefix))
             module.register_forward_hook(lambda m, inputs, out, prefix=prefix: empty(m, prefix, inputs, out))
     return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+
+
+ROWS = 2**24  # values of a weight that are float32 at a time: 64 MiB
+
+
+def linear_by_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A linear layer [out, in] in float32, without a copy of the whole weight in float32."""
+    rows, output = max(1, ROWS // weight.shape[1]), x.new_empty(*x.shape[:-1], len(weight))
+    for start in range(0, len(weight), rows):
+        some = slice(start, start + rows)
+        output[..., some] = nn.functional.linear(x, weight[some].float(), None if bias is None else bias[some].float())
+    return output
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import argparse
 from glm_models import MODE
 from tuning import exits
 from tuning.arguments.models import Model
-from tuning.arguments.parser import SWITCH, NewPath, Parser, answer_early
+from tuning.arguments.parser import SWITCH, Folder, NewPath, Parser, answer_early
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,24 +23,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_parser() -> Parser:
     parser = Parser(__doc__, contradictions)
     group = parser.group("models")
-    group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM2-6B or ChatGLM3-6B")
+    group.add_argument("--mode", choices=MODE, help="model family: ChatGLM2-6B or ChatGLM3-6B")
     group.add_argument(
         "--model_path",
         type=Model(),
-        required=True,
         help="what to convert: a model of either form, as folder or name on a hub, or the folder of an adapter",
     )
-    group.add_argument("--output_dir", type=NewPath(), required=True, help="folder to write; must be empty or new")
+    group.add_argument("--output_dir", type=NewPath(), help="folder to write; must be empty or new")
     group.add_argument(
         "--ori_model_dir", type=Model(), default_text="what the first conversion kept",
         help="back: the official folder for config, tokenizer and code; of an adapter: its base in the other form",
     )  # fmt: skip
     group.add_argument("--tokenizer_only", **SWITCH, help="write only tokenizer and chat template, for vLLM")
+    group.add_argument(
+        "--check", type=Folder(), help="only say which programs serve this folder, and what it lacks for others"
+    )
     group.add_argument("--no_verify", **SWITCH, help="do not compare the result with what it was made of")
     return parser
 
 
 def contradictions(args: argparse.Namespace) -> list[str]:
+    if args.check:
+        others = [f"--{name}" for name, value in vars(args).items() if value and name not in ("check", "mode")]
+        return [f"--check does nothing else: leave {', '.join(others)} out"] if others else []
+    lost = [f"--{name} is missing" for name in ("mode", "model_path", "output_dir") if getattr(args, name) is None]
+    if lost:
+        return lost
     if args.mode == "glm":
         return [
             "--mode glm: transformers has no class for ChatGLM-6B; predict.py, its official code and chatglm.cpp serve "
@@ -66,7 +74,7 @@ from glm_models.convert.adapter import (
     same_update,
     write_plain_adapter,
 )
-from glm_models.convert.config import is_native
+from glm_models.convert.clients import check
 from glm_models.convert.model import (
     Official,
     base_files,
@@ -83,6 +91,7 @@ from glm_models.convert.model import (
 )
 from glm_models.convert.tokenizer import write_tokenizer
 from glm_models.convert.weights import NativeView
+from glm_models.families import is_native
 from glm_models.prefix import describe_prefix, find_prefix
 from glm_models.streamed import skeleton
 from tuning.errors import UserError
@@ -194,6 +203,9 @@ def main(argv=None) -> None:
     with exit_on_user_errors():
         args = parse_args(argv)
         silence_libraries(verbose=False)
+        if args.check:
+            print(*map(printable, check(args.check, args.mode)), sep="\n")
+            return
         find_models(args, "model_path", "ori_model_dir", need=TOKENIZER if args.tokenizer_only else WEIGHTS)
         print(f"wrote {os.path.normpath(args.output_dir)}: {convert(args)}; {args.model_path} is unchanged")
 

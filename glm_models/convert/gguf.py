@@ -64,7 +64,6 @@ import torch
 
 from glm_models.checkpoint import CheckpointError, FolderWeights, printable, weight_layout, weight_shapes
 from glm_models.convert.adapter import Update, check_fit, is_native_adapter, official_update
-from glm_models.convert.config import is_native
 from glm_models.convert.model import (
     Official,
     base_files,
@@ -79,6 +78,7 @@ from glm_models.convert.names import FUSED
 from glm_models.convert.template import TEMPLATES
 from glm_models.convert.tokenizer import USER_DEFINED, check_names, native_token, read_vocabulary
 from glm_models.convert.weights import is_computed
+from glm_models.families import is_native
 from glm_models.messages import short_repr
 from glm_models.streamed import as_bytes, skeleton
 from tuning.errors import UserError

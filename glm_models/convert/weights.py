@@ -108,6 +108,12 @@ class OfficialView:
             raise CheckpointError(f"{', '.join(self.parts[name])} are of different types")
         return self.heads.join(parts) if len(parts) > 1 else parts[0]
 
+    def items(self):
+        """Yield (name, tensor) of all weights."""
+        for names in self.layout.values():
+            for name in names:
+                yield name, self[name]
+
 
 def in_order(path: str, names) -> list[str]:
     """The names of a file's weights in the order in which they lie there, so that the way back gives the same file."""

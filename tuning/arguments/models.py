@@ -1,5 +1,6 @@
-"""Flags that name a model, or a part of one."""
+"""Flags that name a model or a part of one, and the form in which results are saved."""
 
+import argparse
 import os
 import re
 
@@ -52,3 +53,24 @@ def is_weights(path: str) -> bool:
     if os.path.isfile(path) and not path.endswith(WEIGHTS):
         raise ValueError(f"is a file, but not one of weights, which end in {', '.join(WEIGHTS)}")
     return os.path.isfile(path)
+
+
+def format_contradictions(args: argparse.Namespace) -> list[str]:
+    """What does not go with --save_format native."""
+    if args.save_format != "native":
+        return []
+    wrong = []
+    if args.mode == "glm":
+        wrong.append("--save_format native and --mode glm: transformers has no class for ChatGLM-6B")
+    if args.train_type == "ptuning":
+        wrong.append(
+            "--save_format native and --train_type ptuning: GlmForCausalLM has no place for the prefix; predict.py and "
+            "the official code answer with the official form"
+        )
+    if args.train_type == "lora":
+        wrong.append(
+            "--save_format native and --train_type lora: an adapter fits models of its base's form. Leave the flag "
+            "out, and convert the result: merged (merge_lora.py), or alone for a converted base; both by python -m "
+            "glm_models.convert"
+        )
+    return wrong

@@ -8,7 +8,7 @@ import argparse
 from glm_models import MODE
 from tuning.arguments.data import DataPath, add_columns
 from tuning.arguments.lora import ALL_LINEAR, LORA, add_variants, changes_base, lora_contradictions
-from tuning.arguments.models import FolderOrWeights, Model
+from tuning.arguments.models import FolderOrWeights, Model, format_contradictions
 from tuning.arguments.parser import (
     LARGEST,
     SWITCH,
@@ -334,6 +334,10 @@ def add_results(parser: Parser) -> None:
         help="number of checkpoints epoch-*-step-* to keep, the newest; best is kept besides",
     )  # fmt: skip
     group.add_argument(
+        "--save_format", choices=("official", "native"), default="official", may_change=True,
+        help="form of whole models: the official one, or transformers' GlmForCausalLM, without remote code",
+    )  # fmt: skip
+    group.add_argument(
         "--overwrite_output_dir", **SWITCH, may_change=True,
         help="remove the results of an earlier run from output_dir once this one starts to train; no other files",
     )  # fmt: skip
@@ -418,7 +422,7 @@ def contradictions(args: argparse.Namespace) -> list[str]:
         wrong.append("--train_last_layers and --freeze_module_name exclude each other: both say what trains")
     if args.keep_attention and args.attn_implementation != "sdpa":
         wrong.append(f"--keep_attention goes with --attn_implementation sdpa, not with {args.attn_implementation}")
-    wrong += lora_contradictions(args) + pipeline_contradictions(args)
+    wrong += lora_contradictions(args) + pipeline_contradictions(args) + format_contradictions(args)
     if missing(args.eval_generate):
         wrong.append(f"--eval_generate {args.eval_generate} needs more packages: {missing(args.eval_generate)}")
     return wrong

@@ -16,12 +16,12 @@ from transformers import initialization as init
 
 from glm_models import MODE, check_family
 from glm_models.checkpoint import printable, weight_layout
+from glm_models.convert.direct import model_skeleton, open_view, side_folder
 from glm_models.families import how_to_download
 from glm_models.identify import check_ids
 from glm_models.prefix import Prefix, find_prefix
 from glm_models.pretrained import has_lost_prefix
 from glm_models.quantized import BITS
-from glm_models.streamed import skeleton
 from tuning.arguments.quantization import needs_package
 from tuning.engine.partitioned import load_partitioned
 from tuning.engine.patches import avoid_cudnn_attention
@@ -41,6 +41,7 @@ from tuning.lora.adapter import (
     unread_keys,
 )
 from tuning.lora.layers import more_than_plain
+from tuning.lora.native import in_official_form
 from tuning.lora.prefix import fill, load_with_prefix, open_prefix
 from utils import print_rank_0, stage_rank, supports_bf16
 
@@ -132,7 +133,7 @@ def load_result(
     whole = find_base(folder, base)
     device = device if isinstance(device, torch.device) else named_device(device)
     prefix = read_beside(mode, folder, whole)
-    tokenizer = load_tokenizer(mode, whole)
+    tokenizer = load_tokenizer(mode, side_folder(whole))
     dtype, reason = (dtype, "as asked") if dtype else choose_dtype(whole, device)
     bits, precision = prediction_bits(folder, bits)
     quantize = Quantize(bits, device) if bits else None
@@ -142,7 +143,8 @@ def load_result(
     elif whole == folder:
         model = load_base(mode, whole, dtype, quantize=quantize)
     else:
-        model = load_adapted(mode, folder, whole, dtype, quantize)
+        with in_official_form(mode, folder, whole) as adapter:
+            model = load_adapted(mode, adapter, whole, dtype, quantize)
     return tokenizer, model.to(device).eval()
 
 
@@ -219,7 +221,7 @@ def load_adapted(mode: str, folder: str, base: str, dtype: torch.dtype, quantize
     weights = open_adapter(folder)  # raises if the file is broken or empty
     # an output layer that was tied to the embedding no longer equals it
     changes = {"tie_word_embeddings": False} if any(".lm_head." in name for name in weights.names) else {}
-    add_adapter(skeleton(mode, base, **changes), folder, weights)  # raises on a misfit before the base is loaded
+    add_adapter(model_skeleton(mode, base, **changes), folder, weights)  # raises on a misfit before the base is loaded
     adapted = add_adapter(load_base(mode, base, dtype, quantize=quantize, **changes), folder, weights)
     merges = dtype == torch.float32 and not quantize
     return adapted.merge_and_unload() if merges else adapted.get_base_model()
@@ -254,16 +256,17 @@ def load_base(
         config: changed keys of config.json.
     """
     family = MODE[mode]
-    check_family(folder, mode)
+    side, view = side_folder(folder), open_view(mode, folder)
+    check_family(side, mode)
     avoid_cudnn_attention()
     zero3 = bool(ds_config) and ds_config["zero_optimization"].get("stage") == 3
     new_prefix = config.get("pre_seq_len") is not None
-    if new_prefix and has_lost_prefix(folder):
+    if new_prefix and view is None and has_lost_prefix(folder):
         print_rank_0(
             f"warning: config.json of {folder} names a P-Tuning prefix that its weights lack; a new one is made"
         )
-    config = family.config.from_pretrained(folder, use_cache=ds_config is None, **config)
-    source = Source(family.model, folder, config, dtype, attention, new_prefix)
+    config = family.config.from_pretrained(side, use_cache=ds_config is None, **config)
+    source = Source(family.model, folder, config, dtype, attention, new_prefix, view)
     try:
         if zero3:
             model = load_partitioned(source, ds_config)
@@ -271,6 +274,8 @@ def load_base(
             model = load_quantized(source, *quantize)
         elif stages:
             model = load_stage(source, stages[stage_rank()])
+        elif view:
+            model = load_quantized(source, 0, torch.device("cpu"))
         else:
             model = family.model.from_pretrained(
                 folder, config=config, new_prefix=new_prefix, dtype=dtype, attn_implementation=attention

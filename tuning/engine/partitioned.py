@@ -5,7 +5,6 @@ import torch
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from transformers import initialization as init
 
-from glm_models.checkpoint import read_weights
 from glm_models.pretrained import read_generation_config
 from tuning.engine.source import Source
 from utils import wait_for_all
@@ -24,7 +23,7 @@ def load_partitioned(source: Source, ds_config: dict):
     # Each module is partitioned as soon as it is made, without values. Weights are tied after the files are read.
     with init.no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = source.model_class(source.config)
-    missing, unknown, misshapen = fill(model, source.folder)
+    missing, unknown, misshapen = fill(model, source.read())
     wait_for_all()  # a rank's disk may be far slower
     tie(model, missing)
     model.check_fit(source.folder, missing, unknown, misshapen)
@@ -41,11 +40,11 @@ def own_part(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
 
 
 @torch.no_grad()
-def fill(model, folder: str) -> tuple[set[str], list[str], list[str]]:
-    """Read the model's weights. Returns names that are missing, unknown, or of another shape in the files."""
+def fill(model, weights) -> tuple[set[str], list[str], list[str]]:
+    """Read the model's weights, (name, tensor) each. Returns names that are missing, unknown, or of another shape."""
     parameters = dict(model.named_parameters())
     missing, unknown, misshapen = set(parameters), [], []
-    for name, tensor in read_weights(folder):
+    for name, tensor in weights:
         if name not in parameters:
             unknown += [] if model.is_computed(name) else [name]
             continue

@@ -6,7 +6,8 @@ import os
 import deepspeed
 import torch
 
-from glm_models.checkpoint import FolderWeights, write_json, write_side_files, write_weights
+from glm_models.checkpoint import FolderWeights, printable, write_json, write_side_files, write_weights
+from glm_models.convert import direct
 from glm_models.quantized import QuantizedLinear, count_numbers
 from tuning.arguments.train import validates
 from tuning.engine.pipeline import find_holders, send_to_rank_0
@@ -83,7 +84,8 @@ def save(args, model, tokenizer, dtype: torch.dtype, base: dict, start: Start | 
     """Write the model to a folder of that name in --output_dir; results beyond --keep_results are removed."""
     folder = os.path.join(args.output_dir, name)
     on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype, args.save_prefix_only), folder))
-    save_model(model, tokenizer, args.model_name_or_path, folder, dtype, base, start, args.save_prefix_only)
+    how = {"prefix_only": args.save_prefix_only, "native": args.save_format == "native"}
+    save_model(model, tokenizer, args.model_name_or_path, folder, dtype, base, start, **how)
     print_rank_0(f"saved {folder}")
     if args.keep_results and name != results.BEST:
         for warning in on_rank_0(lambda: results.prune(args.output_dir, results.step_of(folder), args.keep_results)):
@@ -123,6 +125,7 @@ def save_model(
     record: dict,
     start: Start | None = None,
     prefix_only: bool = False,
+    native: bool = False,
 ) -> None:
     """Write the result: the adapter alone for LoRA, otherwise a complete model folder. Called on every rank.
 
@@ -134,6 +137,7 @@ def save_model(
             adapter.record_base.
         start: see adapter.write_adapter.
         prefix_only: write the P-Tuning prefix alone.
+        native: write a complete model as a GlmForCausalLM.
     """
     if prefix_only or hasattr(model, "peft_config"):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -145,15 +149,18 @@ def save_model(
                 else:
                     write_adapter(partial, model, tensors, base, record, start)
     else:
-        save_full_model(model, tokenizer, base, folder, dtype, record)
+        save_full_model(model, tokenizer, base, folder, dtype, record, native)
     on_rank_0(lambda: None)  # the others wait on the CPU: NCCL would time out before a large file is on a slow disk
 
 
-def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype, record: dict) -> None:
-    """Write a complete model folder in the official layout; of a quantised base, with its weights before that."""
+def save_full_model(
+    model, tokenizer, base: str, folder: str, dtype: torch.dtype, record: dict, native: bool = False
+) -> None:
+    """Write a complete model folder; of a quantised base, with its weights before that. Arguments: see save_model."""
     parameters = list(model.named_parameters(remove_duplicate=False))  # a tied output layer too, for other tools
     buffers = model.official_buffers()
-    total = result_size(model, dtype) + sum(b.numel() * b.element_size() for b in buffers.values())
+    size = result_size(model, dtype)
+    total = size + sum(b.numel() * b.element_size() for b in buffers.values())
     whole = unquantised(gathered(parameters), model, base)
     if not is_rank_0():
         for _ in whole:  # takes part in gathering, but copies nothing
@@ -163,6 +170,13 @@ def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype
     tensors = ((name, tensor.to("cpu", dtype)) for name, tensor in whole)
     keys = ("pre_seq_len", "prefix_projection") if model.config.pre_seq_len else ()
     prefix = {key: getattr(model.config, key) for key in keys}
+    if native:
+        with new_folder(folder) as partial:
+            lines = direct.write_model(
+                partial, base, model.mode, dtype, tokenizer.stop_token_ids, tensors, size, buffers
+            )
+        print(*map(printable, lines), sep="\n")
+        return
     with new_folder(folder) as partial:
         write_weights(partial, itertools.chain(tensors, buffers.items()), total)
         write_side_files(partial, base, model.mode, dtype, tokenizer.stop_token_ids, **prefix)

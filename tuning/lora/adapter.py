@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from glm_models.checkpoint import CheckpointError, WeightFile, printable, read_json, write_json
+from glm_models.convert.clients import PEFT_KEYS
+from glm_models.convert.direct import describe_in_either_form
 from glm_models.identify import describe_base
 from glm_models.messages import short_repr
 from glm_models.prefix import describe_prefix, find_prefix, folder_of, prefix_config
@@ -103,7 +105,7 @@ def check_base(adapter: str, mode: str, base: str) -> str:
     trained = f"{adapter} was trained on {record.get('path')} (--mode {record.get('mode')})"
     if record.get("mode") != mode:
         raise CheckpointError(f"{trained}, not on a model of --mode {mode}")
-    found = describe_base(mode, base)
+    found = describe_in_either_form(mode, base)
     for key in sorted(found["config"].keys() | record["config"].keys()):
         there, here = record["config"].get(key), found["config"].get(key)
         if there != here:
@@ -358,17 +360,11 @@ def _some(names: list[str]) -> str:
 
 # Writing
 
-# Keys of peft 0.5, the first with which the official code works. Later keys are written only if they are not default:
-# peft 0.6 to 0.13 refuse a config with an unknown key.
-KEYS = {"auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights"}
-KEYS |= {"layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r"}
-KEYS |= {"revision", "target_modules", "task_type"}
-
 
 def config_to_write(config: LoraConfig) -> dict:
-    """The content of adapter_config.json, which peft 0.5 to 0.21 read alike where they can."""
+    """The content of adapter_config.json for peft 0.5 to 0.21: later keys are there only if they are not default."""
     default, values = LoraConfig().to_dict(), config.to_dict()
-    kept = {key: value for key, value in values.items() if key in KEYS or value != default.get(key)}
+    kept = {key: value for key, value in values.items() if key in PEFT_KEYS or value != default.get(key)}
     kept = {key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
     return dict(sorted(kept.items())) | {"inference_mode": True}
 
