@@ -51,7 +51,7 @@ from tuning.run.record import describe_versions
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.findings import FIRST, lines_text
 from tuning.samples.formats import KEYS, Columns, to_dialogue, unused_keys
-from tuning.samples.row_files import describe_file, read_rows
+from tuning.samples.row_files import describe_file, read_rows, read_tools
 from tuning.terminal import visible
 from utils import control_group, is_rank_0, on_rank_0, once_per_node, print_rank_0, set_seed, silence_libraries
 
@@ -382,18 +382,6 @@ def show_answer(model, tokenizer, query: str, history, args, **role):
     except KeyboardInterrupt:
         print(" [stopped]")
     return history
-
-
-def read_tools(path: str) -> list[dict]:
-    """The tools that a file describes. Raises UserError if it is not a JSON list of objects."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            tools = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--tools {path}: {error}") from None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"--tools {path}: it must hold a list of objects, one a tool, as under `tools` in training")
-    return tools
 
 
 def check_args(args) -> None:
