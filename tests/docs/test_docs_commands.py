@@ -43,6 +43,7 @@ def places(tiny, tmp_path_factory):
         "ChatGLM3-6B-Base/": tiny["glm3"],
         "glm3-hf": tiny["glm3"],
         "their-adapter": tiny["glm3"],
+        "adgen-chatglm2-6b-pt/checkpoint-3000": tiny["glm2"],
         "corpus.json": f"{work}/spo_0.json",
         "my-tools.json": f"{work}/spo_0.json",
         "data/spo_0.json": f"{work}/spo_0.json",
