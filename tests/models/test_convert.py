@@ -18,6 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# run as a script, and by pytest
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "support")]
+
 from conftest import TINY, make_lively_checkpoint, write_model
 from jinja2 import TemplateError
 from official_chat import prompt_ids
