@@ -35,6 +35,7 @@ from glm_models.prefix import folder_of
 from glm_models.refill import Request, generate_in_slots
 from glm_models.tokenization import Prompt
 from glm_models.tools import TOOLS_SYSTEM, ToolCallError, answer_text, read_answer
+from tuning.engine import patches
 from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, named_device, prediction_bits
 from tuning.errors import DataError, UserError
 from tuning.evaluate.answers import AnswerFile, Made, describe_model, describe_scores, file_hash
@@ -405,6 +406,7 @@ def all_ranks(args):
     if processes() == 1:
         yield
         return
+    patches.apply()
     with leaving_distributed():
         start_distributed(args.verbose, args.local_rank)
         watchdog = PeerWatchdog()
