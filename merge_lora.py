@@ -62,7 +62,7 @@ from glm_models.checkpoint import (
     write_safetensors,
     write_side_files,
 )
-from glm_models.streamed import QUESTIONS, as_bytes, differences, rms, skeleton, tied_weights
+from glm_models.streamed import QUESTIONS, as_bytes, differences, return_freed_memory, rms, skeleton, tied_weights
 from tuning.arguments.quantization import missing_package, needs_package
 from tuning.engine.loading import load_tokenizer
 from tuning.errors import UserError
@@ -382,6 +382,7 @@ def main(argv=None) -> None:
     with exit_on_user_errors():
         args = parse_args(argv)
         silence_libraries(verbose=False)
+        return_freed_memory()
         find_models(args, "ori_model_dir")
         output = args.output_dir or args.model_dir.rstrip("/") + "-merged"
         merge(args.mode, args.ori_model_dir, args.model_dir, output, not args.no_verify, args.into_quantized)

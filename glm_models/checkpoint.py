@@ -214,10 +214,14 @@ class FolderWeights:
         self.file: WeightFile | None = None
         self.read = 0
 
+    def close(self) -> None:
+        """Give the memory of the open file back; it is opened again when it is needed."""
+        self.file = None
+
     def __getitem__(self, name: str) -> torch.Tensor:
         path = self.where[name]
         if self.file is None or self.file.path != path or (self.file.mapped and self.read > self.MOST_READ):
-            self.file = None  # first, so that never two are open
+            self.close()  # first, so that never two are open
             self.file, self.read = WeightFile(path), 0
         tensor = self.file[name]
         self.read += tensor.numel() * tensor.element_size()

@@ -1,5 +1,6 @@
 """Networks that hold one module's weights at a time, to compare the logits of models larger than the memory."""
 
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,17 @@ QUESTIONS = (
     "What should be checked first when the engine does not start on a cold morning?",
     "写一个 Python 函数，返回列表中最大的两个数。",
 )
+
+
+def return_freed_memory() -> None:
+    """Have malloc give blocks of 1 MiB and more back to the system as soon as they are freed.
+
+    glibc raises that limit to 32 MiB as blocks are freed; what is smaller then stays in a heap that only grows: 0.3 GB
+    for each network of 2 GB. (An option of mallopt(3); other C libraries have none.)
+    """
+    libc, mmap_threshold = ctypes.CDLL(None), -3
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(mmap_threshold, 2**20)
 
 
 def skeleton(mode: str, folder: str, **config) -> nn.Module:

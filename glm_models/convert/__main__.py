@@ -93,7 +93,7 @@ from glm_models.convert.tokenizer import write_tokenizer
 from glm_models.convert.weights import NativeView
 from glm_models.families import is_native
 from glm_models.prefix import describe_prefix, find_prefix
-from glm_models.streamed import skeleton
+from glm_models.streamed import return_freed_memory, skeleton
 from tuning.errors import UserError
 from tuning.exits import exit_on_user_errors
 from tuning.folders import check_new_folder, check_space, claimed_folder
@@ -203,6 +203,7 @@ def main(argv=None) -> None:
     with exit_on_user_errors():
         args = parse_args(argv)
         silence_libraries(verbose=False)
+        return_freed_memory()
         if args.check:
             print(*map(printable, check(args.check, args.mode)), sep="\n")
             return

@@ -80,7 +80,7 @@ from glm_models.convert.tokenizer import USER_DEFINED, check_names, native_token
 from glm_models.convert.weights import is_computed
 from glm_models.families import is_native
 from glm_models.messages import short_repr
-from glm_models.streamed import as_bytes, skeleton
+from glm_models.streamed import as_bytes, return_freed_memory, skeleton
 from tuning.errors import UserError
 from tuning.exits import exit_on_user_errors
 from tuning.folders import check_new_folder, check_space, claimed_folder
@@ -388,6 +388,7 @@ def main(argv=None) -> None:
     with exit_on_user_errors():
         args = parse_args(argv)
         silence_libraries(verbose=False)
+        return_freed_memory()
         find_models(args, "model_path", "ori_model_dir", need=WEIGHTS)
         print(f"wrote {os.path.normpath(args.output_dir)}: {write(args)}; {args.model_path} is unchanged")
 

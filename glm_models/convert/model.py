@@ -188,6 +188,7 @@ def compare_outputs(official: Official, network, weights, native: str) -> str:
     logits = []
     for model, read in ((network, weights), other):
         logits.append(stream_logits(model, batch, read.__getitem__))
+        read.close()
     line = "logits of both forms on " + differences(*logits)
     if not rms(logits[0] - logits[1]) <= 1e-5 * rms(logits[0]):
         raise CheckpointError(f"the converted model is not the one it was made of, nothing was kept; {line}")
