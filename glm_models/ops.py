@@ -190,12 +190,13 @@ class _DroppedFork(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, grad_dropped):
         (factors,) = ctx.saved_tensors
-        return torch.addcmul(grad, grad_dropped, factors, value=ctx.scale), None
+        # into the gradient that the other function has just computed: nothing else uses it
+        return torch.addcmul(grad, grad_dropped, factors, value=ctx.scale, out=grad_dropped), None
 
 
 def fork_dropped(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x for one function, and dropout(x, p) for another; one kernel in the backward pass, where autograd's own takes
-    two.
+    """x for one function, and dropout(x, p) for another, which must be a product: its gradient is overwritten. One
+    kernel in the backward pass, where autograd's own takes two.
 
     Args:
         p: probability of a zero, 0 < p < 1.

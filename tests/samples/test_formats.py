@@ -14,6 +14,7 @@ from glm_models.tools import write_parameters
 from tuning.errors import DataError
 from tuning.run.validation import Validation
 from tuning.samples.check import FILE, check_data
+from tuning.samples.conversations import read_conversation
 from tuning.samples.dataset import DataSettings, InstructionData
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.encoding import IGNORE_INDEX
@@ -326,3 +327,13 @@ def test_validation_knows_each_learnt_answer_of_a_conversation(tokenizers, mode)
     for (sample, (start, end)), (_, row) in zip(answers, found, strict=True):
         written = tokenizers[mode].as_written([row["output"]])[0]
         assert tokenizers[mode].decode_answer(sample.input_ids[start : end - 1]) == written
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n", None])
+def test_blank_tools_are_no_tools_and_not_an_empty_list(blank):
+    """Under the row, and in ChatGLM3's own form under the system message, where an empty list would be written."""
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    inside = [talk[0] | {"tools": blank}, *talk[1:]]
+    for row in ({"messages": talk, "tools": blank}, {"conversations": talk, "tools": blank}, {"conversations": inside}):
+        assert read_conversation(row, next(iter(row))).tools is None
+    assert read_conversation({"conversations": [talk[0] | {"tools": []}, *talk[1:]]}, "conversations").tools == "[]"
