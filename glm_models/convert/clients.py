@@ -65,6 +65,7 @@ class Client(NamedTuple):
     prefix: families whose P-Tuning results it serves; families: whose whole models.
     scales_base: it reads rope_ratio as ChatGLM3 does, and one layout of query_key_value.
     adapters: it reads LoRA adapters itself.
+    rounds: what it does to the numbered rounds of ChatGLM2's prompts, if it has a template of its own for them.
     gguf: glm_models.convert.gguf writes its files, without its own converter.
     """
 
@@ -82,6 +83,7 @@ class Client(NamedTuple):
     prefix: tuple[str, ...] = ()
     scales_base: bool = True
     adapters: bool = True
+    rounds: str = ""
     gguf: bool = False
 
 
@@ -103,6 +105,8 @@ CLIENTS = (
         architectures=("ChatGLMForConditionalGeneration",), keys=(*NETWORK, *SWITCHES),
         files=("tokenizer.model", "tokenizer_config.json", "configuration_chatglm.py", "tokenization_chatglm.py"),
         auto_map=("AutoConfig",),
+        rounds="its prompts are those of the training only if the path has chatglm2 in it, and in the first round: "
+        "it leaves out the blank line behind an answer",
     ),
     Client(
         "llama.cpp (converter in llama-cpp-python 0.3.36)", "conversion/chatglm.py, convert_lora_to_gguf.py",
@@ -234,7 +238,7 @@ def own_verdict(client: Client, found: Found) -> str:
             f"lacks tokenizer files ({lost}): {convert} --tokenizer_only --output_dir NEW makes them; serve with "
             "--tokenizer NEW (SGLang: --tokenizer-path NEW)"
         )
-    return SERVES
+    return f"{SERVES}; {client.rounds}" if client.rounds and found.mode == "glm2" else SERVES
 
 
 SERVES = "serves it as it is"

@@ -143,6 +143,11 @@ def test_transformers_reads_the_keys_of_4_where_rope_parameters_are_missing():
     }  # fmt: skip
 
 
+def test_prompts_of_chatglm2_differ_in_lmdeploy(complete):
+    assert "blank line" in lines_of(complete("glm2"), "glm2")["LMDeploy"]
+    assert "blank line" not in lines_of(complete("glm3"), "glm3")["LMDeploy"]
+
+
 def test_a_plain_official_folder_is_told_its_commands(tiny):
     found = lines_of(tiny["glm2"], "glm2")
     assert "--tokenizer_only" in found["vLLM"] and "glm_models.convert" in found[NEW]
