@@ -93,6 +93,6 @@ def is_native(content: dict) -> bool:
 def convert_first(mode: str, folder: str) -> str:
     """What to do with the folder of a GlmForCausalLM where one of a family is needed."""
     return (
-        f"{folder} is a {NATIVE}, which only predict.py reads as it is; convert it first: python -m "
+        f"{folder} is a {NATIVE}, and the official form is needed here; convert it first: python -m "
         f"glm_models.convert --mode {mode} --model_path {folder} --output_dir NEW"
     )

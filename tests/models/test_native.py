@@ -18,8 +18,10 @@ import train
 from glm_models import MODE
 from glm_models.checkpoint import CheckpointError, read_json, read_weights, write_json
 from glm_models.convert import direct
+from glm_models.prefix import FULL_PREFIX
 from tuning.engine.loading import load_result
 from tuning.errors import UserError
+from tuning.evaluate import compare, forgetting
 from tuning.folders import check_folder
 from tuning.lora.adapter import BASE_FILE, record_base
 
@@ -144,6 +146,42 @@ def test_who_needs_the_official_form_names_the_command(native, tiny, tmp_path, c
         said = capsys.readouterr().err
         command = f"python -m glm_models.convert --mode glm3 --model_path {folder} --output_dir NEW"
         assert end.value.code == 2 and command in said and said.count("error:") == 1, said
+
+
+def test_a_prefix_alone_on_a_native_base_is_refused_with_the_command(native, tiny, tmp_path, capsys):
+    alone = shutil.copytree(tiny["glm3"], tmp_path / "prefix")
+    (alone / "model.safetensors").unlink()
+    write_json(str(alone / "config.json"), read_json(str(alone / "config.json")) | {"pre_seq_len": 2})
+    sizes = MODE["glm3"].config.from_pretrained(alone)
+    width = 2 * sizes.num_layers * sizes.kv_channels * sizes.multi_query_group_num
+    torch.save({f"{FULL_PREFIX}embedding.weight": torch.ones(2, width)}, alone / "pytorch_model.bin")
+    load_result("glm3", str(alone), tiny["glm3"], "cpu")
+    capsys.readouterr()
+    folder = str(native["glm3"])
+    with pytest.raises(SystemExit) as end:
+        predict.main(["--mode", "glm3", "--model_path", str(alone), "--ori_model_dir", folder, "--device", "cpu"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("error:") == said.count("\n") == 1
+    assert "GlmForCausalLM has no place" in said and f"--mode glm3 --model_path {folder} --output_dir NEW" in said
+
+
+def test_forgetting_takes_a_native_base_and_compare_names_the_command(native, tiny, tmp_path, capsys):
+    rows = make_rows(tmp_path / "rows.json", 1)
+    row = json.loads(rows.read_text().splitlines()[0]) | {"category": "one"}
+    suite = tmp_path / "suite.json"
+    suite.write_text(json.dumps(row))
+    argv = ["--mode", "glm3", "--base", str(native["glm3"]), "--tuned", tiny["glm3"], "--suite", str(suite)]
+    forgetting.main([*argv, "--output", f"{tmp_path}/report.json", "--max_new_tokens", "1", "--device", "cpu"])
+    overall = read_json(f"{tmp_path}/report.json")["overall"]
+    assert overall["kl"] == pytest.approx(0, abs=1e-5) and overall["agree"] == 1
+    capsys.readouterr()
+    flags = ["--model", f"glm3={native['glm3']}", "--train_path", str(rows), "--test_path", str(rows)]
+    with pytest.raises(SystemExit) as end:
+        compare.main([*flags, "--output_dir", f"{tmp_path}/out"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("error:") == said.count("\n") == 1
+    assert f"python -m glm_models.convert --mode glm3 --model_path {native['glm3']} --output_dir NEW" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_another_program_has_saved_or_changed_is_refused(native, tmp_path):

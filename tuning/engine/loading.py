@@ -15,10 +15,10 @@ from deepspeed.accelerator import get_accelerator
 from transformers import initialization as init
 
 from glm_models import MODE, check_family
-from glm_models.checkpoint import printable, weight_layout
+from glm_models.checkpoint import CheckpointError, printable, weight_layout
 from glm_models.convert.direct import model_skeleton, open_view, side_folder
-from glm_models.families import how_to_download
-from glm_models.identify import check_ids
+from glm_models.families import NATIVE, convert_first, how_to_download
+from glm_models.identify import check_ids, is_native_folder
 from glm_models.prefix import Prefix, find_prefix
 from glm_models.pretrained import has_lost_prefix
 from glm_models.quantized import BITS
@@ -184,6 +184,9 @@ def read_beside(mode: str, folder: str, base: str) -> Prefix | None:
     if not find_prefix(folder):
         check_adapter(mode, folder, base)
         return None
+    if is_native_folder(base):
+        why = f"{folder} is a P-Tuning prefix alone, for which a {NATIVE} has no place"
+        raise CheckpointError(f"{why}: {convert_first(mode, base)}")
     prefix = open_prefix(folder)
     kind = ", ".join(f"{key} {value}" for key, value in prefix.config.items())
     said = [f"{folder} is a P-Tuning prefix alone ({kind}); its base model is {base}", check_base(folder, mode, base)]

@@ -27,6 +27,7 @@ if __name__ == "__main__":
     exits.start_script()
     answer_early(parse_args)
 
+from glm_models import check_family
 from glm_models.checkpoint import read_json
 from tuning.errors import ExitCode, UserError
 from tuning.evaluate import report, scores
@@ -369,6 +370,8 @@ def main(argv=None) -> None:
     with exit_on_user_errors():
         args = parse_args(argv)
         args.model = {mode: find_model(model) for mode, model in args.model.items()}
+        for mode, model in args.model.items():
+            check_family(model, mode)  # else every training would fail on it, one after the other
         try:
             path = compare(args)
         except (KeyboardInterrupt, Interrupted):
