@@ -41,10 +41,11 @@ fi
 
 case ${1:-} in
   deepspeed)
-    printf "%s slots=$GPUS\n" "${NODES[@]}" >hostfile
+    hostfile=$(mktemp)
+    printf "%s slots=$GPUS\n" "${NODES[@]}" >"$hostfile"
     # the launcher hands on only variables that begin with NCCL, PYTHON, MLFLOW, MV2 or UCX; the others stand here
-    [ -z "${GLOO_SOCKET_IFNAME:-}" ] || echo "GLOO_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME" >.deepspeed_env
-    exec deepspeed --hostfile hostfile --master_port "$PORT" "${TRAIN[@]}"
+    [ -z "${GLOO_SOCKET_IFNAME:-}" ] || [ -e .deepspeed_env ] || echo "GLOO_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME" >.deepspeed_env
+    exec deepspeed --hostfile "$hostfile" --master_port "$PORT" "${TRAIN[@]}"
     ;;
   torchrun)
     exec torchrun --nnodes "${#NODES[@]}" --nproc_per_node "$GPUS" --node_rank "${2:?number of this machine}" \
