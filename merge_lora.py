@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from glm_models import MODE
 from tuning import exits
+from tuning.arguments.models import Model
 from tuning.arguments.parser import SWITCH, Folder, NewPath, Parser, answer_early
 
 
@@ -26,7 +27,7 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     group = parser.group("models")
     group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
-    group.add_argument("--ori_model_dir", type=Folder(), required=True, help="folder of the base model")
+    group.add_argument("--ori_model_dir", type=Model(), required=True, help="base model: folder, or name on a hub")
     group.add_argument("--model_dir", type=Folder(), required=True, help="folder of the LoRA adapter")
     group.add_argument(
         "--output_dir", type=NewPath(), default_text="the adapter's with -merged appended",
@@ -61,12 +62,13 @@ from glm_models.checkpoint import (
     write_safetensors,
     write_side_files,
 )
-from glm_models.streamed import QUESTIONS, as_bytes, differences, rms, skeleton, tied_weights
+from glm_models.streamed import QUESTIONS, as_bytes, differences, return_freed_memory, rms, skeleton, tied_weights
 from tuning.arguments.quantization import missing_package, needs_package
 from tuning.engine.loading import load_tokenizer
 from tuning.errors import UserError
 from tuning.exits import exit_on_user_errors
 from tuning.folders import check_new_folder, check_space, claimed_folder
+from tuning.hub import find_models
 from tuning.lora.adapter import (
     Adapter,
     add_adapter,
@@ -380,6 +382,8 @@ def main(argv=None) -> None:
     with exit_on_user_errors():
         args = parse_args(argv)
         silence_libraries(verbose=False)
+        return_freed_memory()
+        find_models(args, "ori_model_dir")
         output = args.output_dir or args.model_dir.rstrip("/") + "-merged"
         merge(args.mode, args.ori_model_dir, args.model_dir, output, not args.no_verify, args.into_quantized)
         print(f"wrote {output}: {args.ori_model_dir} with {args.model_dir} merged in; both are unchanged")

@@ -29,26 +29,32 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
+from glm_models.convert.direct import side_folder
 from glm_models.generation import generate_answers
+from glm_models.prefix import folder_of
 from glm_models.refill import Request, generate_in_slots
 from glm_models.tokenization import Prompt
 from glm_models.tools import TOOLS_SYSTEM, ToolCallError, answer_text, read_answer
+from tuning.engine import patches
 from tuning.engine.loading import choose_dtype, load_result, load_tokenizer, named_device, prediction_bits
 from tuning.errors import DataError, UserError
 from tuning.evaluate.answers import AnswerFile, Made, describe_model, describe_scores, file_hash
-from tuning.evaluate.parts import Part
+from tuning.evaluate.parts import Part, share_parts
 from tuning.evaluate.work import GROUP_TOKENS, Work, plan_groups
 from tuning.exits import exit_on_user_errors
+from tuning.hub import find_models
 from tuning.lora.adapter import find_base
 from tuning.metrics import ADDED, AS_WRITTEN, references_of, with_references
 from tuning.run.health import PeerWatchdog
-from tuning.run.launch import leaving_distributed, start_distributed
+from tuning.run.launch import leaving_distributed, start_distributed, telling_others
+from tuning.run.nodes import check_settings, check_start, first_here
+from tuning.run.record import describe_versions
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.findings import FIRST, lines_text
 from tuning.samples.formats import KEYS, Columns, to_dialogue, unused_keys
-from tuning.samples.row_files import describe_file, read_rows
+from tuning.samples.row_files import describe_file, read_rows, read_tools
 from tuning.terminal import visible
-from utils import control_group, is_rank_0, on_rank_0, print_rank_0, set_seed, silence_libraries
+from utils import control_group, is_rank_0, on_rank_0, once_per_node, print_rank_0, set_seed, silence_libraries
 
 OBSERVATION = "/observation"  # what a tool returned, typed in the chat
 CHUNK = 1000  # rows per batch when counting prompts that are cut
@@ -122,7 +128,7 @@ def predict_file(args) -> None:
     if unused := unused_keys((row for _, row in numbered), KEYS | ADDED | {AS_WRITTEN}):
         print_rank_0(f"{args.predict_path}: {unused}")
     base = find_base(args.model_path, args.ori_model_dir)
-    tokenizer = load_tokenizer(args.mode, base)
+    tokenizer = load_tokenizer(args.mode, side_folder(base))
     lines = [line for line, _ in numbered]
     rows = [with_references(row, tokenizer) if "output" in row else row for _, row in numbered]
     with contextlib.ExitStack() as files:
@@ -133,11 +139,13 @@ def predict_file(args) -> None:
             opened.append(files.enter_context(AnswerFile(args.output_path, rows, made, args.overwrite)))
             return set(opened[0].answers)  # the texts would go to all ranks
 
+        shared = share_parts(args.output_path)
+        check_settings(once_per_node(lambda: describe_run(args, len(rows), base, tokenizer).settings), args)
         known = on_rank_0(take_over)
         lengths = warn_of_cuts(tokenizer, args.predict_path, lines, rows, args.max_src_len)
         if known:
             print_rank_0(f"{args.output_path} holds {len(known)} of {len(rows)} answers; continuing from there")
-        more = answer_rows(rows, lengths, known, args) if len(known) < len(rows) else {}
+        more = answer_rows(rows, lengths, known, args, shared) if len(known) < len(rows) else {}
         for file in opened:
             file.finish(more)
             show_scores(rows, file.answers, args)
@@ -160,12 +168,15 @@ def load_model(args):
     return load_result(args.mode, args.model_path, args.ori_model_dir, args.device, bits=bits)
 
 
-def answer_rows(rows: list[dict], lengths: list[int], known: Set[int], args) -> dict[int, tuple[str, bool]]:
+def answer_rows(
+    rows: list[dict], lengths: list[int], known: Set[int], args, shared: bool
+) -> dict[int, tuple[str, bool]]:
     """Load the model and answer the rows that have no answer yet, on all ranks.
 
     Args:
         lengths: tokens of each row's prompt.
         known: rows that have an answer.
+        shared: whether all nodes see the folder of the answer file.
 
     Returns:
         On rank 0 the answers by row: text, and whether it ended by itself.
@@ -174,7 +185,7 @@ def answer_rows(rows: list[dict], lengths: list[int], known: Set[int], args) -> 
     groups = plan_groups(lengths, args.batch_size, None if args.num_beams > 1 else GROUP_TOKENS)
     work, mine, rank = Work(groups, known), {}, int(os.environ.get("RANK", 0))
     with (
-        Part(args.output_path, rank) as part,
+        Part(args.output_path, rank, temporary=not shared and first_here() > 0) as part,
         tqdm(total=len(rows), initial=len(known), disable=rank > 0) as bar,
     ):
         for row, text, ended in answer_groups(model, tokenizer, rows, work.take(), known, args):
@@ -374,25 +385,18 @@ def show_answer(model, tokenizer, query: str, history, args, **role):
     return history
 
 
-def read_tools(path: str) -> list[dict]:
-    """The tools that a file describes. Raises UserError if it is not a JSON list of objects."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            tools = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--tools {path}: {error}") from None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"--tools {path}: it must hold a list of objects, one a tool, as under `tools` in training")
-    return tools
-
-
 def check_args(args) -> None:
     """Resolve --device, read --tools, and set the defaults that depend on other flags."""
+    named = args.model_path
+    find_models(args, "model_path", "ori_model_dir")
+    if args.ori_model_dir and find_base(args.model_path, args.ori_model_dir) == args.model_path:
+        raise UserError(f"--ori_model_dir does nothing for {args.model_path}, which is a complete model: leave it out")
     args.tools = read_tools(args.tools) if args.tools else None
     args.max_src_len = longest_prompt(args)
     if args.predict_path:
         name = os.path.splitext(os.path.basename(args.predict_path))[0]
-        args.output_path = args.output_path or os.path.join(args.model_path, f"predictions-{name}.jsonl")
+        place = folder_of(args.model_path) if named == args.model_path else ""  # not in the cache of a hub
+        args.output_path = args.output_path or os.path.join(place, f"predictions-{name}.jsonl")
     args.device = named_device(args.device)
 
 
@@ -402,16 +406,19 @@ def all_ranks(args):
     if processes() == 1:
         yield
         return
+    patches.apply()
     with leaving_distributed():
         start_distributed(args.verbose, args.local_rank)
         watchdog = PeerWatchdog()
+        check_start(args, describe_versions(), own=())
         yield
         watchdog.close()
 
 
 def main(argv=None) -> None:
     with exit_on_user_errors():
-        args = parse_args(argv)
+        with telling_others():
+            args = parse_args(argv)
         silence_libraries(args.verbose)
         with all_ranks(args):
             check_args(args)

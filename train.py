@@ -28,10 +28,12 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 
 from data_set import Sources, batch_shape, data_settings, dump, load_sources, name_files, training_steps
 from glm_models import MODE
+from glm_models.convert.direct import check_convertible
 from glm_models.ops import TiledMLP
 from glm_models.pipeline import pipeline_input
 from glm_models.pretrained import check_not_quantised
 from glm_models.quantized import BITS
+from tuning import hub
 from tuning.engine import patches
 from tuning.engine.ds_config import (
     compute_dtype,
@@ -48,6 +50,7 @@ from tuning.engine.saving import check_room, count_results, is_save_step, result
 from tuning.exits import exit_on_user_errors
 from tuning.lora.adapter import record_base
 from tuning.lora.earlier import start_from_adapter
+from tuning.lora.prefix import start_from_prefix, take_prefix
 from tuning.lora.starts import make_start
 from tuning.methods import build_model, check_method, check_zero3, count_parameters, parameter_groups
 from tuning.plan import planner
@@ -55,15 +58,34 @@ from tuning.plan.pipeline import plan_pipeline
 from tuning.plan.planner import memory_advice, plan_setup
 from tuning.run.flops import matmul_peak, needed_flops
 from tuning.run.health import NO_HOOKS, PeerWatchdog, StepHooks, StepMonitor, explain_oom
-from tuning.run.launch import describe_devices, leaving_distributed, start_distributed
+from tuning.run.launch import describe_devices, leaving_distributed, start_distributed, telling_others
 from tuning.run.log import RunLog, next_steps
-from tuning.run.record import RunRecord, begin_output, check_resume, claim_output, describe_run, describe_start
+from tuning.run.nodes import check_same_run, check_start
+from tuning.run.record import (
+    RunRecord,
+    begin_output,
+    check_resume,
+    claim_output,
+    describe_run,
+    describe_start,
+    describe_versions,
+)
 from tuning.run.resume import Checkpoints, ds_section
 from tuning.run.validation import Validation
 from tuning.samples.batches import Batch
 from tuning.samples.check import check_data
 from tuning.samples.epochs import RunLength, run_length
-from utils import data_parallel_size, device, is_rank_0, on_rank_0, print_rank_0, set_seed, silence_libraries
+from utils import (
+    data_parallel_size,
+    device,
+    is_rank_0,
+    on_rank_0,
+    once_per_node,
+    print_rank_0,
+    set_seed,
+    silence_libraries,
+    wait_for_all,
+)
 
 
 def train_step(engine, batches: list[Batch]) -> list[torch.Tensor]:
@@ -159,18 +181,22 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     start_distributed(args.verbose, args.local_rank)
     divide_ranks(args.pipeline_stages)
     peers = PeerWatchdog()
+    check_start(args, describe_versions())
     set_seed(args.seed)
-    lock, state = claim_output(args)
+    find_folders(args, hub.WEIGHTS)
+    output = claim_output(args)
+    state = output.state
 
     # data, model, engine
-    contents = start_from_adapter(args)
+    contents = start_from_adapter(args) | start_from_prefix(args)
     data = read_data(args)
     ds_config = load_training_config(args, data.length.total_steps, data.config.hidden_size)
     for line in ds_notes(ds_config):
         print_rank_0(line)
     dtype = compute_dtype(ds_config)
-    base = on_rank_0(lambda: record_base(args.mode, args.model_name_or_path, dtype, args.quantization_bit))
+    base = once_per_node(lambda: record_base(args.mode, args.model_name_or_path, dtype, args.quantization_bit))
     run = describe_run(args, contents | data.sources.contents, data.tokenizer, base, ds_config, zero_layout(ds_config))
+    check_same_run(args, run.settings, ds_config)
     check_resume(args, state, run, data.length.total_steps)
     engine, model = start_engine(args, ds_config, data.stages, ds_section(state, run.ranks))
     start = make_start(args, model)
@@ -184,8 +210,10 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
     if validates(args):
         validation = Validation(engine, data.tokenizer, data.sources.held_out, args, data.length, log, save_result)
         resumed["validation"] = validation
-    states = Checkpoints(engine, model, resumed, run, args.output_dir, args.save_state_steps, args.save_total_limit)
-    on_rank_0(lambda: check_room(args, result_size(model, dtype), states, count_results(args, data.length)))
+    how_many = args.save_state_steps, args.save_total_limit
+    states = Checkpoints(engine, model, resumed, run, args.output_dir, *how_many, output.shared)
+    size = result_size(model, dtype, args.save_prefix_only)
+    on_rank_0(lambda: check_room(args, size, states, count_results(args, data.length)))
     if state:
         states.load(state)
     record = RunRecord(args.output_dir, describe_start(args, run, ds_config, state))
@@ -202,8 +230,18 @@ def train(args, hooks: StepHooks = NO_HOOKS) -> list[tuple[int, float]]:
         result = run_steps(args, engine, data, RunParts(log, watch, validation, states, record, save_result))
     peers.close()
     finish(args, model, result, log, validation)
-    del lock  # other runs may have the folder now
+    del output  # other runs may have the folder now
     return log.history
+
+
+def find_folders(args, need: str) -> None:
+    """Put folders in the place of what the flags name: a hub's model, or a P-Tuning prefix alone, which has a base.
+
+    Args:
+        need: see hub.find_model.
+    """
+    hub.find_models(args, "model_name_or_path", need=need)
+    take_prefix(args)
 
 
 def read_data(args) -> Data:
@@ -211,6 +249,8 @@ def read_data(args) -> Data:
     tokenizer = load_tokenizer(args.mode, args.model_name_or_path)
     config = MODE[args.mode].config.from_pretrained(args.model_name_or_path)
     check_not_quantised(config)
+    if args.save_format == "native":
+        check_convertible(args.mode, args.model_name_or_path)
     ds_config = load_training_config(args, 1, config.hidden_size)
     check_zero3(args, ds_config["zero_optimization"]["stage"])
     model = check_method(args)
@@ -252,6 +292,7 @@ def start_engine(args, ds_config: dict, stages: list[range] | None, more: dict):
 
     fit_buckets(ds_config, trained)
     ds_config |= more
+    wait_for_all()  # each has read the base from its own disk
     module = build_stages(model, stages) if stages else model  # first: a tied output layer trains from here on
     groups = split_groups(own_groups(parameter_groups(model, args)), ds_config)
     if args.loraplus_lr_ratio:
@@ -281,14 +322,16 @@ def check(args, tokenizer) -> None:
 
 
 def main(argv=None, hooks: StepHooks = NO_HOOKS) -> None:
-    with exit_on_user_errors():
+    with exit_on_user_errors(), telling_others():
         args = parse_args(argv)
     silence_libraries(args.verbose)
     with exit_on_user_errors(), explain_oom(lambda: memory_advice(args)):
         if args.plan:
+            find_folders(args, hub.CONFIG)
             (plan_pipeline if args.pipeline_stages else planner.plan)(args, plan_setup)
         elif args.check_data or args.dump_samples:
             if is_rank_0():
+                find_folders(args, hub.TOKENIZER)
                 (check if args.check_data else dump)(args, load_tokenizer(args.mode, args.model_name_or_path))
         else:
             with leaving_distributed():

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import random
+import socket
 import sys
 import warnings
 
@@ -15,6 +16,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
+from tuning.errors import UserError
 from tuning.terminal import drop_output, visible
 
 
@@ -26,8 +28,11 @@ def silence_libraries(verbose: bool) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    for name in ("torch.distributed", "torch.utils.cpp_extension", "peft"):
+    for name in ("torch.distributed", "torch.utils.cpp_extension", "peft", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+DIFFERENCES = 5  # of two nodes, shown in a message
 
 
 @functools.cache
@@ -35,6 +40,11 @@ def control_group() -> torch.distributed.ProcessGroup:
     """Gloo group for CPU-side messages between all ranks."""
     # NCCL's group times out after ten minutes; preparing or writing a large file can take longer
     return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+
+def local_rank() -> int:
+    """Number of this process on its node."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def _once(action, runs_it: bool) -> list:
@@ -52,11 +62,13 @@ def _once(action, runs_it: bool) -> list:
         except Exception as caught:
             error = caught
     outcomes = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(outcomes, (result, error), control_group())
-    for _, error in outcomes:
+    torch.distributed.all_gather_object(outcomes, (result, error, socket.gethostname()), control_group())
+    for _, error, host in outcomes:
         if error is not None:
+            if host != outcomes[0][2] and error.args and isinstance(error.args[0], str):
+                error.args = (f"on node {host}: {error.args[0]}", *error.args[1:])
             raise error
-    return [result for result, _ in outcomes]
+    return [result for result, _, _ in outcomes]
 
 
 def once_per_node(action):
@@ -65,8 +77,9 @@ def once_per_node(action):
     Raises:
         Exception: that of the first such process that failed, on all processes of all nodes.
     """
-    local_rank = int(os.environ["LOCAL_RANK"])
-    return _once(action, local_rank == 0)[torch.distributed.get_rank() - local_rank]
+    if not torch.distributed.is_initialized():  # one process without a launcher
+        return action()
+    return _once(action, local_rank() == 0)[torch.distributed.get_rank() - local_rank()]
 
 
 def on_rank_0(action):
@@ -76,6 +89,49 @@ def on_rank_0(action):
         Exception: that of rank 0, on all ranks.
     """
     return _once(action, is_rank_0())[0]
+
+
+def tell_all(mine) -> list:
+    """What each rank has said, by rank."""
+    if not torch.distributed.is_initialized():  # one process without a launcher
+        return [mine]
+    everyone = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine, control_group())
+    return everyone
+
+
+def check_same(mine: dict[str, str]) -> None:
+    """Compare the nodes by what their first processes say. Called on every rank.
+
+    Args:
+        mine: by the name that the user knows, as that of a file, what must be the same on all nodes.
+
+    Raises:
+        UserError: on all ranks; names the node and what differs there.
+    """
+    everyone = tell_all((socket.gethostname(), mine) if local_rank() == 0 else None)
+    first, expected = everyone[0]
+    for host, found in filter(None, everyone):
+        lines = [
+            f"{name}: {found.get(name, 'absent')} there, {expected.get(name, 'absent')} on {first}"
+            for name in dict.fromkeys([*expected, *found])
+            if found.get(name) != expected.get(name)
+        ]
+        if lines:
+            more = [f"and {len(lines) - DIFFERENCES} more"] if len(lines) > DIFFERENCES else []
+            raise UserError(
+                "\n       ".join([f"node {host} differs from node {first}:", *lines[:DIFFERENCES], *more])
+                + "\n       make them the same on all nodes, or use a disk that they share"
+            )
+
+
+def wait_for_all() -> None:
+    """Wait until all ranks are here: before ranks meet on the device, after one of them may have worked alone.
+
+    A collective of the device's group fails after ten minutes, and one rank can read or write longer.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier(control_group())
 
 
 _stages = 1  # of the pipeline of this run, see cut_into_stages

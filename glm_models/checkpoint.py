@@ -124,6 +124,7 @@ class WeightFile:
     def __init__(self, path: str):
         self.path = path
         check_download(path)
+        self.mapped = True
         if path.endswith(".safetensors"):
             try:
                 self.file = safe_open(path, framework="pt")
@@ -132,8 +133,8 @@ class WeightFile:
             self.names, self.get = list(self.file.keys()), self.file.get_tensor
         else:
             try:
-                mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format
-                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+                self.mapped = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
             except Exception as error:  # a broken pickle can raise anything; torch's message suggests unsafe loading
                 kind = type(error).__name__
                 raise CheckpointError(
@@ -200,18 +201,31 @@ def read_weights(folder: str):
 class FolderWeights:
     """The weights of a folder by name, one file open at a time.
 
+    Pages that were read count as this process's memory as long as the file is open, so it is opened again now and then.
+
     Raises:
         CheckpointError: see weight_layout.
     """
 
+    MOST_READ = 2**25  # bytes after which a file is opened again
+
     def __init__(self, folder: str):
         self.where = {name: path for path, names in weight_layout(folder).items() for name in names}
         self.file: WeightFile | None = None
+        self.read = 0
+
+    def close(self) -> None:
+        """Give the memory of the open file back; it is opened again when it is needed."""
+        self.file = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if self.file is None or self.file.path != self.where[name]:
-            self.file = WeightFile(self.where[name])
-        return self.file[name]
+        path = self.where[name]
+        if self.file is None or self.file.path != path or (self.file.mapped and self.read > self.MOST_READ):
+            self.close()  # first, so that never two are open
+            self.file, self.read = WeightFile(path), 0
+        tensor = self.file[name]
+        self.read += tensor.numel() * tensor.element_size()
+        return tensor
 
 
 def write_json(path: str, content) -> None:
@@ -321,6 +335,19 @@ def write_safetensors(path: str, layout: dict[str, tuple[torch.dtype, torch.Size
 GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "max_length", "max_new_tokens")
 GENERATION_KEYS += ("num_beams", "temperature", "top_k", "top_p", "repetition_penalty", "transformers_version")
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+# Files that a base may have beside these: tokens and template for transformers, and what ModelScope looks for.
+MORE_FILES = ("added_tokens.json", "chat_template.jinja", "configuration.json")
+LICENCES = ("LICENSE", "MODEL_LICENSE", "NOTICE")  # how the names of files begin that must go with copies
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of a base goes into results unchanged: vocabulary, official code, tokenizer settings, licence."""
+    return name.endswith((".py", ".model")) or name in (*TOKENIZER_FILES, *MORE_FILES) or name.startswith(LICENCES)
+
+
+# What official configs of ChatGLM2 and ChatGLM3 name, then the class that transformers writes when it saves one. SGLang
+# knows the first, LMDeploy the second, vLLM and llama.cpp both.
+ARCHITECTURES = ["ChatGLMModel", "ChatGLMForConditionalGeneration"]
 
 
 def write_side_files(folder: str, base: str, mode: str, dtype: torch.dtype, stop_ids: list[int], **changes) -> None:
@@ -341,15 +368,18 @@ def write_side_files(folder: str, base: str, mode: str, dtype: torch.dtype, stop
     official = f"THUDM/{FAMILIES[mode].title.lower()}"
     if official not in str(content.get("_name_or_path")):
         changes["_name_or_path"] = official
+    if mode != "glm" and set(content.get("architectures") or []) <= set(ARCHITECTURES):
+        changes["architectures"] = ARCHITECTURES
     content |= {"torch_dtype": str(dtype).removeprefix("torch."), **changes}
     write_json(os.path.join(folder, "config.json"), content)
 
     write_generation_config(folder, base, stop_ids, content)
 
     for name in os.listdir(base):
-        if name.endswith((".py", ".model")) or name in TOKENIZER_FILES:
-            check_download(os.path.join(base, name))
-            shutil.copyfile(os.path.join(base, name), os.path.join(folder, name))
+        path = os.path.join(base, name)
+        if is_side_file(name) and os.path.isfile(path):
+            check_download(path)
+            shutil.copyfile(path, os.path.join(folder, name))
     path = os.path.join(folder, "tokenizer_config.json")
     content = read_json(path) if os.path.isfile(path) else {}
     if content.get("padding_side", "left") != "left":

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .checkpoint import CheckpointError, read_json
+from .families import FAMILIES, convert_first, is_native
 from .messages import short_repr
 
 # Maximum values, far above those of any model, so that a wrong number does not fill the memory.
@@ -90,6 +91,9 @@ class ChatGLMConfigBase(PreTrainedConfig):
         folder = os.fspath(pretrained_model_name_or_path)
         path = os.path.join(folder, "config.json")
         content = read_json(path)
+        if is_native(content):
+            mode = next(mode for mode, signs in FAMILIES.items() if signs.title == cls.title)
+            raise CheckpointError(convert_first(mode, folder))
         try:
             return cls(**cls._select(content) | changes, name_or_path=folder)
         except CheckpointError as error:

@@ -5,6 +5,7 @@ name of the vocabulary file. ChatGLM2 and ChatGLM3 are one network with one voca
 files and the tokenizer code beside the weights tell them apart.
 """
 
+import re
 from typing import NamedTuple
 
 
@@ -39,11 +40,59 @@ FAMILIES = {
 }
 
 
+OWNERS = ("thudm", "zhipuai", "zai-org")  # of the official models on the hubs
+MODELSCOPE = "modelscope"
+
+
+class HubName(NamedTuple):
+    """The name of a model on a hub.
+
+    hub: "" for the Hugging Face Hub, else MODELSCOPE.
+    repository: owner/name.
+    revision: a branch, a tag or a commit; None for the main branch.
+    """
+
+    hub: str
+    repository: str
+    revision: str | None
+
+    @property
+    def official(self) -> bool:
+        """Whether the owner is one of the official models'."""
+        return self.repository.partition("/")[0].lower() in OWNERS
+
+
+def parse_hub_name(text: str) -> HubName | None:
+    """Read owner/name, owner/name@revision, or the same after "modelscope:"; None for all else."""
+    part = r"[A-Za-z0-9](?:[\w.-]*\w)?"
+    found = re.fullmatch(rf"(?:({MODELSCOPE}):)?({part}/{part})(?:@(\w[\w./-]*))?", text, re.ASCII)
+    # what the hubs do not allow
+    if not found or re.search(r"--|\.\.|\.git$", found[2]) or len(found[2]) > 96:
+        return None
+    return HubName(found[1] or "", found[2], found[3])
+
+
 def how_to_download(mode: str) -> str:
-    """Where to get a family's official model, for messages about a missing folder."""
+    """How to get a family's official model, for messages about a missing folder."""
     name = FAMILIES[mode].title.lower()
     return (
-        f"only folders on this machine are read. To download the official model (its data files are enough): "
-        f"`modelscope download --model ZhipuAI/{name} --local_dir {name}` or "
-        f"`huggingface-cli download THUDM/{name} --local-dir {name}`"
+        f"the scripts download the official model if they are given THUDM/{name} or modelscope:ZhipuAI/{name}; or "
+        f"download its data files: `modelscope download --model ZhipuAI/{name} --local_dir {name}` or "
+        f"`hf download THUDM/{name} --local-dir {name}`"
+    )
+
+
+NATIVE = "GlmForCausalLM"  # transformers' own class, which computes what ChatGLM2 and ChatGLM3 do
+
+
+def is_native(content: dict) -> bool:
+    """Whether a config.json is that of a GlmForCausalLM."""
+    return content.get("model_type") == "glm" or NATIVE in (content.get("architectures") or [])
+
+
+def convert_first(mode: str, folder: str) -> str:
+    """What to do with the folder of a GlmForCausalLM where one of a family is needed."""
+    return (
+        f"{folder} is a {NATIVE}, and the official form is needed here; convert it first: python -m "
+        f"glm_models.convert --mode {mode} --model_path {folder} --output_dir NEW"
     )

@@ -154,9 +154,9 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
             if len(messages) == 2 and (one := self._encode_turn(number, messages, contents, max_src_len)):
                 encoded.append(one)
                 continue
-            if not any(message.learn for message in messages):
-                continue
             before, one = self._encode_conversation(number, messages, contents)
+            if not one.spans:
+                continue
             if before > most_before or one.length > most:
                 messages, contents, dropped = self._drop_turns(messages, contents, max_src_len, max_len)
                 first = next(i for i, message in enumerate(messages) if message.learn)
@@ -259,8 +259,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
             return dialogue.messages
         first, rest = dialogue.messages[0], dialogue.messages
         text, rest = (first.content, rest[1:]) if first.role == "system" else (TOOLS_SYSTEM, rest)
-        system = {"role": "system", "metadata": "", "learn": False}
-        return (first._replace(content=_system_text(text, dialogue.tools), **system), *rest)
+        return (type(first)("system", _system_text(text, dialogue.tools), "", False), *rest)
 
     def _lay_out(self, messages, contents, max_src_len):
         """Ids and number of tokens of the messages before an answer, and whether the last was cut to max_src_len."""

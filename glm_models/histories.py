@@ -17,7 +17,8 @@ def check_pairs(history) -> None:
     if not isinstance(history, (list, tuple)):
         raise ValueError(f"{expected}, not {short_repr(history)}")
     for number, turn in enumerate(history):
-        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+        is_pair = isinstance(turn, (list, tuple)) and len(turn) == 2
+        if not (is_pair and isinstance(turn[0], str) and isinstance(turn[1], str)):
             raise ValueError(f"{expected} of texts; history[{number}] is {short_repr(turn)}")
 
 
@@ -99,7 +100,8 @@ def _encode_whole(tokenizer, queries: list[str], histories: list, threads: int) 
             (prompts[i],) = tokenizer._encode_each([queries[i]], [histories[i]])
             continue
         parts = ids[: ends[other][count - 1]], ids[ends[other][-1] :]
-        prompts[i] = prompts[other]._replace(text=np.concatenate(parts))
+        begin, _, end, cut, dropped = prompts[other]
+        prompts[i] = type(prompts[other])(begin, np.concatenate(parts), end, cut, dropped)
     return [prompts[i] for i in range(len(texts))]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from . import MODE
 from .checkpoint import CheckpointError, read_json, read_weights
-from .families import FAMILIES, how_to_download
+from .families import FAMILIES, convert_first, how_to_download, is_native
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 SPARE_ROWS = 1000  # official embeddings have 184 to 230 rows more than the vocabulary has tokens
@@ -70,6 +70,8 @@ def _check_one_model(folder: str, mode: str) -> None:
     transformers would silently add an adapter that lies beside the weights.
     """
     has_config = os.path.lexists(os.path.join(folder, "config.json"))
+    if is_native_folder(folder):
+        raise CheckpointError(convert_first(mode, folder))
     adapter = [name for name in ADAPTER_FILES if os.path.lexists(os.path.join(folder, name))]
     if adapter and has_config:
         raise CheckpointError(
@@ -85,6 +87,12 @@ def _check_one_model(folder: str, mode: str) -> None:
     if results:
         names = ", ".join(results[:5]) + (f" and {len(results) - 5} more" if len(results) > 5 else "")
         raise CheckpointError(f"{folder} has no config.json, but models or adapters inside: name one of them ({names})")
+
+
+def is_native_folder(folder: str) -> bool:
+    """Whether a folder is that of a GlmForCausalLM. Raises CheckpointError if its config.json is broken."""
+    path = os.path.join(folder, "config.json")
+    return os.path.isfile(path) and is_native(read_json(path))
 
 
 def _models_inside(folder: str) -> list[str]:
@@ -153,9 +161,17 @@ def describe_base(mode: str, folder: str) -> dict:
         CheckpointError: of another family, or broken.
     """
     check_family(folder, mode, need=("config",))
-    config = MODE[mode].config.from_pretrained(folder)
+    return describe_weights(mode, MODE[mode].config.from_pretrained(folder), read_weights(folder))
+
+
+def describe_weights(mode: str, config, weights) -> dict:
+    """`describe_base` of any weights.
+
+    Args:
+        weights: iterator of (name, tensor), in any order.
+    """
     digests = {}
-    for name, tensor in read_weights(folder):
+    for name, tensor in weights:
         if name.endswith("inv_freq"):  # computed by the model; some official files have them, some do not
             continue
         flat = tensor.reshape(-1)

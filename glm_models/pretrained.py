@@ -12,6 +12,7 @@ from transformers import initialization as init
 from .checkpoint import CheckpointError, read_json, weight_layout, weight_shapes
 from .identify import check_family
 from .messages import short_repr
+from .prefix import PREFIX, describe_prefix, inner_names
 
 
 def check_not_quantised(config) -> None:
@@ -152,7 +153,6 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
 
 
-PREFIX = "prefix_encoder."  # in the names of a prefix's weights
 PROJECTION_WEIGHTS = 5  # with prefix_projection: an embedding, and weights and biases of two linear layers
 
 
@@ -169,14 +169,8 @@ def check_prefix(folder: str, config, shapes: dict[str, torch.Size], new_prefix:
     prefix = {name.split(PREFIX)[1]: shape for name, shape in shapes.items() if PREFIX in name}
     length = prefix["embedding.weight"][0] if prefix.get("embedding.weight") else None
     projection = any(name.startswith("trans.") for name in prefix)
-    if prefix and all(PREFIX in name or name.endswith("inv_freq") for name in shapes):
-        base = read_json(os.path.join(folder, "config.json")).get("_name_or_path")
-        raise CheckpointError(
-            f"{folder} holds only a P-Tuning prefix (length {length}), as the official script saves it, and not the "
-            f"model that it was trained on ({short_repr(base)}). Such folders cannot be read yet: put these weights "
-            "and the model's into one model.safetensors beside the model's other files, and pre_seq_len "
-            f"{length}, prefix_projection {str(projection).lower()} into its config.json"
-        )
+    if inner_names(shapes):
+        raise CheckpointError(describe_prefix(folder))
     if config.pre_seq_len is None:  # a prefix that the config does not ask for is found by check_fit
         return
     asked = f"pre_seq_len {config.pre_seq_len}, prefix_projection {str(config.prefix_projection).lower()}"

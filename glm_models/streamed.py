@@ -1,5 +1,6 @@
 """Networks that hold one module's weights at a time, to compare the logits of models larger than the memory."""
 
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,17 @@ QUESTIONS = (
     "What should be checked first when the engine does not start on a cold morning?",
     "写一个 Python 函数，返回列表中最大的两个数。",
 )
+
+
+def return_freed_memory() -> None:
+    """Have malloc give blocks of 1 MiB and more back to the system as soon as they are freed.
+
+    glibc raises that limit to 32 MiB as blocks are freed; what is smaller then stays in a heap that only grows: 0.3 GB
+    for each network of 2 GB. (An option of mallopt(3); other C libraries have none.)
+    """
+    libc, mmap_threshold = ctypes.CDLL(None), -3
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(mmap_threshold, 2**20)
 
 
 def skeleton(mode: str, folder: str, **config) -> nn.Module:
@@ -69,15 +81,19 @@ def stream_logits(
     Args:
         model: on the meta device.
         batch: input_ids, attention_mask and position_ids, as from the tokenizer's `pad`.
-        read: name of a weight -> the weight, float32.
+        read: name of a weight -> the weight. If it is not float32, it is converted some rows at a time.
         change: (module, name of its weight, input, output) -> output, of the modules that have weights.
     """
 
     def fill(module: nn.Module, prefix: str) -> None:
         for key, _ in list(module.named_parameters(recurse=False)):
-            setattr(module, key, nn.Parameter(read(prefix + key), requires_grad=False))
+            weight = read(prefix + key)
+            if not isinstance(module, (nn.Linear, nn.Embedding)):
+                weight = weight.float()
+            setattr(module, key, nn.Parameter(weight, requires_grad=False))
 
     def empty(module: nn.Module, prefix: str, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        output = output.float()  # of an embedding
         if change is not None:
             output = change(module, prefix + "weight", inputs[0], output)
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -87,9 +103,23 @@ def stream_logits(
     for name, module in model.named_modules():
         if list(module.named_parameters(recurse=False)):
             prefix = name + "."
+            if isinstance(module, nn.Linear):
+                module.forward = lambda x, module=module: linear_by_rows(x, module.weight, module.bias)
             module.register_forward_pre_hook(lambda m, _, prefix=prefix: fill(m, prefix))
             module.register_forward_hook(lambda m, inputs, out, prefix=prefix: empty(m, prefix, inputs, out))
     return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+
+
+ROWS = 2**24  # values of a weight that are float32 at a time: 64 MiB
+
+
+def linear_by_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A linear layer [out, in] in float32, without a copy of the whole weight in float32."""
+    rows, output = max(1, ROWS // weight.shape[1]), x.new_empty(*x.shape[:-1], len(weight))
+    for start in range(0, len(weight), rows):
+        some = slice(start, start + rows)
+        output[..., some] = nn.functional.linear(x, weight[some].float(), None if bias is None else bias[some].float())
+    return output
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -282,8 +282,13 @@ class ChatGLMTokenizerBase(PreTrainedTokenizer):
     @property
     def special_texts(self) -> list[str]:
         """Special tokens as text. In a user's text they are ordinary letters, or are not kept."""
-        names = (self.sp_model.IdToPiece(i) for i in range(self.sp_model.GetPieceSize()) if self.sp_model.IsControl(i))
-        return sorted({*names, self.unk_token})
+        return sorted({*self._control_texts, self.unk_token})
+
+    @functools.cached_property
+    def _control_texts(self) -> list[str]:
+        """The vocabulary's control tokens; to find them takes tens of milliseconds."""
+        model = self.sp_model
+        return [model.IdToPiece(i) for i in range(model.GetPieceSize()) if model.IsControl(i)]
 
     def lost_characters(self, characters: str) -> set[str]:
         """Those of the characters that leave no trace in the ids of a text, or only the unknown token."""

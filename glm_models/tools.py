@@ -12,6 +12,7 @@ block is parsed, and only literals are accepted (ast.literal_eval's rule). No to
 """
 
 import ast
+import functools
 import json
 import keyword
 import math
@@ -31,6 +32,7 @@ ROLE_TOKEN = "<|assistant|>"  # separates the messages of one reply
 INFINITY = f"1e{sys.float_info.max_10_exp + 1}"  # a literal that Python reads as infinity; `inf` would be a name
 MAX_DEPTH = 50  # nested lists and objects; Python's parser gives up somewhere below 200 brackets
 MAX_CHARACTERS = 100_000  # of a block to read: far more than a model writes
+JSON = json.JSONEncoder(ensure_ascii=False)  # (json.dumps would make one for each value)
 
 
 class ToolCallError(ValueError):
@@ -100,11 +102,12 @@ def write_observation(observation: Any) -> str:
     if isinstance(observation, str):
         return observation
     try:
-        return json.dumps(observation, ensure_ascii=False)
+        return JSON.encode(observation)
     except (TypeError, ValueError, RecursionError) as error:
         raise ToolCallError(f"the observation is neither text nor a JSON value: {error}") from None
 
 
+@functools.lru_cache(maxsize=1024)
 def _is_keyword(key) -> bool:
     """Whether Python's parser takes `key=value` in a call and gives the key back unchanged."""
     if not isinstance(key, str):

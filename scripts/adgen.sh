@@ -3,7 +3,7 @@
 # LoRA and all parameters, with the official settings, sampling and scores. Prints our scores beside the official ones.
 # Needs the official weights, the data, and: pip install jieba==0.42.1 rouge-chinese==1.0.3 nltk==3.10.4
 #
-#   MODEL    folder of ChatGLM-6B             (default ChatGLM-6B)
+#   MODEL    ChatGLM-6B: folder, or hub name  (default ChatGLM-6B)
 #   TRAIN    AdvertiseGen's train.json        (default AdvertiseGen/train.json); rows of content and summary
 #   DEV      AdvertiseGen's dev.json          (default AdvertiseGen/dev.json)
 #   METHODS  some of ptuning lora all         (default all three)
@@ -18,7 +18,8 @@
 #
 # The same as the official: steps of 16 rows, learning rates, AdamW with betas 0.9 and 0.999, linear decay without
 # warm-up, no weight decay, prefix of 128 without projection, questions cut at 63 tokens (62 in the test) and answers at
-# 62, references too; sampling with top-p 0.7 and temperature 0.95, at most 65 new tokens; BLEU-4 and ROUGE.
+# 62, references too; sampling with top-p 0.7, temperature 0.95 and top-k 50, at most 65 new tokens; BLEU-4 and ROUGE.
+# (No official file says top-k: it is the default of transformers, of 4.27.1 in the official runs and of ours now.)
 # Different: weights are bfloat16 where the GPU has it, not float16, and P-Tuning's base is not quantised to 4 bits; the
 # loss is the mean over the tokens of all 16 rows; random numbers. The table does not say LoRA's rank and layers: here as
 # in the code that it names (rank 8, alpha 32, dropout 0.1, query_key_value), with the schedule of the other methods.
@@ -35,9 +36,9 @@ if [ $((16 % (batch * gpus))) -ne 0 ]; then
   echo "error: BATCH $batch times NUM_GPUS $gpus must divide 16, the rows of a step" >&2
   exit 2
 fi
-for path in "$model" "$train" "$dev"; do
+for path in "$train" "$dev"; do  # a model may be named as on a hub; train.py looks for it
   if [ ! -e "$path" ]; then
-    echo "error: $path is not there; MODEL, TRAIN and DEV name the model's folder and the two files" >&2
+    echo "error: $path is not there; TRAIN and DEV name the two files" >&2
     exit 2
   fi
 done

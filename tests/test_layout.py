@@ -19,7 +19,7 @@ ROOMS = [
     {"tuning.engine", "tuning.methods"},
     {"tuning.run", "tuning.lora", "data_set"},
     {"tuning.arguments"},
-    {"tuning.samples", "tuning.folders", "tuning.exits"},
+    {"tuning.samples", "tuning.folders", "tuning.exits", "tuning.hub"},
     {"utils", "tuning.metrics"},
     {"tuning.errors", "tuning.terminal", "tuning.environment", "tuning"},  # "tuning" itself has ROOT
     {"glm_models"},
@@ -30,7 +30,9 @@ ROOMS = [
 COMMAND_LINES = {
     "glm_models.tiny": ("tuning.arguments.parser", "tuning.errors"),
     "glm_models.convert.__main__": ("tuning.arguments.parser", "tuning.errors", "tuning.exits", "tuning.folders")
-    + ("tuning.lora.adapter", "utils"),
+    + ("tuning.arguments.models", "tuning.hub", "tuning.lora.adapter", "utils"),
+    "glm_models.convert.gguf": ("tuning.arguments.parser", "tuning.errors", "tuning.exits", "tuning.folders")
+    + ("tuning.arguments.models", "tuning.hub", "tuning.lora.adapter", "utils"),
 }
 
 

@@ -17,6 +17,8 @@ from tuning.terminal import drop_output, visible
 # how gloo and torch's store say that another process has gone
 LOST = "closed by peer|connection reset|broken pipe|got 0 bytes|connection was likely closed"
 ENDING = threading.Event()  # set when this process is about to print its error and end
+WATCHED = threading.Event()  # set while other nodes are watched: what looks at them knows which one has gone
+WATCH_TIME = 45.0  # seconds until it has said so and ended this process
 
 
 def start_script() -> None:
@@ -85,6 +87,8 @@ def exit_on_user_errors():
         else:
             code, message, everyone = ExitCode.FAILED, traceback.format_exc().rstrip(), False
             if re.search(LOST, str(error), re.IGNORECASE):
+                if WATCHED.is_set():
+                    time.sleep(WATCH_TIME)
                 message = (
                     "error: lost the connection to another process of this run, which has ended or was killed; see its "
                     "own message, if there is one"

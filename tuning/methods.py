@@ -10,12 +10,14 @@ from transformers import initialization as init
 
 from glm_models import MODE
 from glm_models.attention import keep_attention
+from glm_models.prefix import read_prefix
 from glm_models.quantized import count_numbers
 from tuning.arguments.lora import LORA, changes_base
 from tuning.arguments.parser import split_names
 from tuning.errors import UserError
 from tuning.lora.earlier import copy_weights, read_start, target_modules
 from tuning.lora.layers import more_than_plain, use_own_layers
+from tuning.lora.prefix import load_with_prefix
 from tuning.lora.targets import find_targets, find_whole, linear_paths, tied_layers
 from tuning.lora.zero3 import peft_gathers, register_reads
 
@@ -54,9 +56,13 @@ def train_last_blocks(model, count: int):
 
 
 def ptuning(args, load):
-    """P-Tuning v2: train keys and values that are put before those of the tokens in every layer; freeze the model."""
-    prefix = {key: getattr(args, key) for key in ("pre_seq_len", "prefix_projection", "prefix_dropout")}
-    model = load(**prefix)
+    """P-Tuning v2: train keys and values that are put before those of the tokens in every layer; freeze the model.
+
+    With --ptuning_checkpoint they start as those of that prefix.
+    """
+    config = {key: getattr(args, key) for key in ("pre_seq_len", "prefix_projection", "prefix_dropout")}
+    earlier = read_prefix(args.ptuning_checkpoint) if args.ptuning_checkpoint else None
+    model = load_with_prefix(load, earlier, **config) if earlier else load(**config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("prefix_encoder." in name)
     return model

@@ -11,6 +11,7 @@ import argparse
 
 from glm_models import MODE
 from tuning import exits
+from tuning.arguments.models import Model
 from tuning.arguments.parser import SWITCH, Folder, NewPath, Parser, answer_early
 
 
@@ -22,21 +23,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_parser() -> Parser:
     parser = Parser(__doc__, contradictions)
     group = parser.group("models")
-    group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM2-6B or ChatGLM3-6B")
+    group.add_argument("--mode", choices=MODE, help="model family: ChatGLM2-6B or ChatGLM3-6B")
     group.add_argument(
-        "--model_path", type=Folder(), required=True, help="folder to convert: a model of either form, or an adapter"
+        "--model_path",
+        type=Model(),
+        help="what to convert: a model of either form, as folder or name on a hub, or the folder of an adapter",
     )
-    group.add_argument("--output_dir", type=NewPath(), required=True, help="folder to write; must be empty or new")
+    group.add_argument("--output_dir", type=NewPath(), help="folder to write; must be empty or new")
     group.add_argument(
-        "--ori_model_dir", type=Folder(), default_text="what the first conversion kept",
+        "--ori_model_dir", type=Model(), default_text="what the first conversion kept",
         help="back: the official folder for config, tokenizer and code; of an adapter: its base in the other form",
     )  # fmt: skip
     group.add_argument("--tokenizer_only", **SWITCH, help="write only tokenizer and chat template, for vLLM")
+    group.add_argument(
+        "--check", type=Folder(), help="only say which programs serve this folder, and what it lacks for others"
+    )
     group.add_argument("--no_verify", **SWITCH, help="do not compare the result with what it was made of")
     return parser
 
 
 def contradictions(args: argparse.Namespace) -> list[str]:
+    if args.check:
+        others = [f"--{name}" for name, value in vars(args).items() if value and name not in ("check", "mode")]
+        return [f"--check does nothing else: leave {', '.join(others)} out"] if others else []
+    lost = [f"--{name} is missing" for name in ("mode", "model_path", "output_dir") if getattr(args, name) is None]
+    if lost:
+        return lost
     if args.mode == "glm":
         return [
             "--mode glm: transformers has no class for ChatGLM-6B; predict.py, its official code and chatglm.cpp serve "
@@ -62,7 +74,7 @@ from glm_models.convert.adapter import (
     same_update,
     write_plain_adapter,
 )
-from glm_models.convert.config import is_native
+from glm_models.convert.clients import check
 from glm_models.convert.model import (
     Official,
     base_files,
@@ -79,10 +91,13 @@ from glm_models.convert.model import (
 )
 from glm_models.convert.tokenizer import write_tokenizer
 from glm_models.convert.weights import NativeView
-from glm_models.streamed import skeleton
+from glm_models.families import is_native
+from glm_models.prefix import describe_prefix, find_prefix
+from glm_models.streamed import return_freed_memory, skeleton
 from tuning.errors import UserError
 from tuning.exits import exit_on_user_errors
 from tuning.folders import check_new_folder, check_space, claimed_folder
+from tuning.hub import TOKENIZER, WEIGHTS, find_models
 from tuning.lora.adapter import CONFIG, read_adapter, trained_bits
 from tuning.lora.adapter import read_config as read_adapter_config
 from utils import silence_libraries
@@ -90,6 +105,8 @@ from utils import silence_libraries
 
 def convert_model(args) -> str:
     """Convert a whole model. Returns what was written."""
+    if find_prefix(args.model_path):
+        raise CheckpointError(f"{describe_prefix(args.model_path)}; GlmForCausalLM has no place for a prefix")
     native = is_native(read_config(args.model_path))
     if not native and args.ori_model_dir:
         raise UserError("--ori_model_dir does nothing for an official folder, which has all files")
@@ -186,6 +203,11 @@ def main(argv=None) -> None:
     with exit_on_user_errors():
         args = parse_args(argv)
         silence_libraries(verbose=False)
+        return_freed_memory()
+        if args.check:
+            print(*map(printable, check(args.check, args.mode)), sep="\n")
+            return
+        find_models(args, "model_path", "ori_model_dir", need=TOKENIZER if args.tokenizer_only else WEIGHTS)
         print(f"wrote {os.path.normpath(args.output_dir)}: {convert(args)}; {args.model_path} is unchanged")
 
 

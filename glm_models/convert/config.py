@@ -7,11 +7,11 @@ from transformers import GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
 from ..checkpoint import CheckpointError, read_json, weight_shapes
+from ..families import NATIVE
 from ..glm2 import ChatGLM2Config
 from ..messages import short_repr
 from ..streamed import check_names
 
-NATIVE = "GlmForCausalLM"
 # How each key of a GlmConfig follows from an official config.
 SAME = {
     "vocab_size": "padded_vocab_size",
@@ -24,11 +24,6 @@ SAME = {
     "attention_bias": "add_qkv_bias",
     "rms_norm_eps": "layernorm_epsilon",
 }
-
-
-def is_native(content: dict) -> bool:
-    """Whether a config.json is that of a GlmForCausalLM."""
-    return content.get("model_type") == "glm" or NATIVE in (content.get("architectures") or [])
 
 
 def rope_of(config: ChatGLM2Config) -> dict:

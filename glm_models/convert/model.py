@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 
 from .. import MODE
 from ..checkpoint import (
-    TOKENIZER_FILES,
     CheckpointError,
     FolderWeights,
     WeightFile,
     check_download,
+    is_side_file,
     matrix_dtype,
     read_json,
     weight_layout,
@@ -69,15 +69,18 @@ class Official(NamedTuple):
         return Heads.of(self.config)
 
 
-def refuse_prefix(official: Official) -> None:
+def refuse_prefix(official: Official, program: str = "GlmForCausalLM") -> None:
     """Refuse a P-Tuning result.
+
+    Args:
+        program: what cannot have a prefix, for the message.
 
     Raises:
         CheckpointError: it is one; the message says what serves it.
     """
     if official.config.pre_seq_len is not None and not has_lost_prefix(official.folder):
         raise CheckpointError(
-            f"{official.folder} is a P-Tuning result, and GlmForCausalLM has no place for its prefix; predict.py, the "
+            f"{official.folder} is a P-Tuning result, and {program} has no place for its prefix; predict.py, the "
             f"official code of {FAMILIES[official.mode].title} and chatglm.cpp answer with it as it is"
         )
 
@@ -114,7 +117,7 @@ def _keep(folder: str, kept: str) -> None:
         path = os.path.join(folder, name)
         if name == "__init__.py" and not os.path.getsize(path):
             continue  # made by hand
-        if name.endswith((".py", ".model")) or name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
+        if os.path.isfile(path) and (is_side_file(name) or name in ("config.json", "generation_config.json")):
             check_download(path)
             shutil.copyfile(path, os.path.join(kept, name))
     layout = weight_layout(folder)
@@ -137,7 +140,7 @@ def verify_native(folder: str, official: Official) -> list[str]:
         f"verified: the {count} weights on disk are those of {official.folder}, bit for bit",
         f"verified: tokenizer.json gives the ids of {os.path.basename(official.tokenizer.vocab_file)} for its pieces "
         f"and other texts ({checked}), chat_template.jinja the official prompts",
-        compare_outputs(official, official.folder, folder),
+        compare_outputs(official, skeleton(official.mode, official.folder), FolderWeights(official.folder), folder),
     ]
 
 
@@ -164,11 +167,12 @@ def compare_tokenizers(folder: str, tokenizer: ChatGLM2Tokenizer) -> int:
     return len(texts)
 
 
-def compare_outputs(official: Official, folder: str, native: str) -> str:
+def compare_outputs(official: Official, network, weights, native: str) -> str:
     """Compare the logits of both forms on QUESTIONS in float32: the order of sums may differ, nothing else.
 
     Args:
-        folder: with the official weights.
+        network: the official one, on the meta device.
+        weights: its weights, by name.
         native: the folder of the GlmForCausalLM.
 
     Returns:
@@ -180,14 +184,11 @@ def compare_outputs(official: Official, folder: str, native: str) -> str:
     batch = official.tokenizer.pad(
         {"input_ids": [official.tokenizer.encode_prompt(text) for text in QUESTIONS]}, return_tensors="pt"
     )
-    models = {
-        folder: skeleton(official.mode, folder),
-        native: native_skeleton(native, official.native(torch.float32)),
-    }
+    other = native_skeleton(native, official.native(torch.float32)), FolderWeights(native)
     logits = []
-    for path, model in models.items():
-        weights = FolderWeights(path)
-        logits.append(stream_logits(model, batch, lambda name, weights=weights: weights[name].float()))
+    for model, read in ((network, weights), other):
+        logits.append(stream_logits(model, batch, read.__getitem__))
+        read.close()
     line = "logits of both forms on " + differences(*logits)
     if not rms(logits[0] - logits[1]) <= 1e-5 * rms(logits[0]):
         raise CheckpointError(f"the converted model is not the one it was made of, nothing was kept; {line}")
@@ -234,7 +235,7 @@ def verify_official(folder: str, official: Official, native: str) -> list[str]:
     count = compare_view(NativeView(folder, official.heads), native)
     return [
         f"verified: the {count} weights on disk are those of {native}, bit for bit",
-        compare_outputs(official, folder, native),
+        compare_outputs(official, skeleton(official.mode, folder), FolderWeights(folder), native),
     ]
 
 

@@ -1,8 +1,11 @@
 """chat_template.jinja: the official prompts, for transformers' apply_chat_template and for servers.
 
 Where the official chat encodes a text on its own, SentencePiece puts a space before it; in one long text that space has
-to be written. An answer at the end gets the token that ends it, as in training.
+to be written. An answer at the end gets the token that ends it, as in training. A call may be metadata and content, as
+in the official history, or one of OpenAI's tool_calls, which is written as glm_models.tools does.
 """
+
+import keyword
 
 from ..tools import TOOLS_SYSTEM
 
@@ -20,7 +23,7 @@ _GLM2 = """\
         {{- raise_exception('the content of a message must be text; ChatGLM2 has no tools') }}
     {%- endif %}
     {%- if role == 'user' %}
-        {{- '[Round ' + (loop.index0 // 2 + 1)|string + ']\\n\\n问：' + message['content'] + '\\n\\n' }}
+        {{- '[Round ' + ((loop.index0 / 2)|int + 1)|string + ']\\n\\n问：' + message['content'] + '\\n\\n' }}
     {%- else %}
         {%- if loop.last and add_generation_prompt %}
             {{- raise_exception('the last message must be the question that is to be answered') }}
@@ -45,6 +48,24 @@ _GLM3 = """\
     {%- endfor %}
     {{- found.tools|tojson(indent=4) }}
 {%- endmacro %}
+{%- macro block_of(arguments) %}
+    {%- if '%r'|format('a') != "'a'" %}
+        {{- raise_exception('this program cannot write tool_calls; send the text of the call with its metadata') }}
+    {%- endif %}
+    {%- if arguments is not mapping %}
+        {{- raise_exception('the arguments of a call must be an object, not a text') }}
+    {%- endif %}
+    {%- set found = namespace(words=[]) %}
+    {%- for key, value in arguments.items() %}
+        {%- if key.isidentifier() and key not in KEYWORDS %}
+            {%- set found.words = found.words + [key + '=' + '%r'|format(value)] %}
+        {%- else %}
+            {%- set found.words = found.words + ['**{' + '%r: %r'|format(key, value) + '}'] %}
+        {%- endif %}
+    {%- endfor %}
+    {%- set words = found.words|join(', ')|replace('<|assistant|>', '\\\\x3c|assistant|>') %}
+    {{- '```python\\ntool_call(' + words + ')\\n```' }}
+{%- endmacro %}
 [gMASK]<sop>
 {%- if tools and messages[0]['role'] == 'system' and messages[0]['tools'] is defined %}
     {{- raise_exception('tools stand in the system message and beside the messages') }}
@@ -54,13 +75,22 @@ _GLM3 = """\
 {%- endif %}
 {%- for message in messages %}
     {%- set content = message['content'] %}
-    {%- if content is not string or message['tool_calls'] %}
-        {{- raise_exception('the content of a message must be text; of a call the name is its metadata') }}
+    {%- set metadata = message['metadata'] or '' %}
+    {%- set calls = message['tool_calls'] %}
+    {%- if calls %}
+        {%- if message['role'] != 'assistant' or content or metadata or calls|length > 1 %}
+            {{- raise_exception('tool_calls: one call, in a message of the assistant that has no content') }}
+        {%- endif %}
+        {%- set call = calls[0]['function'] if calls[0]['function'] is mapping else calls[0] %}
+        {%- set metadata = call['name'] %}
+        {%- set content = block_of(call['arguments']) %}
+    {%- elif content is not string %}
+        {{- raise_exception('the content of a message must be text') }}
     {%- endif %}
     {%- if message['tools'] and message['role'] != 'system' %}
         {{- raise_exception('tools belong to the system message') }}
     {%- endif %}
-    {%- set head = (message['metadata'] or '') + '\\n' %}
+    {%- set head = metadata + '\\n' %}
     {%- if message['role'] == 'system' %}
         {%- if message['tools'] is defined %}
             {%- set content = content + '\\n' + message['tools']|tojson(indent=4) %}
@@ -73,7 +103,7 @@ _GLM3 = """\
     {%- elif message['role'] == 'assistant' %}
         {{- '<|assistant|>' + head + text(content) }}
         {%- if loop.last and not add_generation_prompt %}
-            {{- '<|observation|>' if message['metadata'] else '</s>' }}
+            {{- '<|observation|>' if metadata else '</s>' }}
         {%- endif %}
     {%- elif message['role'] in ('observation', 'tool') %}
         {{- '<|observation|>' + head + text(content) }}
@@ -86,4 +116,7 @@ _GLM3 = """\
 {%- endif %}
 """
 
-TEMPLATES = {"glm2": _GLM2, "glm3": _GLM3.replace("TOOLS_SYSTEM", TOOLS_SYSTEM)}
+# what write_parameters does not write as key=value
+_KEYWORDS = repr([*keyword.kwlist, "__debug__"])
+
+TEMPLATES = {"glm2": _GLM2, "glm3": _GLM3.replace("TOOLS_SYSTEM", TOOLS_SYSTEM).replace("KEYWORDS", _KEYWORDS)}

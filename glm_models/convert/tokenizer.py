@@ -21,12 +21,8 @@ def native_token(token: str) -> str:
     return RENAMED.get(token, token)
 
 
-def make_tokenizer(vocabulary: str, special_tokens: tuple[str, ...]) -> Tokenizer:
-    """A tokenizer that gives the ids of a SentencePiece model, and the family's special tokens after its pieces.
-
-    Args:
-        vocabulary: the SentencePiece model's file.
-        special_tokens: names in the order of their ids.
+def read_vocabulary(vocabulary: str) -> sentencepiece_model_pb2.ModelProto:
+    """The content of a SentencePiece model's file.
 
     Raises:
         CheckpointError: the model is of a kind that ChatGLM2 and ChatGLM3 do not have.
@@ -39,7 +35,34 @@ def make_tokenizer(vocabulary: str, special_tokens: tuple[str, ...]) -> Tokenize
     known = known and {"<unk>", "</s>"} <= {piece.piece for piece in proto.pieces}
     if not known or rules.precompiled_charsmap or rules.remove_extra_whitespaces:
         raise CheckpointError(f"{vocabulary} is of another kind than those of ChatGLM2 and ChatGLM3; not converted")
+    return proto
 
+
+def check_names(tokenizer) -> None:
+    """Check that a family's special tokens have names of their own outside the official code too.
+
+    Args:
+        tokenizer: of ChatGLM2 or ChatGLM3, from this project.
+
+    Raises:
+        CheckpointError: a piece has the name of one.
+    """
+    for token in tokenizer.special_tokens:
+        if tokenizer.sp_model.PieceToId(native_token(token)) != tokenizer.sp_model.unk_id():
+            raise CheckpointError(f"{tokenizer.vocab_file} has a piece {native_token(token)}; not converted")
+
+
+def make_tokenizer(vocabulary: str, special_tokens: tuple[str, ...]) -> Tokenizer:
+    """A tokenizer that gives the ids of a SentencePiece model, and the family's special tokens after its pieces.
+
+    Args:
+        vocabulary: the SentencePiece model's file.
+        special_tokens: names in the order of their ids.
+
+    Raises:
+        CheckpointError: see read_vocabulary.
+    """
+    proto = read_vocabulary(vocabulary)
     own = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
     tokenizer = Tokenizer(
         models.BPE(
@@ -113,14 +136,11 @@ def write_tokenizer(folder: str, tokenizer, length: int) -> None:
         length: the longest sequence of the model.
 
     Raises:
-        CheckpointError: see make_tokenizer.
+        CheckpointError: see read_vocabulary and check_names.
     """
     special = tokenizer.special_tokens
-    made = make_tokenizer(tokenizer.vocab_file, special)
-    for token in special:
-        if made.token_to_id(native_token(token)) != tokenizer.get_command(token):
-            raise CheckpointError(f"{tokenizer.vocab_file} has a piece {native_token(token)}; not converted")
-    made.save(os.path.join(folder, TOKENIZER_FILES[0]))
+    check_names(tokenizer)
+    make_tokenizer(tokenizer.vocab_file, special).save(os.path.join(folder, TOKENIZER_FILES[0]))
     write_json(os.path.join(folder, TOKENIZER_FILES[1]), tokenizer_config(tokenizer.mode, special, length))
     with open(os.path.join(folder, TOKENIZER_FILES[2]), "w", encoding="utf-8") as file:
         file.write(TEMPLATES[tokenizer.mode])

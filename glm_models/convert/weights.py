@@ -108,6 +108,16 @@ class OfficialView:
             raise CheckpointError(f"{', '.join(self.parts[name])} are of different types")
         return self.heads.join(parts) if len(parts) > 1 else parts[0]
 
+    def close(self) -> None:
+        """See FolderWeights."""
+        self.weights.close()
+
+    def items(self):
+        """Yield (name, tensor) of all weights."""
+        for names in self.layout.values():
+            for name in names:
+                yield name, self[name]
+
 
 def in_order(path: str, names) -> list[str]:
     """The names of a file's weights in the order in which they lie there, so that the way back gives the same file."""
@@ -118,6 +128,7 @@ def write_view(folder: str, view: NativeView | OfficialView) -> None:
     """Write the weight files of a view, with one weight in memory at a time."""
     for file, shapes in view.layout.items():
         write_safetensors(os.path.join(folder, file), shapes, lambda name: [view[name]])
+    view.weights.close()
     write_index(folder, view.layout, total_bytes(view.layout))
 
 

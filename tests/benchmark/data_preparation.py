@@ -1,17 +1,27 @@
 """How fast instruction files are prepared: against SentencePiece alone, the second start, and memory on a large file.
 
     python tests/benchmark/data_preparation.py --checkpoint glm3=ChatGLM3-6B/ --data data/spo_0.json data/d2q_0.json
-    python tests/benchmark/data_preparation.py --rows 1000000 --json results.json
+    python tests/benchmark/data_preparation.py --rows 100000 1000000 --json results.json
+    python tests/benchmark/data_preparation.py --runs 0 --calls --rows 200000 1000000      # memory alone
 
 Only the tokenizer files of a checkpoint folder are read. Without --checkpoint, a tokenizer of each family is trained on
-the data files, with --vocab_size pieces. Rows are repeated, each time with another number in front of the input, until
-a file has --at_least so many: of a few rows one would measure how long it takes to start. "Alone" is
-`sp.encode(texts, num_threads=N)` on the texts of the file, each once and as the chat has it, in memory. It is run
-in turn with preparation; seconds are those of the CPU, of all threads together, so that other programs on the machine
-change them little, and the ratio is the median of the pairs: 0.8 means that preparation takes 1.25 times as long as
-SentencePiece alone. ChatGLM and ChatGLM2 have a sample for each answer of a conversation: ratio_to_every_prompt is that
-to all their prompts, in which earlier turns come again. Of each data file there are also conversations, of TURNS rows
-each, and for ChatGLM3 those with tools of --tools.
+the data files, with --vocab_size pieces. Rows are repeated, each time with another number in front of their texts,
+until a file has --at_least so many: of a few rows one would measure how long it takes to start. Of each data file there
+are also conversations, of TURNS rows each, and for ChatGLM3 those with tools of --tools, once as they are and once with
+tools described as long as users describe them (DESCRIBED).
+
+"Alone" is `sp.encode(texts, num_threads=N)`, one call with all texts of the file in memory. Which texts these are:
+
+- ratio: of each row the text of each message as the chat writes it, once. So a tool's description counts in each row
+  that has it. ChatGLM and ChatGLM2 write a conversation as one text: counted are its last prompt, and each answer.
+- to_distinct: of these texts the different ones of the whole file, each once: less than a program can do that reads a
+  file from its beginning and keeps little of it.
+- to_prompts: ChatGLM and ChatGLM2 have a sample for each answer of a conversation; counted are the prompts of all of
+  them, in which earlier turns come again, and each answer. Other files as in ratio.
+
+Alone and preparation are run in turn. Seconds are those of the CPU, of all threads together, so that other programs on
+the machine change them little, and each ratio is the median of the pairs: 0.8 means that preparation takes 1.25 times
+as long as SentencePiece alone.
 """
 
 import argparse
@@ -33,9 +43,19 @@ from glm_models.tiny import make_tiny_checkpoint, read_lines
 from tuning.samples.dataset import DataSettings, InstructionData, prepare
 from tuning.samples.encoding import available_cpus
 from tuning.samples.formats import to_dialogue
+from tuning.samples.mixture import shared_samples
 from tuning.samples.row_files import read_rows
 
 TURNS = 4  # of a conversation
+DESCRIBED = {  # what a tool takes, as the OpenAI API has it described
+    "type": "object",
+    "properties": {
+        "number": {"type": "string", "description": "车辆的编号或订单的编号，没有时写空字符串"},
+        "days": {"type": "integer", "description": "查询最近多少天的记录，默认为 7"},
+        "kind": {"type": "string", "enum": ["故障", "维修", "保养"], "description": "要查询的记录的种类"},
+    },
+    "required": ["number"],
+}
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -73,6 +93,7 @@ def seconds(action) -> float:
 def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
     """Preparation against SentencePiece alone on one file, and the second start."""
     texts, every, threads = texts_of(tokenizer, path), texts_of(tokenizer, path, every=True), available_cpus()
+    distinct = [*dict.fromkeys(texts)]
     settings = DataSettings(path, *limits, empty_outputs=True)
 
     def alone(some=texts):
@@ -86,29 +107,34 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = ours(f"{folder}/kept")
         for i in range(runs):
-            times = cpu_seconds(alone), cpu_seconds(lambda: alone(every)) if every != texts else 0
-            pairs.append((*times, cpu_seconds(lambda i=i: ours(f"{folder}/{i}"))))
+            whole, ours_took = cpu_seconds(alone), cpu_seconds(lambda i=i: ours(f"{folder}/{i}"))
+            others = (cpu_seconds(lambda t=t: alone(t)) if len(t) != len(texts) else whole for t in (distinct, every))
+            pairs.append([seconds / ours_took for seconds in (whole, *others)] + [ours_took])
         data = InstructionData(settings, tokenizer, file)
         kept = int(data.lengths.sum())
         again = statistics.median(
             seconds(lambda: InstructionData(settings, tokenizer, ours(f"{folder}/kept"))) for _ in range(runs)
         )
+    ratio, to_distinct, to_prompts, ours_took = map(statistics.median, zip(*pairs, strict=True))
+    rows = sum(1 for _ in read_rows(path, empty_outputs=True))
     return {
         "mode": tokenizer.mode,
         "file": os.path.basename(path).partition("-")[2],
-        "rows": sum(1 for _ in read_rows(path, empty_outputs=True)),
+        "rows": rows,
         "prompts_cut": data.prompts_cut,
         "threads": threads,
-        "alone_tokens_per_cpu_s": tokens / statistics.median(a for a, _, _ in pairs),
-        "ours_tokens_per_cpu_s": tokens / statistics.median(b for _, _, b in pairs),
-        "ratio": statistics.median(a / b for a, _, b in pairs),
-        "ratio_to_every_prompt": statistics.median((e or a) / b for a, e, b in pairs),
+        "tokens_a_row": tokens / rows,
+        "cpu_us_a_row": ours_took / rows * 1e6,
+        "ratio": ratio,
+        "to_distinct": to_distinct,
+        "to_prompts": to_prompts,
         "second_start_s_per_million_tokens": again / kept * 1e6,
     }
 
 
 def measure_large(mode: str, folder: str, path: str) -> dict:
-    """Time and memory of preparing one file, in this process and for the first time."""
+    """Time and memory of preparing one file, in this process and for the first time; and of looking for samples that
+    two files share, of so many rows each."""
 
     def peak():  # (that of getrusage counts the process that started this one)
         return status("VmHWM") / 2**20
@@ -123,6 +149,8 @@ def measure_large(mode: str, folder: str, path: str) -> dict:
         prepared = peak()
         second = seconds(lambda: prepare(settings, tokenizer, cache))
         data = InstructionData(settings, tokenizer, prepare(settings, tokenizer, cache))
+        opened = peak()
+        shared = seconds(lambda: shared_samples([data, data], None))
     return {
         "mode": mode,
         "rows": len(data),
@@ -133,7 +161,9 @@ def measure_large(mode: str, folder: str, path: str) -> dict:
         "second_s_per_million_tokens": second / int(data.lengths.sum()) * 1e6,
         "mib_before": before,
         "mib_peak": prepared,
-        "mib_with_data_open": peak(),
+        "mib_with_data_open": opened,
+        "shared_samples_s": shared,
+        "mib_with_shared_samples": peak(),
     }
 
 
@@ -143,8 +173,8 @@ def write_repeated(path: str, source: str, at_least: int) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for time in range(-(-at_least // len(rows))):
             for row in rows:
-                again = {**row, "input": f"{time} {row['input']}"} if time else row
-                file.write(json.dumps(again, ensure_ascii=False) + "\n")
+                again = {"input": f"{time} {row['input']}", "output": f"{time} {row['output']}"} if time else {}
+                file.write(json.dumps(row | again, ensure_ascii=False) + "\n")
 
 
 def write_conversations(path: str, source: str, at_least: int) -> None:
@@ -156,19 +186,29 @@ def write_conversations(path: str, source: str, at_least: int) -> None:
             for turn in range(TURNS):
                 row = rows[(i * TURNS + turn) % len(rows)]
                 messages.append({"role": "user", "content": f"{i} {row['instruction']}{row['input']}"})
-                messages.append({"role": "assistant", "content": row["output"]})
+                messages.append({"role": "assistant", "content": f"{i} {row['output']}"})
             file.write(json.dumps({"conversations": messages}, ensure_ascii=False) + "\n")
 
 
-def write_tools(path: str, source: str, at_least: int) -> None:
-    """The conversations of a file as often as it takes, each its own."""
+def write_tools(path: str, source: str, at_least: int, described: bool) -> None:
+    """The conversations of a file as often as it takes, each its own except for its tools.
+
+    Args:
+        described: each tool gets the schema DESCRIBED besides.
+    """
     with open(source, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     with open(path, "w", encoding="utf-8") as file:
         for i in range(at_least):
             row = json.loads(json.dumps(rows[i % len(rows)]))
             for message in row["conversations"]:
-                message |= {"content": f"{i} {message['content']}"} if message["role"] == "user" else {}
+                if message["role"] == "tool":
+                    message["parameters"]["row"] = i
+                    message["observation"] = {"row": i, "found": message["observation"]}
+                else:
+                    message["content"] = f"{i} {message['content']}"
+            for tool in row["tools"] if described else ():
+                tool["parameters"] = DESCRIBED
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -221,8 +261,8 @@ def main():
     )
     parser.add_argument("--max_len", type=int, default=1024)
     parser.add_argument("--max_src_len", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=7, help="pairs of runs")
-    parser.add_argument("--rows", type=int, default=0, help="also prepare a generated file of so many short rows")
+    parser.add_argument("--runs", type=int, default=7, help="pairs of runs; 0: nothing is compared")
+    parser.add_argument("--rows", type=int, nargs="*", default=[], help="also prepare generated files of so many rows")
     parser.add_argument("--turns", type=int, default=1, help="of the generated rows; above 1 they are conversations")
     parser.add_argument("--calls", action="store_true", help="the generated rows are conversations with a tool call")
     parser.add_argument("--tools", default=str(ROOT / "data" / "tools_0.json"), help="conversations with tools")
@@ -241,21 +281,22 @@ def main():
         repeated = {f"{scratch}/{i}-{os.path.basename(path)}": path for i, path in enumerate(args.data)}
         for path, source in repeated.items():
             write_repeated(path, source, args.at_least)
-        conversations = -(-args.at_least // TURNS)
         for i, source in enumerate(args.data):
             path = f"{scratch}/{i}-{TURNS} turns of {os.path.basename(source)}"
-            write_conversations(path, source, conversations)
+            write_conversations(path, source, -(-args.at_least // TURNS))
             repeated[path] = source
-        tools = f"{scratch}/0-{os.path.basename(args.tools)}"
-        write_tools(tools, args.tools, conversations)
+        tools = [f"{scratch}/{i}-{how}{os.path.basename(args.tools)}" for i, how in enumerate(("", "described "))]
+        for described, path in enumerate(tools):
+            write_tools(path, args.tools, args.at_least, bool(described))
         results = {"compared": [], "large": []}
-        for mode, folder in folders.items():
+        for mode, folder in folders.items() if args.runs else ():
             tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
-            for path in (*repeated, *([tools] if mode == "glm3" else [])):
+            for path in (*repeated, *(tools if mode == "glm3" else [])):
                 results["compared"].append(compare(tokenizer, path, (args.max_len, args.max_src_len), args.runs))
-        show(results["compared"])
+        if results["compared"]:
+            show(results["compared"])
         # a process each: the peak of memory is that of a process
-        for rows in (args.rows // 10, args.rows) if args.rows else ():
+        for rows in args.rows:
             large = f"{scratch}/large.json"
             write_large(large, rows, args.turns, args.calls)
             for mode, folder in folders.items():

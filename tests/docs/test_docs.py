@@ -14,6 +14,7 @@ from documents import ALL, PAIRS, ROOT, code_spans, commands_only, fences, read,
 
 import merge_lora
 from glm_models.convert import __main__ as convert
+from glm_models.convert import gguf
 from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
 from tuning.arguments.other_names import LAUNCHER
@@ -47,6 +48,8 @@ CHINESE = {
     "what the adapter's config names": "LoRA 配置中记录的目录",
     "no limit of its own": "不另设上限",
     "what the first conversion kept": "第一次转换时保存的",
+    "what the folder names": "目录中记录的",
+    "that of the folder": "与目录相同",
     "the accelerator, else cpu": "有加速卡用加速卡，否则 cpu",
     "predictions-NAME.jsonl in the model folder": "模型目录下的 predictions-NAME.jsonl",
 }
@@ -55,6 +58,7 @@ TABLES = {  # document -> a flag that tells its table, and the flags
     "--predict_path": ("results.md", predict_arguments),
     "--model_dir": ("results.md", merge_lora),
     "--tokenizer_only": ("serving.md", convert),
+    "--dtype": ("serving.md", gguf),
 }
 
 
@@ -152,10 +156,9 @@ def test_files_and_names_in_them_are_there(name):
             assert re.search(defined, read(path), re.MULTILINE), f"{path} has no {inside}"
 
 
-# Of argparse, the deepspeed launcher, pip, ruff, Slurm and vLLM.
-OTHER_FLAGS = {"--check", "--help", "--log_level", "--index-url", "--signal", "--tokenizer"} | {
-    f"--{name}" for name in LAUNCHER
-}
+# Of argparse, the deepspeed launcher, pip, ruff, Slurm, vLLM and llama.cpp.
+OTHER_FLAGS = {"--check", "--help", "--log_level", "--index-url", "--signal", "--tokenizer", "--no-jinja", "--lora"}
+OTHER_FLAGS |= {"--enable-lora", "--max-lora-rank", "--lora-modules"} | {f"--{name}" for name in LAUNCHER}
 
 
 @functools.cache

@@ -22,6 +22,7 @@ import merge_lora
 import predict
 import train
 from glm_models.convert import __main__ as convert
+from glm_models.convert import gguf
 from tuning.arguments import compare as compare_arguments
 from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
@@ -42,6 +43,7 @@ def places(tiny, tmp_path_factory):
         "ChatGLM3-6B-Base/": tiny["glm3"],
         "glm3-hf": tiny["glm3"],
         "their-adapter": tiny["glm3"],
+        "adgen-chatglm2-6b-pt/checkpoint-3000": tiny["glm2"],
         "corpus.json": f"{work}/spo_0.json",
         "my-tools.json": f"{work}/spo_0.json",
         "data/spo_0.json": f"{work}/spo_0.json",
@@ -59,6 +61,7 @@ PARSERS = {
     "predict.py": predict_arguments.parse_args,
     "merge_lora.py": merge_lora.parse_args,
     "glm_models.convert": convert.parse_args,
+    "glm_models.convert.gguf": gguf.parse_args,
     "tuning.evaluate.forgetting": forgetting.parse_args,
     "tuning.evaluate.compare": compare_arguments.parse_args,
 }

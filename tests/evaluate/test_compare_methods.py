@@ -169,7 +169,8 @@ def test_the_sweep_takes_the_best_rate_by_rows_held_out(flags, tmp_path):
     ("more", "message"),
     [
         (["--model", "glm4=x"], "--model glm4=x: MODE=FOLDER is needed"),
-        (["--model", "glm3=nowhere"], "config.json is missing"),
+        (["--model", "glm3=nowhere"], "--model glm3=nowhere: no such folder"),
+        (["--model", f"glm3={os.path.dirname(__file__)}"], "config.json is missing"),
         (["--learning_rates", "lora=high"], "--learning_rates lora=high: must be a number"),
         (["--learning_rates", "adapter=1"], "--learning_rates adapter=1: the methods are freeze"),
         (["--test_path", "nowhere"], "--test_path nowhere: no such file"),

@@ -20,12 +20,13 @@ from torch.nn import functional as F
 
 import merge_lora
 from glm_models import MODE, CheckpointError
+from glm_models.convert.clients import PEFT_KEYS
 from glm_models.ops import OutputLayer
 from tuning.engine import loading
 from tuning.engine.loading import load_result, prediction_dtype, stored_dtype
 from tuning.errors import UserError
 from tuning.lora import layers as lora_layers
-from tuning.lora.adapter import BASE_FILE, KEYS, write_adapter
+from tuning.lora.adapter import BASE_FILE, write_adapter
 from tuning.lora.layers import LoraLinear, PredictionLinear, use_own_layers
 
 HALF = [torch.bfloat16, torch.float16]
@@ -317,7 +318,7 @@ def test_an_adapter_folder_is_what_peft_writes_less_its_defaults(tiny, tmp_path)
     assert ours.keys() == by_peft.keys()
     assert all(torch.equal(ours[name], by_peft[name]) for name in ours)
     written = json.loads((tmp_path / "ours/adapter_config.json").read_text())
-    assert written.keys() == KEYS  # what peft 0.5 knew
+    assert written.keys() == PEFT_KEYS  # what peft 0.5 knew
     assert written["base_model_name_or_path"] == tiny["glm2"]
     assert written["inference_mode"] is True
     read, expected = (PeftConfig.from_pretrained(str(tmp_path / name)).to_dict() for name in ("ours", "peft"))
@@ -330,7 +331,7 @@ def test_an_adapter_folder_is_what_peft_writes_less_its_defaults(tiny, tmp_path)
 def test_a_key_that_says_something_is_written(tiny, tmp_path, config):
     write_adapter(str(tmp_path), *trained(tiny, **config), tiny["glm2"], {})
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert written.keys() - KEYS == config.keys()
+    assert written.keys() - PEFT_KEYS == config.keys()
     assert config.items() <= PeftConfig.from_pretrained(str(tmp_path)).to_dict().items()
 
 

@@ -1,5 +1,10 @@
-"""glm_models.convert: transformers' own class with the same weights, logits, ids, prompts; and back, byte for byte."""
+"""glm_models.convert: transformers' own class with the same weights, logits, ids, prompts; and back, byte for byte.
 
+python tests/models/test_convert.py --texts 20000 --conversations 10000    # of each family; pytest takes some hundreds
+python tests/models/test_convert.py --results    # of real trainings: base, freeze, all, merged, LoRA; two rope_ratios
+"""
+
+import argparse
 import filecmp
 import json
 import os
@@ -7,11 +12,17 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_model
+
+# run as a script, and by pytest
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "support")]
+
+from conftest import TINY, make_lively_checkpoint, write_model
 from jinja2 import TemplateError
 from official_chat import prompt_ids
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,6 +34,7 @@ from glm_models import MODE
 from glm_models.checkpoint import read_json, read_weights, weight_layout, write_json
 from glm_models.convert.__main__ import main
 from glm_models.generation import generate_answers
+from glm_models.tools import write_call
 from tuning.samples.dialogue import Dialogue, Message
 
 MODES = ("glm2", "glm3")
@@ -208,24 +220,35 @@ def test_adapters_that_cannot_be_converted_are_refused(tiny, converted, tmp_path
 # Tokenizer and template
 
 
-def test_ids_and_text_are_those_of_the_official_tokenizer(tokenizers, fast):
-    chance = random.Random(7)
+def random_texts(chance: random.Random, count: int) -> list[str]:
+    """Half of them random characters, half the contents of random conversations; and one of each piece's length."""
     alphabet = "水泵漏，。问答\n\n  \t aAzZ09_=[]▁　😀𠮷é\x00\x1b\u2028\u200b\ufeffｆ"
-    texts = ["".join(chance.choice(alphabet) for _ in range(chance.randrange(1, 40))) for _ in range(1000)]
-    texts += [turn.content for _ in range(200) for turn in random_talk(chance, "glm3").turns]
+    texts = ["".join(chance.choice(alphabet) for _ in range(chance.randrange(1, 40))) for _ in range(count // 2)]
+    while len(texts) < count:
+        texts += [turn.content for turn in random_talk(chance, "glm3").turns]
+    return texts[:count]
+
+
+def compare_texts(tokenizer, fast, texts: list[str]) -> None:
+    """Ids, and what they decode to."""
+    found = fast(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    for text, ids, right in zip(texts, found, tokenizer.encode_texts(texts), strict=True):
+        assert ids == right.tolist(), ascii(text)
+        assert fast.decode(ids) == tokenizer.sp_model.decode(ids), ascii(text)
+
+
+def test_ids_and_text_are_those_of_the_official_tokenizer(tokenizers, fast):
+    texts = random_texts(random.Random(7), 1500)
     for mode in MODES:
-        found = fast[mode](texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        assert found == [ids.tolist() for ids in tokenizers[mode].encode_texts(texts)]
-        assert [fast[mode].decode(ids) for ids in found] == [tokenizers[mode].sp_model.decode(ids) for ids in found]
+        compare_texts(tokenizers[mode], fast[mode], texts)
         assert fast[mode]("people say sop")["input_ids"] == tokenizers[mode]("people say sop")["input_ids"]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_template_gives_the_official_prompts(tokenizers, fast, mode):
-    chance, pieces = random.Random(11), tokenizers[mode].sp_model
-    names = [name for name in fast[mode].all_special_tokens if name.strip()]
+def compare_prompts(mode: str, tokenizer, fast, chance: random.Random, count: int) -> None:
+    """Prompts of random conversations against those of the official code."""
+    pieces, names = tokenizer.sp_model, [name for name in fast.all_special_tokens if name.strip()]
     compared = 0
-    while compared < 150:
+    while compared < count:
         talk = random_talk(chance, mode)
         history = []
         for turn in talk.turns:
@@ -239,9 +262,14 @@ def test_the_template_gives_the_official_prompts(tokenizers, fast, mode):
             history.pop()
         if mode == "glm3" and history[0]["role"] == "system" and chance.random() < 0.5:
             history[0]["tools"] = [{"name": "查询", "parameters": {"a": [1, None, "é"]}}]
-        found = fast[mode].apply_chat_template(history, add_generation_prompt=True)["input_ids"]
+        found = fast.apply_chat_template(history, add_generation_prompt=True)["input_ids"]
         assert found == prompt_ids(mode, pieces, history), history
         compared += 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_template_gives_the_official_prompts(tokenizers, fast, mode):
+    compare_prompts(mode, tokenizers[mode], fast[mode], random.Random(11), 150)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -258,6 +286,42 @@ def test_a_whole_conversation_is_the_sample_of_training(tokenizers, fast, mode):
         wrapped = tools and [{"type": "function", "function": tool} for tool in tools]
         found = fast[mode].apply_chat_template(talk, tools=wrapped)["input_ids"]
         assert found == [token for part in sample.parts for token in part]
+
+
+def test_a_call_may_be_one_of_tool_calls(fast):
+    """As servers of OpenAI's API hand it on: the prompt is that of the official form of the call."""
+    question, result = {"role": "user", "content": "查"}, {"role": "tool", "content": '{"度": 7}', "tool_call_id": "1"}
+    chance = random.Random(3)
+    values = [
+        "北京",
+        'it\'s "so"\n',
+        "a<|assistant|>b",
+        3,
+        -2.5,
+        True,
+        None,
+        [1, [None]],
+        {"a": {"b": False}},
+        "x" * 200,
+    ]
+    for _ in range(100):
+        names = chance.sample(["city", "城市", "class", "user-id", "a b", "None", "_x1", "__debug__"], 3)
+        arguments = {name: chance.choice(values) for name in names}
+        call = {"role": "assistant", "content": chance.choice(("", None))}
+        call["tool_calls"] = [{"id": "1", "type": "function", "function": {"name": "查询", "arguments": arguments}}]
+        there, here = (
+            fast["glm3"].apply_chat_template([question, one, result], add_generation_prompt=True, tokenize=False)
+            for one in (call, write_call("查询", arguments))
+        )
+        assert there == here
+    for wrong in (
+        call | {"content": "a"},
+        call | {"tool_calls": call["tool_calls"] * 2},
+        call | {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+        call | {"role": "user"},
+    ):
+        with pytest.raises(TemplateError):
+            fast["glm3"].apply_chat_template([question, wrong], add_generation_prompt=True)
 
 
 def test_what_would_be_dropped_is_an_error_of_the_template(fast):
@@ -327,3 +391,79 @@ def test_transformers_alone_gives_the_answers_of_this_project(tiny, tokenizers, 
             prompt = tokenizers[mode].encode_prompt(question)
             expected.append(ascii(generate_answers(model, tokenizers[mode], [prompt], [12])[0][0]))
     assert run.stdout.splitlines() == expected
+
+
+# Long forms
+
+
+def check_many(mode: str, work: Path, texts: int, conversations: int) -> None:
+    """Tokenizer and template on as many random texts and conversations."""
+    make_lively_checkpoint(mode, str(work / mode), **TINY[mode])
+    tokenizer = MODE[mode].tokenizer.from_pretrained(work / mode)
+    folder = convert(mode, work / mode, work / f"{mode}-tokenizer", "--tokenizer_only")
+    fast = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    chance, start = random.Random(f"{mode} long"), time.time()
+    for done in range(0, texts, 1000):
+        compare_texts(tokenizer, fast, random_texts(chance, min(1000, texts - done)))
+    compare_prompts(mode, tokenizer, fast, chance, conversations)
+    print(f"{mode}: {texts} texts: ids and decoded texts equal; {conversations} conversations: prompts equal; "
+          f"{time.time() - start:.0f} s", flush=True)  # fmt: skip
+
+
+def check_results(mode: str, work: Path, ratio: float) -> None:
+    """What trainings and merge_lora.py write, to the native form and back; the adapter to the native base and back."""
+    from jobs import run_jobs
+    from runs import ROOT, STAGES, make_rows
+
+    import merge_lora
+
+    top = work / f"{mode}-{ratio:g}"
+    top.mkdir()
+    make_lively_checkpoint(mode, str(top / "base"), **TINY[mode])
+    write_json(str(top / "base/config.json"), read_json(str(top / "base/config.json")) | {"rope_ratio": ratio})
+    rows = make_rows(top / "rows.json", 12)
+    fixed = f"--mode {mode} --model_name_or_path {top}/base --train_path {rows} --data_cache none --max_len 96"
+    fixed += f" --max_src_len 64 --max_steps 3 --learning_rate 1e-2 --ds_file {ROOT / STAGES[2]} --train_type"
+    methods = {"freeze": "--train_last_layers 1", "all": "", "lora": "--lora_dim 4 --lora_module_name all-linear"}
+    jobs = {name: f"{fixed} {name} {flags} --output_dir {top}/{name}".split() for name, flags in methods.items()}
+    run_jobs(top, 1, jobs)
+    results = {name: str(next(top.glob(f"{name}/epoch-*-step-3"))) for name in methods} | {"base": f"{top}/base"}
+    adapter, results["merged"] = results.pop("lora"), f"{top}/merged"
+    argv = f"--mode {mode} --ori_model_dir {top}/base --model_dir {adapter} --output_dir {top}/merged"
+    merge_lora.main(argv.split())
+    for name, folder in results.items():
+        native = convert(mode, folder, top / f"{name}-native")  # compares the logits
+        back = convert(mode, native, top / f"{name}-back")
+        names = [file for file in os.listdir(folder) if file != "manifest.json"]
+        assert filecmp.cmpfiles(folder, back, names, shallow=False)[1:] == ([], []), name
+        print(f"{mode}, rope_ratio {ratio:g}, {name}: {len(names)} files, the same after both conversions", flush=True)
+    other = convert(mode, adapter, top / "adapter-native", "--ori_model_dir", f"{top}/base-native")
+    back = convert(mode, other, top / "adapter-back", "--ori_model_dir", f"{top}/base")
+    tensors = [load_file(Path(folder) / "adapter_model.safetensors") for folder in (adapter, back)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    expected = adapted_logits(MODE[mode].model.from_pretrained(top / "base"), adapter)
+    found = adapted_logits(AutoModelForCausalLM.from_pretrained(top / "base-native"), other)
+    difference = (found - expected).abs().max().item()
+    assert difference <= 1e-5 * expected.abs().max().item()
+    print(
+        f"{mode}, rope_ratio {ratio:g}, adapter: logits differ by at most {difference:.2g}; back: the same", flush=True
+    )
+
+
+def long_forms() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=int, default=0)
+    parser.add_argument("--conversations", type=int, default=0)
+    parser.add_argument("--results", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        for mode in MODES:
+            if args.texts or args.conversations:
+                check_many(mode, Path(work), args.texts, args.conversations)
+            for ratio in (1.0, 50.0) if args.results else ():
+                check_results(mode, Path(work), ratio)
+
+
+if __name__ == "__main__":
+    long_forms()

@@ -8,7 +8,7 @@ from conftest import TEXT
 
 from glm_models import MODE
 from glm_models.generation import generate_ids
-from glm_models.refill import BLOCK, Request, SlotCache, generate_in_slots
+from glm_models.refill import BLOCK, Request, SlotCache, _Chooser, generate_in_slots
 
 LIMITS = [2, 9, 4, 1, 5, 12, 3, 7]
 modes = pytest.mark.parametrize("mode", MODE)
@@ -68,6 +68,14 @@ def test_keys_of_generation_config_count(load, tokenizers, monkeypatch):
     monkeypatch.setattr(model.generation_config, "bad_words_ids", [[usual[0][0][0]]])
     alone = {r.row: generate_ids(model, tokenizer, [r.prompt], [r.limit])[0] for r in requests}
     assert answers(model, tokenizer, [requests]) == alone != usual
+
+
+def test_sampling_is_among_the_50_likeliest_tokens(load, tokenizers):
+    """transformers' `top_k` where nothing is said, now as in the official runs: scripts/adgen.sh relies on it."""
+    chooser = _Chooser(load("glm"), tokenizers["glm"], {"do_sample": True, "temperature": 0.95})
+    scores = torch.arange(300.0)[None] / 300
+    kept = chooser.make(input_ids_seq_length=1)(torch.zeros(1, 1, dtype=torch.long), scores).isfinite()
+    assert kept.nonzero()[:, 1].tolist() == [*range(250, 300)]
 
 
 @modes

@@ -36,16 +36,17 @@ def test_results_of_parts_of_an_epoch_are_counted():
         assert plan_disk(host, args).results == size and text in host_text(host, args)
 
 
-@pytest.mark.parametrize("method", ["lora", "all"])
+@pytest.mark.parametrize("method", ["lora", "all", "ptuning", "ptuning --save_prefix_only"])
 def test_folders_and_states_are_as_large_as_training_makes_them(method):
     args = arguments(f"--mode glm --train_type {method}")
     setup = build(args, ds_config(args, 2), "meta")
     run = Zero12Simulator(setup, 2, planner.CachingAllocator())
     host = plan_host(run)
     trained = sum(p.numel() for p in run.trained)
-    assert host.result == saving.result_size(setup.model, torch.bfloat16)
+    assert host.result == saving.result_size(setup.model, torch.bfloat16, args.save_prefix_only)
     tied = setup.model.get_output_embeddings().weight.numel()  # written twice
-    assert host.result == 2 * (trained + (tied if method == "all" else 0))
+    whole = sum(p.numel() for p in run.parameters)
+    assert host.result == 2 * (whole + tied if method in ("all", "ptuning") else trained)
     assert host.state == 14 * trained + MIB
 
 

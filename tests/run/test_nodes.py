@@ -109,6 +109,7 @@ def test_processes_of_other_machines_and_containers_are_not_watched(monkeypatch,
     """Their process ids mean nothing here, whatever the host is called."""
     monkeypatch.setattr(health, "machine", lambda: HERE)
     monkeypatch.setattr(health, "control_group", lambda: None)
+    monkeypatch.setattr(health, "NodeWatch", lambda: None)
     monkeypatch.setattr(health.threading, "Thread", lambda target, daemon: SimpleNamespace(start=lambda: None))
     group = {"get_world_size": lambda: 2, "get_rank": lambda: 0, "barrier": lambda group: None}
     group["all_gather_object"] = lambda found, mine, group: found.__setitem__(slice(None), [mine, (where, 4321)])

@@ -229,6 +229,12 @@ def test_a_row_that_cannot_be_read_has_one_line(tmp_path, row, says):
     assert message.startswith(f"{path} line 2: ") and says in message and message.isprintable() and len(message) < 600
 
 
+def test_the_history_of_a_question_without_an_answer_is_checked():
+    row = {"instruction": "问", "history": [["a"]]}
+    assert "history[0] is a list of another form" in str(read_row(dict(row), missing_outputs=True))
+    assert "history[0] is a list of another form" in str(read_row(row | {"output": None}, missing_outputs=True))
+
+
 NULLS = dict.fromkeys(("metadata", "tools", "tool_calls", "function_call", "name", "tool_call_id", "weight", "loss"))
 NULLS |= dict.fromkeys(("parameters", "observation", "images", "role", "content", "from", "value", "id", "refusal"))
 ROW_NULLS = dict.fromkeys(("tools", "functions", "system", "id", "parallel_tool_calls", "history", "instruction"))

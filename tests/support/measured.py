@@ -94,7 +94,9 @@ def build(args: argparse.Namespace, config: dict, device: str) -> planner.Setup:
         model = train.build_model(args, load).to(compute_dtype(config)).train()
     groups = train.parameter_groups(model, args)
     train.fit_buckets(config, sum(p.numel() for group in groups for p in group["params"]))
-    return planner.Setup(model, planner.longest_batch(args, family.config(**SIZES[args.mode])), config, groups)
+    return planner.Setup(
+        model, planner.longest_batch(args, family.config(**SIZES[args.mode])), config, groups, args.save_prefix_only
+    )
 
 
 def peak_of(step) -> int:

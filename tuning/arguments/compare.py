@@ -9,6 +9,7 @@ from collections.abc import Callable
 from glm_models import MODE
 from tuning.arguments import predict as predict_arguments
 from tuning.arguments import train as train_arguments
+from tuning.arguments.models import Model
 from tuning.arguments.parser import SWITCH, File, Integer, NewPath, Number, Parser
 from tuning.errors import UserError
 
@@ -58,9 +59,9 @@ class ModelFolder:
         mode, _, folder = text.partition("=")
         if mode not in MODE or not folder:
             raise ValueError(f"MODE=FOLDER is needed, MODE one of {', '.join(MODE)}")
-        if not os.path.isfile(os.path.join(folder, "config.json")):
+        if os.path.exists(folder) and not os.path.isfile(os.path.join(folder, "config.json")):
             raise ValueError("no model folder there (config.json is missing)")
-        return mode, folder
+        return mode, Model()(folder)
 
 
 class Rate:
@@ -162,8 +163,9 @@ def contradictions(args: argparse.Namespace) -> list[str]:
     for flag, text in (("--train_flags", args.train_flags), ("--predict_flags", args.predict_flags)):
         ours = sorted({word for word in shlex.split(text) if word.split("=")[0].removeprefix("--") in OURS})
         wrong += [f"{flag} {word}: the comparison sets it by itself" for word in ours]
-    if any(word.split("=")[0] == "--adapter_path" for word in shlex.split(args.train_flags)):
-        wrong.append("--train_flags --adapter_path: all methods start from the base")
+    for start in ("--adapter_path", "--ptuning_checkpoint"):
+        if any(word.split("=")[0] == start for word in shlex.split(args.train_flags)):
+            wrong.append(f"--train_flags {start}: all methods start from the base")
     return wrong or (handed_on(args) if args.model and args.train_path and args.test_path else [])
 
 

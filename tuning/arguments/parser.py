@@ -141,12 +141,6 @@ class Folder:
             return text
         if os.path.isfile(text):
             raise ValueError("is a file; a folder is needed")
-        if hub := re.fullmatch(r"(?:THUDM|ZhipuAI|zai-org)/([\w.-]+)/?", text, re.IGNORECASE):
-            raise ValueError(
-                "no such folder, and nothing is downloaded here; get it first (its data files are enough) with "
-                f"`modelscope download --model ZhipuAI/{hub[1]} --local_dir {hub[1]}` or "
-                f"`huggingface-cli download THUDM/{hub[1]} --local-dir {hub[1]}`"
-            )
         raise ValueError("no such folder")
 
 

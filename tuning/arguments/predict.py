@@ -5,7 +5,8 @@ import os
 
 from glm_models import MODE
 from tuning.arguments.data import add_columns
-from tuning.arguments.parser import SWITCH, File, Folder, Integer, NewPath, Number, Parser, Text
+from tuning.arguments.models import Model, ModelOrWeights
+from tuning.arguments.parser import SWITCH, File, Integer, NewPath, Number, Parser, Text
 from tuning.arguments.quantization import needs_package
 from tuning.metrics import HEADLINE, missing
 
@@ -17,10 +18,11 @@ DESCRIPTION = """Answer with a trained model: a whole file, one sample, or a cha
     python predict.py --mode glm3 --model_path ...            (chat; an empty line ends it)"""
 
 HINTS = {
+    "ptuning_checkpoint": "the folder of the prefix goes to --model_path, that of its base to --ori_model_dir",
     "checkpoint": "the folder of the model goes to --model_path",
     "load_in_4bit": "--quantization_bit 4 quantises the model",
     "load_in_8bit": "--quantization_bit 8 quantises the model",
-    "top_k": "--top_p and --temperature are what sampling has here",
+    "top_k": "it is always 50, the default of transformers; --top_p and --temperature are what can be set",
 }
 
 
@@ -38,13 +40,15 @@ def make_parser() -> Parser:
     group = parser.group("model")
     group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
     group.add_argument(
-        "--model_path", type=Folder(), required=True, help="folder of a model, a P-Tuning result or a LoRA adapter"
-    )
+        "--model_path", type=ModelOrWeights(), required=True,
+        help="folder of a model, a P-Tuning result or a LoRA adapter; a model's name on a hub; or the weights file of "
+        "a P-Tuning prefix",
+    )  # fmt: skip
     group.add_argument(
         "--ori_model_dir",
-        type=Folder(),
+        type=Model(),
         default_text="what the adapter's config names",
-        help="base model of an adapter",
+        help="base model of an adapter, or of a P-Tuning prefix alone",
     )
     group.add_argument(
         "--device", type=Text(), default_text="the accelerator, else cpu", help="cuda, cuda:1, cpu or a number"

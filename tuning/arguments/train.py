@@ -8,6 +8,7 @@ import argparse
 from glm_models import MODE
 from tuning.arguments.data import DataPath, add_columns
 from tuning.arguments.lora import ALL_LINEAR, LORA, add_variants, changes_base, lora_contradictions
+from tuning.arguments.models import FolderOrWeights, Model, format_contradictions
 from tuning.arguments.parser import (
     LARGEST,
     SWITCH,
@@ -139,7 +140,11 @@ def add_data(parser: Parser) -> None:
     group = parser.group("model and data")
     group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
     group.add_argument(
-        "--model_name_or_path", type=Folder(), required=True, may_change=True, help="folder of the base model"
+        "--model_name_or_path",
+        type=Model(),
+        required=True,
+        may_change=True,
+        help="base model: its folder, or its name on a hub, such as THUDM/chatglm3-6b",
     )
     group.add_argument(
         "--train_path", type=DataPath(weights=True), nargs="+", required=True, may_change=True,
@@ -205,6 +210,14 @@ def add_methods(parser: Parser) -> None:
         "--prefix_projection", **{**SWITCH, "default": True}, help="compute the prefix with a small network"
     )
     group.add_argument("--prefix_dropout", type=DROPOUT, default=0.1, help="dropout on the prefix")
+    group.add_argument(
+        "--ptuning_checkpoint", type=FolderOrWeights(), may_change=True,
+        help="start from this prefix, which was saved alone: a folder, or its weights file",
+    )  # fmt: skip
+    group.add_argument(
+        "--save_prefix_only", **SWITCH, may_change=True,
+        help="save results as the official scripts do: the prefix alone, without the model",
+    )  # fmt: skip
 
     group = parser.group("LoRA", needs="--train_type lora")
     group.add_argument(
@@ -321,6 +334,10 @@ def add_results(parser: Parser) -> None:
         help="number of checkpoints epoch-*-step-* to keep, the newest; best is kept besides",
     )  # fmt: skip
     group.add_argument(
+        "--save_format", choices=("official", "native"), default="official", may_change=True,
+        help="form of whole models: the official one, or transformers' GlmForCausalLM, without remote code",
+    )  # fmt: skip
+    group.add_argument(
         "--overwrite_output_dir", **SWITCH, may_change=True,
         help="remove the results of an earlier run from output_dir once this one starts to train; no other files",
     )  # fmt: skip
@@ -405,7 +422,7 @@ def contradictions(args: argparse.Namespace) -> list[str]:
         wrong.append("--train_last_layers and --freeze_module_name exclude each other: both say what trains")
     if args.keep_attention and args.attn_implementation != "sdpa":
         wrong.append(f"--keep_attention goes with --attn_implementation sdpa, not with {args.attn_implementation}")
-    wrong += lora_contradictions(args) + pipeline_contradictions(args)
+    wrong += lora_contradictions(args) + pipeline_contradictions(args) + format_contradictions(args)
     if missing(args.eval_generate):
         wrong.append(f"--eval_generate {args.eval_generate} needs more packages: {missing(args.eval_generate)}")
     return wrong

@@ -6,19 +6,22 @@
 An adapter is loaded together with its base, which its config names.
 """
 
+import functools
 import os
 from typing import NamedTuple
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from transformers import initialization as init
 
 from glm_models import MODE, check_family
-from glm_models.checkpoint import printable, weight_layout
-from glm_models.families import how_to_download
-from glm_models.identify import check_ids
+from glm_models.checkpoint import CheckpointError, printable, weight_layout
+from glm_models.convert.direct import model_skeleton, open_view, side_folder
+from glm_models.families import NATIVE, convert_first, how_to_download
+from glm_models.identify import check_ids, is_native_folder
+from glm_models.prefix import Prefix, find_prefix
 from glm_models.pretrained import has_lost_prefix
 from glm_models.quantized import BITS
-from glm_models.streamed import skeleton
 from tuning.arguments.quantization import needs_package
 from tuning.engine.partitioned import load_partitioned
 from tuning.engine.patches import avoid_cudnn_attention
@@ -26,6 +29,7 @@ from tuning.engine.pipeline import load_stage
 from tuning.engine.quantized import load_quantized
 from tuning.engine.source import Source
 from tuning.errors import UserError
+from tuning.hub import find_model
 from tuning.lora.adapter import (
     CONFIG,
     add_adapter,
@@ -37,6 +41,8 @@ from tuning.lora.adapter import (
     unread_keys,
 )
 from tuning.lora.layers import more_than_plain
+from tuning.lora.native import in_official_form
+from tuning.lora.prefix import fill, load_with_prefix, open_prefix
 from utils import print_rank_0, stage_rank, supports_bf16
 
 # Keys of a LoRA config that prediction does not support, and why.
@@ -109,8 +115,10 @@ def load_result(
     it would be rounded to their precision, and most of the update would be lost. So it does on a quantised base.
 
     Args:
-        folder: a full model, a P-Tuning result or a LoRA adapter.
-        base: the base model of an adapter; None for the one that the adapter's config names.
+        folder: a full model, a P-Tuning result or a LoRA adapter; or a P-Tuning prefix that was saved alone, as a
+            folder or as a weights file.
+            Or the name of a model on a hub, see tuning.hub; `base` too.
+        base: the base model of an adapter or a prefix; None for the one that its config names.
         device: as "cuda:1" or "cpu"; None for the accelerator, else the CPU.
         dtype: None for the dtype of the checkpoint if the device supports it, and for float32 on a CPU.
         bits: quantise the linear layers of the base to 4 or 8 bits; 0: do not; None: as in the result's training.
@@ -119,21 +127,24 @@ def load_result(
         UserError: no such folder, device or base; or a package is missing.
         CheckpointError, FolderError: files are broken, or base and adapter do not belong together.
     """
-    if not os.path.isdir(folder):
+    folder, base = find_model(folder), base and find_model(base)
+    if not os.path.exists(folder):
         raise UserError(f"{folder}: no such folder; {how_to_download(mode)}")
     whole = find_base(folder, base)
     device = device if isinstance(device, torch.device) else named_device(device)
-    if whole != folder:
-        check_adapter(mode, folder, whole)
-    tokenizer = load_tokenizer(mode, whole)
+    prefix = read_beside(mode, folder, whole)
+    tokenizer = load_tokenizer(mode, side_folder(whole))
     dtype, reason = (dtype, "as asked") if dtype else choose_dtype(whole, device)
     bits, precision = prediction_bits(folder, bits)
     quantize = Quantize(bits, device) if bits else None
     print_rank_0(f"{folder} on {device} in {str(dtype).removeprefix('torch.')} ({reason}){precision}")
-    if whole == folder:
+    if prefix:
+        model = load_with_prefix(functools.partial(load_base, mode, whole, dtype, quantize=quantize), prefix)
+    elif whole == folder:
         model = load_base(mode, whole, dtype, quantize=quantize)
     else:
-        model = load_adapted(mode, folder, whole, dtype, quantize)
+        with in_official_form(mode, folder, whole) as adapter:
+            model = load_adapted(mode, adapter, whole, dtype, quantize)
     return tokenizer, model.to(device).eval()
 
 
@@ -157,6 +168,35 @@ def prediction_bits(folder: str, bits: int | None = None) -> tuple[int, str]:
         before = f"quantised to {trained} bits" if trained else "not quantised"
         why += f"; in its training they were {before}"
     return bits, f", linear layers of the base {name} ({why})" if bits or trained else ""
+
+
+def read_beside(mode: str, folder: str, base: str) -> Prefix | None:
+    """Check an adapter, or a prefix alone, and that its base is the one recorded in training.
+
+    Returns:
+        The prefix. None for an adapter, and for a complete model, which is its own base.
+
+    Raises:
+        UserError, CheckpointError, FolderError: the two do not belong together, or what is in `folder` is broken.
+    """
+    if base == folder:
+        return None
+    if not find_prefix(folder):
+        check_adapter(mode, folder, base)
+        return None
+    if is_native_folder(base):
+        why = f"{folder} is a P-Tuning prefix alone, for which a {NATIVE} has no place"
+        raise CheckpointError(f"{why}: {convert_first(mode, base)}")
+    prefix = open_prefix(folder)
+    kind = ", ".join(f"{key} {value}" for key, value in prefix.config.items())
+    said = [f"{folder} is a P-Tuning prefix alone ({kind}); its base model is {base}", check_base(folder, mode, base)]
+    check_family(base, mode, need=("config",))
+    family = MODE[mode]
+    with torch.device("meta"), init.no_init_weights():  # before the base is loaded
+        fill(family.model(family.config.from_pretrained(base, **prefix.config)), prefix)
+    for line in said:
+        print_rank_0(printable(line))
+    return prefix
 
 
 def check_adapter(mode: str, folder: str, base: str) -> None:
@@ -184,7 +224,7 @@ def load_adapted(mode: str, folder: str, base: str, dtype: torch.dtype, quantize
     weights = open_adapter(folder)  # raises if the file is broken or empty
     # an output layer that was tied to the embedding no longer equals it
     changes = {"tie_word_embeddings": False} if any(".lm_head." in name for name in weights.names) else {}
-    add_adapter(skeleton(mode, base, **changes), folder, weights)  # raises on a misfit before the base is loaded
+    add_adapter(model_skeleton(mode, base, **changes), folder, weights)  # raises on a misfit before the base is loaded
     adapted = add_adapter(load_base(mode, base, dtype, quantize=quantize, **changes), folder, weights)
     merges = dtype == torch.float32 and not quantize
     return adapted.merge_and_unload() if merges else adapted.get_base_model()
@@ -219,16 +259,17 @@ def load_base(
         config: changed keys of config.json.
     """
     family = MODE[mode]
-    check_family(folder, mode)
+    side, view = side_folder(folder), open_view(mode, folder)
+    check_family(side, mode)
     avoid_cudnn_attention()
     zero3 = bool(ds_config) and ds_config["zero_optimization"].get("stage") == 3
     new_prefix = config.get("pre_seq_len") is not None
-    if new_prefix and has_lost_prefix(folder):
+    if new_prefix and view is None and has_lost_prefix(folder):
         print_rank_0(
             f"warning: config.json of {folder} names a P-Tuning prefix that its weights lack; a new one is made"
         )
-    config = family.config.from_pretrained(folder, use_cache=ds_config is None, **config)
-    source = Source(family.model, folder, config, dtype, attention, new_prefix)
+    config = family.config.from_pretrained(side, use_cache=ds_config is None, **config)
+    source = Source(family.model, folder, config, dtype, attention, new_prefix, view)
     try:
         if zero3:
             model = load_partitioned(source, ds_config)
@@ -236,6 +277,8 @@ def load_base(
             model = load_quantized(source, *quantize)
         elif stages:
             model = load_stage(source, stages[stage_rank()])
+        elif view:
+            model = load_quantized(source, 0, torch.device("cpu"))
         else:
             model = family.model.from_pretrained(
                 folder, config=config, new_prefix=new_prefix, dtype=dtype, attn_implementation=attention

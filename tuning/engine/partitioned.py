@@ -5,9 +5,9 @@ import torch
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from transformers import initialization as init
 
-from glm_models.checkpoint import read_weights
 from glm_models.pretrained import read_generation_config
 from tuning.engine.source import Source
+from utils import wait_for_all
 
 
 def load_partitioned(source: Source, ds_config: dict):
@@ -19,10 +19,12 @@ def load_partitioned(source: Source, ds_config: dict):
         CheckpointError: see Source.open.
     """
     source.open()
+    wait_for_all()
     # Each module is partitioned as soon as it is made, without values. Weights are tied after the files are read.
     with init.no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = source.model_class(source.config)
-    missing, unknown, misshapen = fill(model, source.folder)
+    missing, unknown, misshapen = fill(model, source.read())
+    wait_for_all()  # a rank's disk may be far slower
     tie(model, missing)
     model.check_fit(source.folder, missing, unknown, misshapen)
     initialise(model, missing)
@@ -38,11 +40,11 @@ def own_part(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor]:
 
 
 @torch.no_grad()
-def fill(model, folder: str) -> tuple[set[str], list[str], list[str]]:
-    """Read the model's weights. Returns names that are missing, unknown, or of another shape in the files."""
+def fill(model, weights) -> tuple[set[str], list[str], list[str]]:
+    """Read the model's weights, (name, tensor) each. Returns names that are missing, unknown, or of another shape."""
     parameters = dict(model.named_parameters())
     missing, unknown, misshapen = set(parameters), [], []
-    for name, tensor in read_weights(folder):
+    for name, tensor in weights:
         if name not in parameters:
             unknown += [] if model.is_computed(name) else [name]
             continue
@@ -55,6 +57,7 @@ def fill(model, folder: str) -> tuple[set[str], list[str], list[str]]:
             part.copy_(tensor.reshape(-1)[begin : begin + len(part)])  # memory-mapped: only this part is read
             parameter.ds_secondary_tensor = None  # hpZeRO's copy within the node; made again from the parts
         else:  # the parts are on NVMe; only DeepSpeed can write them
+            wait_for_all()
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(tensor)
         parameter._is_hf_initialized = True  # for `initialise`

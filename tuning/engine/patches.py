@@ -16,12 +16,17 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import deepspeed
 import torch
 import torch.utils.cpp_extension
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from utils import wait_for_all
 
 comm_backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute of deepspeed.comm it is torch itself
 
@@ -118,6 +123,27 @@ def _norm_of_any(input_tensors: list[torch.Tensor], **how):
     return _norm_of(input_tensors=input_tensors or nothing, **how)
 
 
+# Waiting for files
+
+
+def _barrier(group=None, **how) -> None:
+    """DeepSpeed's barrier; that of all ranks has no timeout to speak of."""
+    if group is None:
+        wait_for_all()
+    else:
+        _barrier_of(group=group, **how)
+
+
+_barrier_of = deepspeed.comm.barrier
+_gather_small = DeepSpeedZeroOptimizer_Stage3.checkpoint_event_epilogue
+
+
+def _gather_small_together(self) -> None:
+    """Gather the small weights again when all ranks have read or written their files."""
+    wait_for_all()
+    _gather_small(self)
+
+
 # The table
 
 
@@ -164,6 +190,15 @@ PATCHES = (
         comm_backend, "build_shm_op", lambda: None, comm_backend.TorchBackend.__init__,
         "sums through shared memory, which only tensor-parallel inference uses, need 66 MiB of /dev/shm per process "
         "and crash where there is less", DEEPSPEED, ("TorchBackend",),
+    ),
+    Patch(
+        deepspeed.comm, "barrier", _barrier, DeepSpeedEngine.save_checkpoint,
+        "ranks wait on the device for the one that writes or reads the largest file of a state, for ten minutes at "
+        "most", DEEPSPEED,
+    ),
+    Patch(
+        DeepSpeedZeroOptimizer_Stage3, "checkpoint_event_epilogue", _gather_small_together,
+        DeepSpeedEngine.save_checkpoint, "for the same reason", DEEPSPEED,
     ),
     Patch(
         torch.utils.cpp_extension, "FileBaton", CompileLock, torch.utils.cpp_extension._jit_compile,

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from glm_models.checkpoint import read_weights
 from glm_models.pretrained import read_generation_config
 from glm_models.quantized import QuantizedLinear, use_quantized_layers
 from tuning.engine.partitioned import initialise, tie
@@ -17,7 +16,7 @@ def load_quantized(source: Source, bits: int, device: torch.device | str):
     The files are read once, one after the other; a weight goes to the device and is quantised there.
 
     Args:
-        bits: 4 or 8.
+        bits: 4 or 8; 0: the layers stay as they are.
         device: where the model is wanted.
 
     Raises:
@@ -26,8 +25,9 @@ def load_quantized(source: Source, bits: int, device: torch.device | str):
     source.open()
     with torch.device("meta"), init.no_init_weights():
         model = source.model_class(source.config)
-    use_quantized_layers(model, bits, source.dtype)
-    missing, unknown = fill(model, source.folder, source.dtype, device)
+    if bits:
+        use_quantized_layers(model, bits, source.dtype)
+    missing, unknown = fill(model, source.read(), source.dtype, device)
     tie(model, missing)
     model.check_fit(source.folder, missing, unknown, [])
     if missing:  # on the CPU, so that a new prefix is the same on all devices
@@ -45,10 +45,10 @@ def put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, folder: str, dtype: torch.dtype, device) -> tuple[set[str], list[str]]:
-    """Read the model's weights. Returns the names of those that the files lack, and of those that the model lacks."""
+def fill(model: nn.Module, weights, dtype: torch.dtype, device) -> tuple[set[str], list[str]]:
+    """Read the model's weights, (name, tensor) each. Returns the names of those that they lack, and the model lacks."""
     missing, unknown = set(dict(model.named_parameters(remove_duplicate=False))), []
-    for name, tensor in read_weights(folder):
+    for name, tensor in weights:
         if name not in missing:
             unknown += [] if model.is_computed(name) else [name]
             continue

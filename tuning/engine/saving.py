@@ -6,24 +6,29 @@ import os
 import deepspeed
 import torch
 
-from glm_models.checkpoint import FolderWeights, write_json, write_side_files, write_weights
+from glm_models.checkpoint import FolderWeights, printable, write_json, write_side_files, write_weights
+from glm_models.convert import direct
 from glm_models.quantized import QuantizedLinear, count_numbers
 from tuning.arguments.train import validates
 from tuning.engine.pipeline import find_holders, send_to_rank_0
 from tuning.folders import check_space, free_space, new_folder
 from tuning.lora.adapter import BASE_FILE, QUANTIZATION, write_adapter
+from tuning.lora.prefix import write_prefix
 from tuning.lora.starts import Start, saved_sizes
 from tuning.run import results
 from tuning.run.resume import Checkpoints
 from tuning.samples.epochs import RunLength
-from utils import is_rank_0, on_rank_0, print_rank_0
+from utils import is_rank_0, on_rank_0, print_rank_0, wait_for_all
 
 
-def result_size(model, dtype) -> int:
-    """Bytes of one result's weights."""
-    adapter = hasattr(model, "peft_config")
+def result_size(model, dtype, prefix_only: bool = False) -> int:
+    """Bytes of one result's weights.
+
+    Args:
+        prefix_only: --save_prefix_only.
+    """
     # a tied output layer is written beside the embedding
-    if adapter:
+    if prefix_only or hasattr(model, "peft_config"):
         trained = [p for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
         return sum(getattr(p, "ds_numel", p.numel()) for p in trained) * saved_sizes(model) * dtype.itemsize
     return count_numbers(model, tied_twice=True) * dtype.itemsize
@@ -78,8 +83,9 @@ def shown_size(size: int) -> str:
 def save(args, model, tokenizer, dtype: torch.dtype, base: dict, start: Start | None, name: str) -> None:
     """Write the model to a folder of that name in --output_dir; results beyond --keep_results are removed."""
     folder = os.path.join(args.output_dir, name)
-    on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype), folder))
-    save_model(model, tokenizer, args.model_name_or_path, folder, dtype, base, start)
+    on_rank_0(lambda: check_space(args.output_dir, result_size(model, dtype, args.save_prefix_only), folder))
+    how = {"prefix_only": args.save_prefix_only, "native": args.save_format == "native"}
+    save_model(model, tokenizer, args.model_name_or_path, folder, dtype, base, start, **how)
     print_rank_0(f"saved {folder}")
     if args.keep_results and name != results.BEST:
         for warning in on_rank_0(lambda: results.prune(args.output_dir, results.step_of(folder), args.keep_results)):
@@ -95,6 +101,7 @@ def gathered(named_parameters):
     holders = find_holders([parameter for _, parameter in named_parameters])
     for (name, parameter), holder in zip(named_parameters, holders, strict=True):
         if hasattr(parameter, "ds_id"):
+            wait_for_all()  # rank 0 may have just written a file
             with deepspeed.zero.GatheredParameters([parameter]):
                 yield name, parameter.data
         else:
@@ -110,7 +117,15 @@ def unquantised(named_tensors, model, base: str):
 
 
 def save_model(
-    model, tokenizer, base: str, folder: str, dtype: torch.dtype, record: dict, start: Start | None = None
+    model,
+    tokenizer,
+    base: str,
+    folder: str,
+    dtype: torch.dtype,
+    record: dict,
+    start: Start | None = None,
+    prefix_only: bool = False,
+    native: bool = False,
 ) -> None:
     """Write the result: the adapter alone for LoRA, otherwise a complete model folder. Called on every rank.
 
@@ -118,26 +133,34 @@ def save_model(
 
     Args:
         base: folder of the base model; config, tokenizer and official code are copied from there.
-        record: what the folder of an adapter, or of a prefix on a quantised base, says of it; see
+        record: what the folder of an adapter, of a prefix alone, or of a prefix on a quantised base, says of it; see
             adapter.record_base.
         start: see adapter.write_adapter.
+        prefix_only: write the P-Tuning prefix alone.
+        native: write a complete model as a GlmForCausalLM.
     """
-    if hasattr(model, "peft_config"):
+    if prefix_only or hasattr(model, "peft_config"):
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in gathered(trained) if is_rank_0()}
         if is_rank_0():
             with new_folder(folder) as partial:
-                write_adapter(partial, model, tensors, base, record, start)
+                if prefix_only:
+                    write_prefix(partial, model, tensors, base, record, tokenizer.stop_token_ids)
+                else:
+                    write_adapter(partial, model, tensors, base, record, start)
     else:
-        save_full_model(model, tokenizer, base, folder, dtype, record)
+        save_full_model(model, tokenizer, base, folder, dtype, record, native)
     on_rank_0(lambda: None)  # the others wait on the CPU: NCCL would time out before a large file is on a slow disk
 
 
-def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype, record: dict) -> None:
-    """Write a complete model folder in the official layout; of a quantised base, with its weights before that."""
+def save_full_model(
+    model, tokenizer, base: str, folder: str, dtype: torch.dtype, record: dict, native: bool = False
+) -> None:
+    """Write a complete model folder; of a quantised base, with its weights before that. Arguments: see save_model."""
     parameters = list(model.named_parameters(remove_duplicate=False))  # a tied output layer too, for other tools
     buffers = model.official_buffers()
-    total = result_size(model, dtype) + sum(b.numel() * b.element_size() for b in buffers.values())
+    size = result_size(model, dtype)
+    total = size + sum(b.numel() * b.element_size() for b in buffers.values())
     whole = unquantised(gathered(parameters), model, base)
     if not is_rank_0():
         for _ in whole:  # takes part in gathering, but copies nothing
@@ -147,6 +170,13 @@ def save_full_model(model, tokenizer, base: str, folder: str, dtype: torch.dtype
     tensors = ((name, tensor.to("cpu", dtype)) for name, tensor in whole)
     keys = ("pre_seq_len", "prefix_projection") if model.config.pre_seq_len else ()
     prefix = {key: getattr(model.config, key) for key in keys}
+    if native:
+        with new_folder(folder) as partial:
+            lines = direct.write_model(
+                partial, base, model.mode, dtype, tokenizer.stop_token_ids, tensors, size, buffers
+            )
+        print(*map(printable, lines), sep="\n")
+        return
     with new_folder(folder) as partial:
         write_weights(partial, itertools.chain(tensors, buffers.items()), total)
         write_side_files(partial, base, model.mode, dtype, tokenizer.stop_token_ids, **prefix)

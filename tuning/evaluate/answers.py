@@ -16,7 +16,8 @@ import os
 from typing import NamedTuple
 
 from glm_models.checkpoint import CheckpointError, read_json
-from glm_models.identify import describe_base
+from glm_models.convert.direct import describe_in_either_form
+from glm_models.prefix import find_prefix
 from glm_models.tools import find_call
 from tuning import folders
 from tuning.errors import FolderError, UserError
@@ -77,9 +78,10 @@ def describe_model(mode: str, folder: str, base: str, tokenizer) -> dict:
     found = {}
     if base != folder:
         names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-        paths = [os.path.join(folder, name) for name in names]
+        prefix = find_prefix(folder)
+        paths = [prefix] if prefix else [os.path.join(folder, name) for name in names]
         found = {f"{os.path.basename(p)} of --model_path": file_hash(p) for p in paths if os.path.isfile(p)}
-    model = describe_base(mode, base)
+    model = describe_in_either_form(mode, base)
     whose = "--model_path" if base == folder else "the base"
     found[f"weights of {whose}"] = model["fingerprint"]
     found[f"config.json of {whose}"] = model["config"]

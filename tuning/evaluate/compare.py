@@ -27,12 +27,14 @@ if __name__ == "__main__":
     exits.start_script()
     answer_early(parse_args)
 
+from glm_models import check_family
 from glm_models.checkpoint import read_json
 from tuning.errors import ExitCode, UserError
 from tuning.evaluate import report, scores
 from tuning.evaluate.inputs import read_curves
 from tuning.exits import exit_on_user_errors
 from tuning.folders import file_hash, write_errors, write_file
+from tuning.hub import find_model
 from tuning.samples.formats import question_of, unused_keys
 from tuning.samples.row_files import describe_file, read_rows
 
@@ -367,6 +369,9 @@ def main(argv=None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with exit_on_user_errors():
         args = parse_args(argv)
+        args.model = {mode: find_model(model) for mode, model in args.model.items()}
+        for mode, model in args.model.items():
+            check_family(model, mode)  # else every training would fail on it, one after the other
         try:
             path = compare(args)
         except (KeyboardInterrupt, Interrupted):

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from glm_models import MODE
 from tuning import ROOT, exits
+from tuning.arguments.models import Model
 from tuning.arguments.parser import SWITCH, File, Folder, Integer, NewPath, Parser, Text, answer_early
 from tuning.environment import let_segments_grow
 
@@ -33,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, contradictions)
     group = parser.group("what is compared")
     group.add_argument("--mode", choices=MODE, required=True, help="model family: ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B")
-    group.add_argument("--base", type=Folder(), required=True, help="folder of the model before tuning")
+    group.add_argument("--base", type=Model(), required=True, help="model before tuning: folder, or name on a hub")
     group.add_argument(
         "--tuned", type=Folder(), required=True, help="folder of the result: a model, a P-Tuning result or an adapter"
     )
@@ -81,6 +82,7 @@ from tuning.engine.loading import load_result, named_device
 from tuning.errors import DataError, UserError
 from tuning.exits import exit_on_user_errors
 from tuning.folders import check_space, file_hash, write_errors, write_file
+from tuning.hub import find_models
 from tuning.lora.adapter import trained_bits
 from tuning.samples.batches import MicroBatch, collate
 from tuning.samples.encoding import Sample, encode_sample
@@ -361,6 +363,7 @@ def main(argv=None) -> None:
     with exit_on_user_errors():
         args = parse_args(argv)
         silence_libraries(args.verbose)
+        find_models(args, "base")
         output = args.output or os.path.join(args.tuned, "forgetting.json")
         device = named_device(args.device)
         report = compare(args.mode, args.base, args.tuned, args.suite, device, args.max_length, args.max_new_tokens)

@@ -12,8 +12,13 @@ import glob
 import json
 import os
 
+import torch
+
 from tuning.errors import FolderError, UserError
 from tuning.folders import write_file
+from tuning.run.launch import is_shared
+from tuning.run.nodes import node_name, several_nodes
+from utils import once_per_node, print_rank_0
 
 PART = ".part-"  # followed by the rank, and appended to the name of the answer file
 
@@ -21,6 +26,25 @@ PART = ".part-"  # followed by the rank, and appended to the name of the answer 
 def list_parts(path: str) -> list[str]:
     """The parts beside an answer file."""
     return sorted(glob.glob(glob.escape(path + PART) + "[0-9]*"))
+
+
+def share_parts(path: str) -> bool:
+    """Whether all nodes see the folder of an answer file, which is made on each. Says so if not. Called on every rank.
+
+    Only rank 0's node then knows its answers in a run that continues.
+    """
+    folder = os.path.dirname(path) or "."
+    try:
+        once_per_node(lambda: os.makedirs(folder, exist_ok=True))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output_path") from None
+    shared = not torch.distributed.is_initialized() or not several_nodes() or is_shared(folder)
+    if not shared:
+        print_rank_0(
+            f"{path} is not on a shared disk: it is written on node {node_name()}; a run that is interrupted goes on "
+            "from the answers of this node, and gives the rows of the others again"
+        )
+    return shared
 
 
 def read_parts(path: str) -> dict[int, tuple[str, bool]]:
@@ -83,11 +107,15 @@ def as_bytes(row: dict) -> bytes:
 class Part:
     """The part of this rank: a context manager that appends to it.
 
+    Args:
+        temporary: whether it goes at the end of the block, since rank 0 does not see it.
+
     Raises:
         UserError: it cannot be written.
     """
 
-    def __init__(self, path: str, rank: int):
+    def __init__(self, path: str, rank: int, temporary: bool = False):
+        self.temporary = temporary
         self.path = f"{path}{PART}{rank}"
         try:
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
@@ -107,8 +135,10 @@ class Part:
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, *error):
         self.file.close()
+        if self.temporary and kind is None:
+            os.unlink(self.path)
 
 
 def append(file, content: bytes, kept: str) -> None:

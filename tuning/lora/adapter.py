@@ -11,11 +11,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from glm_models.checkpoint import CheckpointError, WeightFile, printable, read_json, write_json
+from glm_models.convert.clients import PEFT_KEYS
+from glm_models.convert.direct import describe_in_either_form
 from glm_models.identify import describe_base
 from glm_models.messages import short_repr
+from glm_models.prefix import describe_prefix, find_prefix, folder_of, prefix_config
 from glm_models.quantized import BITS
 from tuning.errors import UserError
 from tuning.folders import MANIFEST, check_folder
+from tuning.hub import find_here
 from tuning.lora.layers import PredictionLinear, has_plain_layers, more_than_plain, use_own_layers
 from tuning.lora.starts import Start
 
@@ -66,10 +70,13 @@ def record_base(mode: str, folder: str, dtype: torch.dtype, bits: int | None = N
 def trained_bits(folder: str) -> int:
     """To how many bits the base of an adapter or of a P-Tuning result was quantised in training; 0: it was not.
 
+    Args:
+        folder: or the weights file of a prefix alone.
+
     Raises:
         CheckpointError: the record is broken, or of a quantisation that is not known here.
     """
-    path = os.path.join(folder, BASE_FILE)
+    path = os.path.join(folder_of(folder), BASE_FILE)
     bits = read_json(path).get(QUANTIZATION, 0) if os.path.isfile(path) else 0
     if bits not in (0, *BITS):
         raise CheckpointError(f"{path}: {QUANTIZATION} is {short_repr(bits)}; known are {', '.join(map(str, BITS))}")
@@ -77,7 +84,7 @@ def trained_bits(folder: str) -> int:
 
 
 def check_base(adapter: str, mode: str, base: str) -> str:
-    """Compare the base folder with the base that training recorded in the adapter's folder.
+    """Compare the base folder with the base that training recorded in the folder of an adapter or of a prefix alone.
 
     Returns:
         A sentence with the result.
@@ -85,7 +92,7 @@ def check_base(adapter: str, mode: str, base: str) -> str:
     Raises:
         CheckpointError: it is not the same base, or the record is broken.
     """
-    path = os.path.join(adapter, BASE_FILE)
+    path = os.path.join(folder_of(adapter), BASE_FILE)
     if not os.path.isfile(path):
         return (
             f"{adapter} has no {BASE_FILE}: only names and shapes can show whether {base} is the base of its training"
@@ -98,7 +105,7 @@ def check_base(adapter: str, mode: str, base: str) -> str:
     trained = f"{adapter} was trained on {record.get('path')} (--mode {record.get('mode')})"
     if record.get("mode") != mode:
         raise CheckpointError(f"{trained}, not on a model of --mode {mode}")
-    found = describe_base(mode, base)
+    found = describe_in_either_form(mode, base)
     for key in sorted(found["config"].keys() | record["config"].keys()):
         there, here = record["config"].get(key), found["config"].get(key)
         if there != here:
@@ -126,6 +133,8 @@ def read_config(folder: str) -> dict:
     if not os.path.isfile(path):
         inside = adapters_inside(folder)
         hint = f". It contains adapters: name one of {', '.join(inside)}" if inside else ": not a LoRA result"
+        if not inside and find_prefix(folder):
+            raise CheckpointError(f"{folder} is not a LoRA adapter: {describe_prefix(folder)}")
         raise CheckpointError(f"{folder} has no {CONFIG}{hint}")
     config = read_json(path)
     if config.get("peft_type") != "LORA":
@@ -134,29 +143,38 @@ def read_config(folder: str) -> dict:
 
 
 def find_base(folder: str, base: str | None) -> str:
-    """The folder of the complete model behind `folder`: itself, or the base of an adapter.
+    """The folder of the complete model behind `folder`: itself, or the base of an adapter or of a prefix alone.
 
     Args:
-        base: the base of an adapter; None for the one in the adapter's config.
+        folder: or the weights file of a prefix alone.
+        base: the base of an adapter or prefix; None for the one in its config.
 
     Raises:
         UserError: a folder does not exist.
         CheckpointError: the folder is both a model and an adapter.
     """
-    if not os.path.isdir(folder):
+    if not os.path.exists(folder):
         raise UserError(f"{folder}: no such folder")
     if not os.path.isfile(os.path.join(folder, CONFIG)):
+        if find_prefix(folder):
+            return _existing_base(folder, "P-Tuning prefix alone", base or prefix_config(folder).get("_name_or_path"))
+        if os.path.isfile(folder):
+            raise UserError(f"{folder} is a file, but not of a P-Tuning prefix alone; name the model's folder")
         return folder
     if os.path.isfile(os.path.join(folder, "config.json")):
         raise CheckpointError(
             f"{folder} holds a model and a LoRA adapter ({CONFIG}); move the adapter's files to a folder of their own"
         )
-    base = base or read_config(folder).get("base_model_name_or_path")
-    if not isinstance(base, str) or not os.path.isdir(base):
+    return _existing_base(folder, "LoRA adapter", base or read_config(folder).get("base_model_name_or_path"))
+
+
+def _existing_base(folder: str, what: str, base) -> str:
+    found = find_here(base)
+    if found is None:
         raise UserError(
-            printable(f"{folder} is a LoRA adapter and its base model {base} is not here; name it with --ori_model_dir")
+            printable(f"{folder} is a {what} and its base model {base} is not here; name it with --ori_model_dir")
         )
-    return base
+    return found
 
 
 def adapters_inside(folder: str) -> list[str]:
@@ -342,17 +360,11 @@ def _some(names: list[str]) -> str:
 
 # Writing
 
-# Keys of peft 0.5, the first with which the official code works. Later keys are written only if they are not default:
-# peft 0.6 to 0.13 refuse a config with an unknown key.
-KEYS = {"auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights"}
-KEYS |= {"layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r"}
-KEYS |= {"revision", "target_modules", "task_type"}
-
 
 def config_to_write(config: LoraConfig) -> dict:
-    """The content of adapter_config.json, which peft 0.5 to 0.21 read alike where they can."""
+    """The content of adapter_config.json for peft 0.5 to 0.21: later keys are there only if they are not default."""
     default, values = LoraConfig().to_dict(), config.to_dict()
-    kept = {key: value for key, value in values.items() if key in KEYS or value != default.get(key)}
+    kept = {key: value for key, value in values.items() if key in PEFT_KEYS or value != default.get(key)}
     kept = {key: sorted(value) if isinstance(value, set) else value for key, value in kept.items()}
     return dict(sorted(kept.items())) | {"inference_mode": True}
 

@@ -41,7 +41,8 @@ def plan_host(run: Zero12Simulator) -> HostPlan:
     size = sum(p.numel() for p in run.parameters) * run.item if not run.stored else 0
     trained = sum(p.numel() for p in run.trained)
     # a tied output layer is saved in addition to the embedding, because other programs expect it
-    saved = trained if hasattr(model, "peft_config") else count_numbers(model, tied_twice=True)
+    alone = run.setup.prefix_only or hasattr(model, "peft_config")
+    saved = trained if alone else count_numbers(model, tied_twice=True)
     result = saved * saved_sizes(model) * run.item
     phases = {
         # ZeRO-3 maps the files and keeps partitions, quantisation maps them and goes on on the GPU; otherwise each rank

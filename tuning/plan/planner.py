@@ -435,7 +435,7 @@ def plan_setup(args, gpus: int) -> Setup:
         model = build_model(args, load).to(dtype).train()
     groups = split_groups(parameter_groups(model, args), ds_config)
     fit_buckets(ds_config, sum(p.numel() for group in groups for p in group["params"]))
-    return Setup(model, longest_batch(args, config), ds_config, groups)
+    return Setup(model, longest_batch(args, config), ds_config, groups, args.save_prefix_only)
 
 
 def memory_advice(args) -> str:

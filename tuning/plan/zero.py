@@ -28,12 +28,14 @@ class Setup(NamedTuple):
     batch: arguments of the model, see `longest_batch`.
     ds_config: resolved, without "auto".
     groups: parameter groups of the optimizer.
+    prefix_only: whether results are saved without the model, see --save_prefix_only.
     """
 
     model: torch.nn.Module
     batch: dict
     ds_config: dict
     groups: list[dict]
+    prefix_only: bool = False
 
 
 class Zero12Simulator:

@@ -19,8 +19,9 @@ import torch
 from tuning.errors import ExitCode, StopTraining
 from tuning.exits import ENDING
 from tuning.run.launch import machine
+from tuning.run.nodes import NodeWatch
 from tuning.samples.batches import Batch
-from utils import control_group, data_parallel_size, is_rank_0, print_rank_0, stage_count
+from utils import control_group, data_parallel_size, is_rank_0, print_rank_0, stage_count, wait_for_all
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST = 5.0  # seconds: a terminal or Slurm signals all processes, and then the launcher repeats the signal
@@ -66,7 +67,7 @@ class Signals:
 
 
 class PeerWatchdog:
-    """Ends this process when another process of the run on this machine has died.
+    """Ends this process when another process of the run has died; those of other nodes are watched by NodeWatch.
 
     Gloo notices a dead process, NCCL does not: this process could wait for it for a long time.
     """
@@ -78,6 +79,7 @@ class PeerWatchdog:
         me = torch.distributed.get_rank()
         self.others = {rank: pid for rank, (host, pid) in enumerate(everyone) if host == mine[0] and rank != me}
         self.over = False
+        self.nodes = NodeWatch() if any(host != mine[0] for host, _ in everyone) else None
         if self.others:
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -88,6 +90,7 @@ class PeerWatchdog:
                     time.sleep(2)  # if waiting for it raises an error in this process, that is the better message
                     if self.over or ENDING.is_set():
                         return
+                    ENDING.set()
                     with contextlib.suppress(OSError):
                         text = f"error: process {pid}, rank {rank}, is gone; this one ends too"
                         print(text, file=sys.stderr, flush=True)
@@ -97,6 +100,8 @@ class PeerWatchdog:
     def close(self):
         """From now on other processes may end."""
         self.over = True
+        if self.nodes:
+            self.nodes.close()
         torch.distributed.barrier(control_group())
 
 
@@ -186,8 +191,9 @@ class StepMonitor:
             error.add_note(self.shape())
 
     def begin_step(self, batches: list[Batch]) -> None:
-        """Note the micro-batches of an optimizer step before the model gets them."""
+        """Note the micro-batches of an optimizer step before the model gets them, when all ranks have theirs."""
         self.batches = batches
+        wait_for_all()  # rank 0 may have written a log line, a result or a validation's figures
         self.hooks.before(self, batches)
 
     def end_step(self, losses: list[torch.Tensor]) -> Step:

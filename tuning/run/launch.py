@@ -6,12 +6,15 @@ that is safe; otherwise the run stops and names them, so that no process silentl
 """
 
 import contextlib
+import datetime
 import errno
 import ipaddress
 import json
 import os
 import socket
+import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +24,7 @@ import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from tuning.errors import UserError
+from tuning.errors import ExitCode, UserError
 from utils import control_group, on_rank_0
 
 # Variables of srun and mpirun: rank, number of tasks, rank on this machine.
@@ -30,6 +33,7 @@ TASKS = {
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
+LOCAL_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
 VISIBLE_WITHIN = 15.0  # seconds until another node sees a new file: network file systems cache directory listings
 
 
@@ -125,13 +129,68 @@ def start_distributed(verbose: bool, local_rank: int = -1) -> tuple[int, int]:
         accelerator.set_device(local_rank)
     choose_interface()
     try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
+        with _heeding_refusals():
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=verbose)
     except (torch.distributed.DistError, ValueError, OSError) as error:
         raise UserError(_start_problem(error)) from None
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     _check_addresses(rank, size)
     _check_nodes(rank, size)
     return rank, size
+
+
+REFUSED = "a process does not come"  # key in the store where processes meet
+REACH = 30.0  # seconds in which rank 0, which imports as much, must have opened the store
+
+
+def _meeting_place(opens: bool, seconds: float) -> torch.distributed.TCPStore:
+    """The store where the processes meet, for messages before they have met."""
+    return torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=opens, wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=seconds), multi_tenant=True,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def telling_others():
+    """If the block fails, tell the processes of other nodes why: they would wait ten minutes for this one.
+
+    They cannot be told by rank 0, without which there is no store.
+    """
+    try:
+        yield
+    except UserError as error:
+        with contextlib.suppress(UserError, RuntimeError, ValueError, OSError, KeyError):
+            os.environ |= rank_variables(os.environ, 1)
+            if int(os.environ["RANK"]):
+                text = f"rank {os.environ['RANK']} on node {socket.gethostname()}: {error}"
+                _meeting_place(False, REACH).set(REFUSED, text)
+        raise
+
+
+@contextlib.contextmanager
+def _heeding_refusals():
+    """While the block waits for the other processes, end this one if one of them has told why it does not come."""
+    over = threading.Event()
+
+    def look():
+        opens = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        with contextlib.suppress(RuntimeError, ValueError, OSError):  # making the process group will report it
+            store = _meeting_place(opens, 600)
+            while not over.wait(0.5):
+                if store.check([REFUSED]):
+                    text = store.get(REFUSED).decode(errors="replace")
+                    if os.environ["LOCAL_RANK"] == "0":
+                        print(f"error: {text}", file=sys.stderr, flush=True)
+                    time.sleep(2)  # until the others have read it, from rank 0
+                    os._exit(ExitCode.USER_ERROR)
+
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _start_problem(error: Exception) -> str:
@@ -276,26 +335,26 @@ def end_distributed() -> None:
 # The shared folder, and the devices
 
 
-def check_shared(folder: str) -> None:
-    """Make sure that all ranks see the same folder; without a shared disk a run would otherwise fail late.
-
-    Raises:
-        UserError: a node does not see it.
-    """
+def is_shared(folder: str) -> bool:
+    """Whether all nodes see the same folder, which is there on rank 0. Called on every rank."""
     if torch.distributed.get_world_size() == 1:
-        return
+        return True
     mark = on_rank_0(lambda: _make_mark(folder))
-    end = time.monotonic() + VISIBLE_WITHIN
+    end = time.monotonic() + (0 if _is_local(folder) else VISIBLE_WITHIN)
     while not (seen := os.path.exists(mark)) and time.monotonic() < end:
         time.sleep(0.2)
     everyone = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (seen, socket.gethostname()), control_group())
+    torch.distributed.all_gather_object(everyone, seen, control_group())
     on_rank_0(lambda: os.unlink(mark))
-    if blind := sorted({host for seen, host in everyone if not seen}):
-        raise UserError(
-            f"--output_dir {folder} is not the same folder on all nodes ({', '.join(blind)} does not see what rank 0 "
-            "writes): name one on a disk that they share"
-        )
+    return all(everyone)
+
+
+def _is_local(folder: str) -> bool:
+    """Whether a folder, which need not exist, is on a disk of this node, where a new file is seen at once."""
+    where, kinds = os.path.realpath(folder), {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    while where not in kinds and where != os.path.dirname(where):
+        where = os.path.dirname(where)
+    return kinds.get(where) in LOCAL_DISKS
 
 
 def _make_mark(folder: str) -> str:

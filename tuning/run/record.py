@@ -15,6 +15,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from typing import NamedTuple
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -26,10 +27,11 @@ from tuning.arguments.train import fixed_flags
 from tuning.errors import FolderError, UserError
 from tuning.folders import lock_folder, sweep, write_errors, write_file
 from tuning.run import results
-from tuning.run.launch import check_shared
+from tuning.run.launch import is_shared
+from tuning.run.nodes import first_here, node_name, several_nodes
 from tuning.run.results import shorten
 from tuning.run.resume import LAYOUT, STAGES, Run, check_run, find_state, step_of
-from utils import control_group, data_parallel_size, is_rank_0, on_rank_0, print_rank_0
+from utils import control_group, data_parallel_size, is_rank_0, on_rank_0, once_per_node, print_rank_0
 
 FILE = "run.json"
 FORMAT = 1
@@ -234,30 +236,52 @@ def open_output(args) -> str | None:
         print_rank_0(
             f"going on from {state}" if state else f"no training state in {args.output_dir} yet: from the start"
         )
-    if args.adapter_path and args.overwrite_output_dir:
-        inside = os.path.realpath(args.adapter_path) + os.sep
-        if inside.startswith(os.path.realpath(args.output_dir) + os.sep):
+    removed = results.list_removable(args.output_dir) if args.overwrite_output_dir else []
+    removed = tuple(os.path.realpath(path) + os.sep for path in removed)
+    for start in filter(None, (args.model_name_or_path, args.adapter_path, args.ptuning_checkpoint)):
+        if (os.path.realpath(start) + os.sep).startswith(removed):
             raise UserError(
-                f"--overwrite_output_dir would remove {args.adapter_path}, from which this run should start: name "
-                "another --output_dir"
+                f"--overwrite_output_dir would remove {start}, from which this run should start: name another "
+                "--output_dir"
             )
     results.check_second_run(args.output_dir, state, args.resume_from_checkpoint == "auto", args.overwrite_output_dir)
     return state
 
 
-def claim_output(args) -> tuple[list, str | None]:
+class Output(NamedTuple):
+    """--output_dir of this run.
+
+    lock: lasts as long as this object.
+    state: the training state to resume from, or None.
+    shared: whether all nodes see it; else rank 0's node has all that a run writes.
+    """
+
+    lock: list
+    state: str | None
+    shared: bool
+
+
+def claim_output(args) -> Output:
     """Lock --output_dir for this run, and prepare it. Called on every rank.
 
-    Returns:
-        The lock, which lasts as long as the object lives, and the training state to resume from, or None.
-
     Raises:
-        FolderError, UserError: another run has the folder, a node does not see it, or see `open_output`.
+        FolderError, UserError: another run has the folder, or see `open_output`.
     """
     lock = []
     on_rank_0(lambda: lock.append(lock_folder(args.output_dir)))
-    check_shared(args.output_dir)
-    return lock, on_rank_0(lambda: open_output(args))
+    shared = is_shared(args.output_dir)
+    if several_nodes():
+        if shared:
+            text = f"{args.output_dir} is on a disk that all nodes share"
+        else:
+            text = (
+                f"{args.output_dir} is not on a shared disk: results, log and training states of all nodes are "
+                f"gathered there on node {node_name()}, and sent from there to the others at a resume"
+            )
+        print_rank_0(text)
+    if not shared:
+        once_per_node(lambda: None if first_here() == 0 else sweep(os.path.join(args.output_dir, "states")))
+    return Output(lock, on_rank_0(lambda: open_output(args)), shared)
 
 
 def check_resume(args, state: str | None, run: Run, total_steps: int) -> None:
@@ -274,7 +298,7 @@ def check_resume(args, state: str | None, run: Run, total_steps: int) -> None:
             f"{state} has done {step_of(state)} steps and this run ends after {total_steps}: nothing is left to train; "
             "ask for more steps or epochs"
         )
-    for change in check_run(state, run, args.resume_changed) if state else ():
+    for change in on_rank_0(lambda: check_run(state, run, args.resume_changed)) if state else ():
         print_rank_0(f"warning: changed since {state}: {change}")
     if args.resume_from_checkpoint and not state:
         on_rank_0(lambda: check_restart(args.output_dir, results.find_traces(args.output_dir), run))

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from tuning.errors import FolderError, UserError
 from tuning.folders import (
+    MANIFEST,
     PARTIAL,
     check_folder,
     check_space,
@@ -39,7 +40,8 @@ from tuning.folders import (
     write_errors,
     write_file,
 )
-from utils import control_group, on_rank_0, print_rank_0
+from tuning.run.nodes import file_sizes, first_here, gather_files, is_everywhere, spread_files
+from utils import on_rank_0, once_per_node, print_rank_0, tell_all
 
 FORMAT = 1  # of run.json and the rank files
 LATEST = "latest"
@@ -229,12 +231,16 @@ class Checkpoints:
         engine: DeepSpeed's.
         model: with all parameters, though in a pipeline not with all values.
         parts: by name, other objects with a state: `state()` returns tensors, `set_state(tensors)` restores them.
-        output_dir: shared by all ranks.
+        output_dir: as seen on rank 0.
+        shared: whether all nodes see it; else the files of a state are gathered on rank 0's node.
         every: optimizer steps between two states; None: only at a signal.
         keep: number of states to keep.
     """
 
-    def __init__(self, engine, model, parts: dict, run: Run, output_dir: str, every: int | None, keep: int):
+    def __init__(
+        self, engine, model, parts: dict, run: Run, output_dir: str, every: int | None, keep: int, shared: bool = True
+    ):
+        self.shared = shared
         self.engine, self.model, self.parts, self.run, self.every, self.keep = engine, model, parts, run, every, keep
         self.parent = os.path.join(output_dir, "states")
         self.rank = torch.distributed.get_rank()
@@ -257,30 +263,36 @@ class Checkpoints:
         """
         step = self.engine.global_steps
         folder = os.path.join(self.parent, f"step-{step:08d}")
-        with write_errors(folder):
+        mine = folder if self.shared or first_here() == 0 else self._name_here(folder)
+        with write_errors(mine):
             on_rank_0(lambda: check_space(self.parent, self.size(), "a training state"))
             partial = on_rank_0(lambda: start_folder(folder))
-            if not os.path.isdir(partial):
-                raise FolderError(f"rank {self.rank} does not see {partial}: --output_dir must be shared by all nodes")
-            self.engine.save_checkpoint(partial, tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
+            own = once_per_node(lambda: partial if mine == folder else start_folder(mine))
+            self.engine.save_checkpoint(own, tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
             tensors, texts = pack_generators()
             for part, owner in self.parts.items():
                 tensors |= {f"{part}.{name}": tensor for name, tensor in owner.state().items()}
-            save_file(tensors, os.path.join(partial, f"rank-{self.rank}.safetensors"), metadata=texts)
-            on_rank_0(lambda: self._finish(partial))
-            # all ranks share the work: hashing reads the tens of gigabytes of a large state again
-            mine = seal_files(partial, list_files(partial)[self.rank :: self.run.ranks])
-            files = [None] * self.run.ranks
-            torch.distributed.all_gather_object(files, mine, control_group())
-            on_rank_0(lambda: self._publish(partial, folder, {n: f for part in files for n, f in part.items()}))
+            save_file(tensors, os.path.join(own, f"rank-{self.rank}.safetensors"), metadata=texts)
+            (on_rank_0 if self.shared else once_per_node)(lambda: _remove_programs(own))
+            on_rank_0(lambda: write_file(os.path.join(partial, "run.json"), self._run_text()))
+            if not self.shared:
+                gather_files(own, partial)
+            files = self._seal(partial)
+            on_rank_0(lambda: self._publish(partial, folder, files))
+            if not self.shared:
+                once_per_node(lambda: None if mine == folder else shutil.rmtree(own))
         print_rank_0(f"state saved: {folder}")
         return folder
 
-    def _finish(self, partial: str) -> None:
-        for name in os.listdir(partial):
-            if name.endswith(".py"):  # DeepSpeed's scripts that convert its files
-                os.unlink(os.path.join(partial, name))
-        write_file(os.path.join(partial, "run.json"), json.dumps({"format": FORMAT, **self.run._asdict()}, indent=1))
+    def _run_text(self) -> str:
+        return json.dumps({"format": FORMAT, **self.run._asdict()}, indent=1)
+
+    def _seal(self, partial: str) -> dict[str, dict]:
+        """Manifest of all files. Ranks share the work: hashing reads the tens of gigabytes of a large state again."""
+        names = on_rank_0(lambda: list_files(partial))
+        hands = self.run.ranks if self.shared else tell_all(first_here()).count(0)  # those that see the files
+        mine = seal_files(partial, names[self.rank :: hands]) if self.rank < hands else {}
+        return {name: one for part in tell_all(mine) for name, one in part.items()}
 
     def _publish(self, partial: str, folder: str, files: dict) -> None:
         finish_folder(partial, folder, files)
@@ -301,33 +313,57 @@ class Checkpoints:
         for dropout, since each process draws its own random numbers.
         """
         decay = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
-        ranks = read_run(state).ranks
+        ranks, everywhere = on_rank_0(lambda: read_run(state)).ranks, self._is_everywhere(state)
+        there = state if everywhere else spread_files(state, self._name_here(state))
         if ranks == self.run.ranks:
-            self._load_engine(state)
+            self._load_engine(there)
         else:
             converted = state.rstrip("/") + f".for-{self.run.ranks}-ranks{PARTIAL}"
             on_rank_0(lambda: _make_universal(state, converted))
-            self._load_engine(converted)
+            whole = converted if everywhere else spread_files(converted, self._name_here(converted))
+            self._load_engine(whole)
             separate_steps(self.engine.optimizer.optimizer)
             on_rank_0(lambda: None)  # all have read it
             on_rank_0(lambda: shutil.rmtree(converted))
+            once_per_node(lambda: None if whole == converted else shutil.rmtree(whole))
         # weight decay follows the flags, which may have changed (--resume_changed)
         for group, value in zip(self.engine.optimizer.param_groups, decay, strict=True):
             group["weight_decay"] = value
         self.engine.lr_scheduler.step(self.engine.lr_scheduler.last_batch_iteration)
-        with safe_open(os.path.join(state, f"rank-{self.rank % ranks}.safetensors"), framework="pt") as file:
+        with safe_open(os.path.join(there, f"rank-{self.rank % ranks}.safetensors"), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             texts = file.metadata()
         for part, owner in self.parts.items():
             mine = [name for name in tensors if name.startswith(f"{part}.")]
             owner.set_state({name.removeprefix(f"{part}."): tensors[name] for name in mine})
         unpack_generators(tensors, texts)
+        on_rank_0(lambda: None)  # all have read it
+        once_per_node(lambda: None if there == state else shutil.rmtree(there))
+
+    def _is_everywhere(self, state: str) -> bool:
+        """Whether all nodes see a state."""
+        if not self.shared or not is_everywhere(os.path.join(state, MANIFEST)):
+            return False  # a copy of an earlier time may lie on another node
+        sizes = on_rank_0(lambda: file_sizes(state))
+        return all(tell_all(file_sizes(state) == sizes))
+
+    def _name_here(self, folder: str) -> str:
+        """Where this node has its part of a state, or its copy, while that is needed."""
+        name = os.path.basename(folder.rstrip("/")).removesuffix(PARTIAL)
+        return os.path.join(self.parent, f"{name}.on-the-node-of-rank-{first_here()}")
 
     def _load_engine(self, folder: str) -> None:
         # DeepSpeed loads pickles with weights_only=False; the manifest has proved that this project wrote them
         path, _ = self.engine.load_checkpoint(folder, tag=ENGINE, load_module_strict=False)
         if path is None:
             raise FolderError(f"{folder} holds no DeepSpeed files")
+
+
+def _remove_programs(folder: str) -> None:
+    """Remove DeepSpeed's scripts that convert its files."""
+    for name in os.listdir(folder):
+        if name.endswith(".py"):
+            os.unlink(os.path.join(folder, name))
 
 
 def separate_steps(optimizer: torch.optim.Optimizer) -> None:
@@ -345,7 +381,8 @@ def separate_steps(optimizer: torch.optim.Optimizer) -> None:
 
 def ds_section(state: str | None, ranks: int) -> dict:
     """Section of the ds config for resuming: DeepSpeed's universal format, if another number of processes saved it."""
-    return {"checkpoint": {"load_universal": True}} if state and read_run(state).ranks != ranks else {}
+    other = state and on_rank_0(lambda: read_run(state)).ranks != ranks
+    return {"checkpoint": {"load_universal": True}} if other else {}
 
 
 def _make_universal(state: str, folder: str) -> None:

@@ -45,6 +45,7 @@ from utils import (
     on_rank_0,
     print_rank_0,
     stage_count,
+    wait_for_all,
 )
 
 LOWER_IS_BETTER = {"loss", "perplexity", "repeating", "empty"}
@@ -92,6 +93,7 @@ def deal_batches(rows: list[int], lengths, batch_size: int, rank: int, world_siz
 @torch.no_grad()
 def mean_loss(engine, data: InstructionData, rows: list[int], batch_size: int) -> float:
     """Mean cross entropy per answer token, over the rows of all ranks; summed in float64."""
+    wait_for_all()
     total = torch.zeros((), dtype=torch.float64, device=device())
     batches = deal_batches(rows, data.lengths, batch_size, data_parallel_rank(), data_parallel_size())
     if stage_count() > 1:

@@ -9,11 +9,10 @@ A tool call becomes an assistant's message with the tool's name as metadata, as 
 tool returned becomes an observation right behind it.
 """
 
-import json
 from typing import NamedTuple
 
 from glm_models.messages import short_repr
-from glm_models.tools import NO_TOOLS, ToolCallError, write_call, write_observation
+from glm_models.tools import JSON, NO_TOOLS, ToolCallError, write_call, write_observation
 from tuning.samples.dialogue import Dialogue, Message
 from tuning.samples.flaws import HALF_PAIR, BadRow, has_half_pair, kind_of_value, says_something, shown_key
 from tuning.samples.strict_json import WRITTEN
@@ -132,14 +131,12 @@ def unread_keys(row: dict, key: str) -> set[str]:
     """
     sharegpt = is_sharegpt(row, key)
     who, read = NAMES[sharegpt][0], _READ_OF[sharegpt]
-    inner = {
-        f"{key}[].{name}"
-        for turn in row[key]
-        if not turn.keys() <= read[turn[who]]
-        for name in turn.keys() - read[turn[who]]
-        if says_something(turn[name])
-    }
-    return (row.keys() - READ) | inner
+    unread = row.keys() - READ
+    for turn in row[key]:
+        if not turn.keys() <= read[turn[who]]:
+            names = turn.keys() - read[turn[who]]
+            unread |= {f"{key}[].{name}" for name in names if says_something(turn[name])}
+    return unread
 
 
 class _Reader:
@@ -175,15 +172,18 @@ class _Reader:
             if len(turn) == 2 and isinstance(content, str) and not self.calls:  # most messages
                 self.messages.append(Message(role, content, "", role == "assistant"))
                 return
-        if not NOT_TEXT.isdisjoint(turn):
-            self._refuse(turn, NOT_TEXT & turn.keys(), "but the models read text alone")
+        if role is None or not turn.keys() <= self.read_of[turn[who]]:
+            self._check_keys(turn, role, turn[who])
+        self.READ[role](self, turn, self._learn(turn, role), text)
+
+    def _check_keys(self, turn, role, who):
+        """Refuse a message of an unknown role, or one that says something under a key that is not read of it."""
+        self._refuse(turn, NOT_TEXT & turn.keys(), "but the models read text alone")
         if role is None:
             wanted = f"must be one of {', '.join(ROLES)}"
-            raise BadRow("type", f"the {who} of {self.where} {wanted}, not {short_repr(turn[who])}")
-        if not turn.keys() <= self.read_of[turn[who]]:
-            unread = MEANT & turn.keys() - self.read_of[turn[who]]
-            self._refuse(turn, unread, f"which would be lost: it is not read of a message of {turn[who]}")
-        self.READ[role](self, turn, self._learn(turn, role), text)
+            raise BadRow("type", f"the {self.names[0]} of {self.where} {wanted}, not {short_repr(who)}")
+        unread = MEANT & turn.keys() - self.read_of[who]
+        self._refuse(turn, unread, f"which would be lost: it is not read of a message of {who}")
 
     def _refuse(self, turn, names, why):
         """Refuse a message that says something under one of some names."""
@@ -359,19 +359,20 @@ def _tools(value, where: str) -> str | None:
         if not value.strip():
             return None
         value = _json(value, where)
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise BadRow("type", f"{where} must be a list of objects, one a tool, not {kind_of_value(value)}")
     try:
         written = repr(value)
     except RecursionError:
-        raise BadRow("json", f"{where} is nested too deeply") from None
+        written = None
     if written not in _TOOLS:
-        text = json.dumps(
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+            raise BadRow("type", f"{where} must be a list of objects, one a tool, not {kind_of_value(value)}")
+        if written is None:
+            raise BadRow("json", f"{where} is nested too deeply")
+        text = JSON.encode(
             [
                 tool["function"] if tool.get("type") == "function" and isinstance(tool.get("function"), dict) else tool
                 for tool in value
-            ],
-            ensure_ascii=False,
+            ]
         )
         if has_half_pair(text):
             raise BadRow(*HALF_PAIR[:2])

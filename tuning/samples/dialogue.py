@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Hashable
+from operator import itemgetter
 from typing import NamedTuple
 
 from glm_models.tools import answer_text
@@ -21,6 +22,9 @@ class Message(NamedTuple):
     content: str
     metadata: str = ""
     learn: bool = False
+
+
+WITHOUT_LEARN = itemgetter(slice(3))  # of a message
 
 
 class Dialogue(NamedTuple):
@@ -54,7 +58,7 @@ class Dialogue(NamedTuple):
     def prompt(self) -> str:
         """The text before the last answer; messages are separated by line breaks."""
         asked = self.asked
-        return asked[0].content if len(asked) == 1 else "\n".join(message.content for message in asked)
+        return asked[0].content if len(asked) == 1 else "\n".join([message.content for message in asked])
 
     @property
     def answer(self) -> str:
@@ -68,4 +72,4 @@ class Dialogue(NamedTuple):
         asked = self.asked
         if len(asked) == 1 and asked[0].role == "user" and self.tools is None:
             return asked[0].content
-        return *(message[:3] for message in asked), self.tools  # without `learn`
+        return *map(WITHOUT_LEARN, asked), self.tools

@@ -236,7 +236,8 @@ def split_chunks(rows: Iterator[tuple[int, dict, Dialogue]]) -> Iterator[list[tu
     try:
         for line, row, dialogue in rows:
             chunk.append((line, row, dialogue))
-            characters += sum(len(message.content) for message in dialogue.messages)
+            for message in dialogue.messages:
+                characters += len(message.content)
             if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
                 yield chunk
                 chunk, characters = [], 0

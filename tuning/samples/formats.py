@@ -107,7 +107,7 @@ def read_row(
     if flaw := _flaw_of_texts(row, several_outputs, empty_outputs):
         return flaw
     earlier = row["history"] if train_on == "all" and says_something(row.get("history")) else ()
-    if not empty_outputs and not all(answer.strip() for _, answer in earlier):
+    if earlier and not empty_outputs and not all(answer.strip() for _, answer in earlier):
         return Flaw("empty", "an answer of history is empty; --allow_empty_output trains such rows to answer nothing")
     return _dialogue_of_fields(row, train_on)
 
@@ -119,15 +119,15 @@ def _flaw_of_texts(row: dict, several_outputs: bool, empty_outputs: bool) -> Fla
             return Flaw("type", f"{key} must be a string, not {kind_of_value(row[key])}")
     output = row.get("output", "")
     outputs = output if several_outputs and isinstance(output, list) else [output]
-    if not outputs or not all(isinstance(one, str) for one in outputs):
+    if not isinstance(output, str) and not (outputs and all(isinstance(one, str) for one in outputs)):
         wanted = "a string or a list of strings" if several_outputs else "a string"
         return Flaw("type", f"output must be {wanted}, not {kind_of_value(output)}{as_string(output)}")
     query = row["instruction"] + row["input"]
     if not query.strip():
         return Flaw("empty", "instruction and input are both empty")
-    if not empty_outputs and "output" in row and not all(one.strip() for one in outputs):
+    if not empty_outputs and "output" in row and not all(map(str.strip, outputs)):
         return Flaw("empty", "output is empty; --allow_empty_output trains such rows to answer nothing")
-    if len(row) > len(KEYS) and (flaw := _flaw_of_earlier(row)):
+    if row.keys() != KEYS and (flaw := _flaw_of_earlier(row)):
         return flaw
     if has_half_pair(query + "".join(outputs)):
         return HALF_PAIR
@@ -156,25 +156,25 @@ def _flaw_of_earlier(row: dict) -> Flaw | None:
 
 def _read_conversation(row: dict, key: str, empty_outputs: bool, missing_outputs: bool) -> Dialogue | Flaw:
     """As `read_row`, of a row that has a `conversation_key`."""
-    style = style_of(row, key)
-    if not row.keys() <= conversations.READ and (flaw := _flaw_beside_conversation(row, style)):
+    if not row.keys() <= conversations.READ and (flaw := _flaw_beside_conversation(row, style_of(row, key))):
         return flaw
     try:
         dialogue = read_conversation(row, key)
     except BadRow as error:
-        return error.flaw._replace(problem=f"a row of {style}: {error}")
-    answers = [message for message in dialogue.messages if message.role == "assistant"]
-    if not missing_outputs and not any(message.learn for message in answers):
+        return error.flaw._replace(problem=f"a row of {style_of(row, key)}: {error}")
+    learnt = [message.content for message in dialogue.messages if message.learn]  # answers: no other is learnt
+    if not learnt and not missing_outputs:
+        answers = any(message.role == "assistant" for message in dialogue.messages)
         why = "every one has loss false" if answers else "it has no answer"
-        return Flaw("empty", f"a row of {style} of which nothing is learnt: {why}")
-    if not empty_outputs and not all(message.content.strip() for message in answers if message.learn):
+        return Flaw("empty", f"a row of {style_of(row, key)} of which nothing is learnt: {why}")
+    if not empty_outputs and not all(map(str.strip, learnt)):
         return Flaw("empty", "an answer is empty; --allow_empty_output trains such rows to answer nothing")
-    if dialogue.messages[-1].role == "assistant":
-        if says_something(row.get("output")) and row["output"] != dialogue.answer:
-            return Flaw("format", f"a row that mixes two formats: {style}, and an output that is not its last answer")
-        row["output"] = dialogue.answer
-    elif says_something(row.get("output")):
-        return Flaw("format", f"a row that mixes two formats: {style}, and output")
+    last = dialogue.answer if dialogue.messages[-1].role == "assistant" else None
+    if "output" in row and says_something(row["output"]) and row["output"] != last:
+        mixed = "output" if last is None else "an output that is not its last answer"
+        return Flaw("format", f"a row that mixes two formats: {style_of(row, key)}, and {mixed}")
+    if last is not None:
+        row["output"] = last
     return dialogue
 
 
@@ -418,7 +418,8 @@ def count_unused(rows: Iterable[dict], counts: collections.Counter, read: frozen
         if row.keys() <= KEYS:
             continue
         if key := conversation_key(row):
-            counts.update(conversations.unread_keys(row, key) - read)
+            if unread := conversations.unread_keys(row, key) - read:
+                counts.update(unread)
         else:
             counts.update(row.keys() - {KEY} if is_text(row, KEYS) else row.keys() - OPTIONAL - read)
 

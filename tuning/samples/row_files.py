@@ -1,11 +1,12 @@
-"""Reads a data file into rows with their line numbers: JSON lines, one JSON array, or a table.
+"""Reads a data file into rows with their line numbers: JSON lines, one JSON array, or a table; and files of tools.
 
 decoding.py has its bytes, json_rows.py and tables.py its syntax; formats.py checks the rows.
 """
 
+import json
 from collections.abc import Iterator
 
-from tuning.errors import DataError
+from tuning.errors import DataError, UserError
 from tuning.samples.decoding import TextFile, open_text
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.flaws import Flaw
@@ -114,3 +115,15 @@ def describe_file(path: str, columns: Columns | None = None) -> list[str]:
         table = [f"a {DELIMITERS[delimiter]} table"] if delimiter else []
         words = ", ".join(table + text.describe())
     return [f"{path}: {words}"] if words else []
+
+
+def read_tools(path: str) -> list[dict]:
+    """The tools that a file describes. Raises UserError if it is not a JSON list of objects."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            tools = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--tools {path}: {error}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"--tools {path}: it must hold a list of objects, one a tool, as under `tools` in training")
+    return tools
