@@ -427,7 +427,7 @@ def quantised_bases(machine: Machine) -> str:
                 result = machine.folder / f"bits-{name}" / "epoch-2-step-8"
                 answers = ["--mode", mode, "--model_path", result, "--predict_path", data, "--max_length", 120, *more]
                 jobs[f"{name} answers"] = ("predict", [*map(str, answers)])
-    results = machine.run("quantised", jobs)
+    results = machine.run("bits", jobs)
     problems = [f"{name}: {row['error']}" for name, row in results.items() if "error" in row]
     for name, row in results.items():
         losses, resumed = row.get("losses"), results.get(f"{name} resumed", {}).get("losses")

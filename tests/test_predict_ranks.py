@@ -17,7 +17,7 @@ from tuning.arguments.predict import parse_args
 from tuning.engine import loading
 from tuning.errors import UserError
 from tuning.evaluate.parts import Part, read_parts
-from tuning.evaluate.work import plan_groups
+from tuning.evaluate.work import Work, plan_groups
 
 ROWS = 14
 
@@ -122,3 +122,13 @@ def test_groups_hold_prompts_of_similar_length():
     assert plan_groups(lengths, 2) == [[1], [4, 2], [3, 0], [5]]
     assert plan_groups([5000, 400, 400, 400], 8) == [[0], [1, 2], [3]]
     assert plan_groups([5000, 400, 400, 400], 8, tokens=None) == [[0, 1, 2, 3]]
+
+
+def test_a_second_file_in_the_same_processes_is_dealt_from_its_first_group(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        torch.distributed.distributed_c10d, "_get_default_store", lambda store=torch.distributed.HashStore(): store
+    )
+    for _ in range(2):
+        work = Work([[0, 2], [1]], set())
+        assert (list(work.take()), work.count(3), work.count()) == ([[0, 2], [1]], 3, 3)

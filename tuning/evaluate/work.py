@@ -1,10 +1,12 @@
 """The rows of a file as work for all ranks: groups of rows, of which a free rank takes the next."""
 
+import itertools
 from collections.abc import Iterator, Set
 
 import torch
 
 GROUP_TOKENS = 1024  # of prompts that are computed together, with padding
+NUMBERS = itertools.count()  # of the Works of this process, the same on all ranks: each counts for itself
 
 
 def plan_groups(lengths: list[int], rows: int, tokens: int | None = GROUP_TOKENS) -> list[list[int]]:
@@ -40,7 +42,7 @@ class Work:
         self.groups = [group for group in groups if not answered >= set(group)]
         if torch.distributed.is_initialized():
             store = torch.distributed.distributed_c10d._get_default_store()
-            self.store = torch.distributed.PrefixStore("predict", store)
+            self.store = torch.distributed.PrefixStore(f"predict-{next(NUMBERS)}", store)
             self.store.add("taken", 0)  # where the rank with the store has gone, this fails before a file is touched
         else:
             self.store = torch.distributed.HashStore()
