@@ -413,7 +413,7 @@ def quantised_bases(machine: Machine) -> str:
             assert error < 8 * torch.finfo(machine.dtype).eps, f"{name}: {error:.1e} off"
     data, jobs = machine.rows("quantised", 4, lambda i: 2), {}
     for mode in ["glm3"] if machine.short else MODE:
-        for bits in (None, 4, 8):
+        for bits in (None, 4) if machine.short else (None, 4, 8):
             name, more = f"{mode}-{bits}-bits", ["--quantization_bit", bits] if bits else []
             fixed = (
                 f"{METHODS['lora']} --num_train_epochs 2 --ds_file {machine.ds_file('zero2', machine.dtype)}".split()
@@ -474,8 +474,9 @@ def pipelines_and_answers(machine: Machine) -> str:
             jobs[f"{mode} losses"] = ("train", machine.train_flags(mode, "all", data, f"stages-{mode}-{ranks}", *flags))
             files[mode, ranks] = machine.folder / f"answers-{mode}-{ranks}.jsonl"
             # one row at a time: then a row's answer does not depend on those beside it
-            answers = ["--mode", mode, "--model_path", machine.base(mode), "--predict_path", data, "--max_length", 120]
-            answers += ["--batch_size", 1, "--output_path", files[mode, ranks]]
+            limit = 60 if machine.short else 120
+            answers = ["--mode", mode, "--model_path", machine.base(mode), "--predict_path", data]
+            answers += ["--max_length", limit, "--batch_size", 1, "--output_path", files[mode, ranks]]
             jobs[f"{mode} answers"] = ("predict", [*map(str, answers)])
         results[ranks] = machine.run(f"stages-{ranks}", jobs, ranks)
     for name, row in results[1].items():

@@ -126,9 +126,8 @@ def test_groups_hold_prompts_of_similar_length():
 
 def test_a_second_file_in_the_same_processes_is_dealt_from_its_first_group(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(
-        torch.distributed.distributed_c10d, "_get_default_store", lambda store=torch.distributed.HashStore(): store
-    )
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
     for _ in range(2):
         work = Work([[0, 2], [1]], set())
         assert (list(work.take()), work.count(3), work.count()) == ([[0, 2], [1]], 3, 3)
