@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import MODE
-from .families import FAMILIES
+from .families import FAMILIES, architectures_of
 
 # The types that weights on disk may have, with their names in safetensors.
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -368,7 +368,7 @@ def write_side_files(folder: str, base: str, mode: str, dtype: torch.dtype, stop
     official = f"THUDM/{FAMILIES[mode].title.lower()}"
     if official not in str(content.get("_name_or_path")):
         changes["_name_or_path"] = official
-    if mode != "glm" and set(content.get("architectures") or []) <= set(ARCHITECTURES):
+    if mode != "glm" and set(architectures_of(content)) <= set(ARCHITECTURES):
         changes["architectures"] = ARCHITECTURES
     content |= {"torch_dtype": str(dtype).removeprefix("torch."), **changes}
     write_json(os.path.join(folder, "config.json"), content)

@@ -85,9 +85,15 @@ def how_to_download(mode: str) -> str:
 NATIVE = "GlmForCausalLM"  # transformers' own class, which computes what ChatGLM2 and ChatGLM3 do
 
 
+def architectures_of(content: dict) -> list[str]:
+    """The names of classes in a config.json; of one that says something else, none."""
+    names = content.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def is_native(content: dict) -> bool:
     """Whether a config.json is that of a GlmForCausalLM."""
-    return content.get("model_type") == "glm" or NATIVE in (content.get("architectures") or [])
+    return content.get("model_type") == "glm" or NATIVE in architectures_of(content)
 
 
 def convert_first(mode: str, folder: str) -> str:

@@ -32,6 +32,7 @@ TINY = {
 
 # Files that take longest, the longest first, so that at the end no worker is left alone with one of them.
 LONGEST = [
+    "test_gpu_check.py",
     "test_half_precision.py",
     "test_train.py",
     "test_stops.py",
@@ -40,7 +41,10 @@ LONGEST = [
     "test_merge.py",
     "test_models.py",
     "test_compare_methods.py",
-    "test_gpu_check.py",
+    "test_machines.py",
+    "test_prefix.py",
+    "test_native.py",
+    "test_hub.py",
     "test_benchmarks.py",
     "test_fuzz.py",
     "test_forgetting.py",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .. import MODE
 from ..checkpoint import CheckpointError, read_json
-from ..families import FAMILIES, NATIVE, is_native
+from ..families import FAMILIES, NATIVE, architectures_of, is_native
 from ..identify import possible_modes
 from ..prefix import find_prefix
 from ..streamed import skeleton
@@ -283,8 +283,9 @@ def missing_parts(found: Found, keys, files, remedy: str, client: Client | None 
     lost = [f"config.json: {key}" for key in keys if key not in found.config]
     lost += [name for name in files if name not in found.files]
     if client is not None:
-        there = found.config.get("architectures") or []
-        auto_map = found.config.get("auto_map") or {}
+        there = architectures_of(found.config)
+        auto_map = found.config.get("auto_map")
+        auto_map = auto_map if isinstance(auto_map, dict) else {}
         lmdeploy = str(auto_map.get("AutoModelForCausalLM")).rpartition(".")[2] in client.architectures
         if found.mode != "glm" and client.architectures and not {*there} & {*client.architectures} and not lmdeploy:
             lost.append(f"config.json: architectures with {' or '.join(client.architectures)}")

@@ -259,8 +259,8 @@ def main():
     parser.add_argument(
         "--at_least", type=int, default=20_000, help="rows of each data file, repeated; 1 for as they are"
     )
-    parser.add_argument("--max_len", type=int, default=1024)
-    parser.add_argument("--max_src_len", type=int, default=512)
+    parser.add_argument("--max_len", type=int, default=1560)
+    parser.add_argument("--max_src_len", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=7, help="pairs of runs; 0: nothing is compared")
     parser.add_argument("--rows", type=int, nargs="*", default=[], help="also prepare generated files of so many rows")
     parser.add_argument("--turns", type=int, default=1, help="of the generated rows; above 1 they are conversations")

@@ -167,7 +167,8 @@ def known_flags() -> set[str]:
     files = [
         path for part in ("*.py", "tuning/**/*.py", "glm_models/**/*.py", "tests/**/*.py") for path in ROOT.glob(part)
     ]
-    tools = [path for path in files if not path.name.startswith("test_") or path.name == "test_fuzz.py"]
+    long_forms = ("test_fuzz.py", "test_conversations.py", "test_convert.py")
+    tools = [path for path in files if not path.name.startswith("test_") or path.name in long_forms]
     sources = "\n".join(path.read_text() for path in tools)
     return set(re.findall(r"[\"'](--[\w-]+)[\"']", sources)) | OTHER_FLAGS
 

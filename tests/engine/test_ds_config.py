@@ -175,7 +175,8 @@ def test_logs_need_their_packages(load, monkeypatch):
 # Values
 
 
-def test_the_projects_files_hold_no_auto_that_train_does_not_know():
+def test_the_projects_files_hold_no_auto_that_train_does_not_know(monkeypatch):
+    monkeypatch.setattr(ds_check.CPUAdamBuilder, "simd_width", lambda _: "-D__AVX512__")  # one file needs it
     for file in ROOT.glob("ds_zero*.json"):
         config = load_ds_config(str(file), VALUES)
         assert '"auto"' not in json.dumps(config)

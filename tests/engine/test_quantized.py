@@ -17,8 +17,9 @@ import predict
 import train
 from glm_models import MODE, quantized
 from glm_models.checkpoint import CheckpointError
+from glm_models.convert.clients import PEFT_KEYS
 from tuning.arguments import quantization
-from tuning.engine import quantized as loading
+from tuning.engine import source
 from tuning.engine.ds_config import check_quantization
 from tuning.engine.loading import Quantize, load_base, load_result
 from tuning.errors import UserError
@@ -123,7 +124,7 @@ def test_gradients_are_those_on_the_dequantised_base(mode, bits, bases):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_base_is_quantised_as_it_is_read(bits, bases, monkeypatch):
     """In one pass; when a weight is read, those before the last one are gone."""
-    reads, read, alive = [], loading.read_weights, []
+    reads, read, alive = [], source.read_weights, []
 
     def watched(path):
         for name, tensor in read(path):
@@ -133,7 +134,7 @@ def test_a_base_is_quantised_as_it_is_read(bits, bases, monkeypatch):
             assert sum(ref() is not None for ref in alive) <= 2
             yield name, copy
 
-    monkeypatch.setattr(loading, "read_weights", watched)
+    monkeypatch.setattr(source, "read_weights", watched)
     model = load_base("glm3", str(bases["glm3"]), torch.bfloat16, quantize=Quantize(bits, "cpu"))
     assert len(reads) == len(set(reads)) > 8
     for layer in quantized.quantized_layers(model):  # and nothing larger is kept behind a view
@@ -242,7 +243,7 @@ def test_results_say_how_their_base_was_quantised(runs, folder, bases, capsys):
     for name, bits in (("lora-glm2", 4), ("ptuning-glm3", 4), ("eight-glm2", 8)):
         assert adapter.trained_bits(str(results[name])) == bits
     keys = json.loads((results["lora-glm2"] / "adapter_config.json").read_text()).keys()
-    assert keys <= adapter.KEYS  # peft 0.5 to 0.21 read it
+    assert keys <= PEFT_KEYS  # peft 0.5 to 0.21 read it
     _, model = load_result("glm3", str(results["ptuning-glm3"]))
     assert "in its training" in (said := capsys.readouterr().out) and "quantised to 4 bits (nf4)" in said
     assert len(quantized.quantized_layers(model)) == 8

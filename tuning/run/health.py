@@ -187,6 +187,8 @@ class StepMonitor:
 
     def __exit__(self, kind, error, traceback):
         self.signals.__exit__()
+        if isinstance(error, StopTraining) and error.everyone:
+            ENDING.set()  # now: the other ranks may be gone before rank 0 has written its record
         if error is not None and not isinstance(error, StopTraining):
             error.add_note(self.shape())
 

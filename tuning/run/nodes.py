@@ -24,6 +24,7 @@ BLOCK = 1 << 24  # bytes of a file in one message
 # A node that no longer answers is given up after IDLE + INTERVAL * PROBES = 30 seconds.
 IDLE, INTERVAL, PROBES = 10, 5, 4
 CONNECT = 120.0  # seconds in which all ranks must have reached rank 0
+GREETING = 10.0  # seconds in which what has connected must have said that it is a rank
 
 
 def node_name() -> str:
@@ -135,13 +136,17 @@ def _message(content: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _send(folder: str, names: list[str], to: int) -> OSError | None:
+def _send(folder: str, sizes: dict[str, int], to: int) -> OSError | None:
     """Send files. What cannot be read is sent as zeros, since the other side waits for it, and is the result."""
     problem = None
-    for name in names:
+    for name, size in sizes.items():
         path = os.path.join(folder, name)
-        with open(path, "rb") as file:
-            for start in range(0, size := os.path.getsize(path), BLOCK):
+        try:
+            file = open(path, "rb")  # noqa: SIM115 - closed below
+        except OSError as error:
+            problem, file = error, open(os.devnull, "rb")  # noqa: SIM115
+        with file:
+            for start in range(0, size, BLOCK):
                 wanted = min(BLOCK, size - start)
                 try:
                     content = file.read(wanted)
@@ -197,7 +202,7 @@ def gather_files(mine: str, folder: str) -> None:
     leads = local_rank() == 0 and not is_rank_0()
     offers, problem = tell_all(file_sizes(mine) if leads else None), None
     if leads:
-        problem = _send(mine, list(offers[torch.distributed.get_rank()]), 0)
+        problem = _send(mine, offers[torch.distributed.get_rank()], 0)
     elif is_rank_0():
         for rank, sizes in enumerate(offers):
             problem = _receive(folder, sizes, rank) or problem if sizes else problem
@@ -223,7 +228,7 @@ def spread_files(folder: str, mine: str) -> str:
     made = once_per_node(lambda: mine if mine == folder else start_folder(mine))
     if is_rank_0():
         for leader in leaders[1:]:
-            problem = _send(folder, list(sizes), leader) or problem
+            problem = _send(folder, sizes, leader) or problem
     elif local_rank() == 0:
         problem = _receive(made, sizes, 0)
     _raise_first(problem)
@@ -274,8 +279,10 @@ class NodeWatch:
             with listener:
                 while len(self.peers) < size - 1:
                     peer, _ = listener.accept()
-                    peer.settimeout(CONNECT)
-                    greeting = peer.recv(len(secret) + 4, socket.MSG_WAITALL)
+                    peer.settimeout(GREETING)
+                    greeting = b""
+                    with contextlib.suppress(OSError):
+                        greeting = peer.recv(len(secret) + 4, socket.MSG_WAITALL)
                     if greeting[:-4] == secret:  # else it is not one of us
                         self.peers[int.from_bytes(greeting[-4:], "big")] = peer
         for peer in self.peers.values():

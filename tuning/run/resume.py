@@ -344,8 +344,12 @@ class Checkpoints:
         """Whether all nodes see a state."""
         if not self.shared or not is_everywhere(os.path.join(state, MANIFEST)):
             return False  # a copy of an earlier time may lie on another node
-        sizes = on_rank_0(lambda: file_sizes(state))
-        return all(tell_all(file_sizes(state) == sizes))
+        try:
+            mine = file_sizes(state)
+        except OSError:  # a file that the manifest names is not here
+            mine = None
+        everyone = tell_all(mine)
+        return mine is not None and all(sizes == everyone[0] for sizes in everyone)
 
     def _name_here(self, folder: str) -> str:
         """Where this node has its part of a state, or its copy, while that is needed."""
