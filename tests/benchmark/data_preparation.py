@@ -292,7 +292,9 @@ def main():
         for mode, folder in folders.items() if args.runs else ():
             tokenizer = MODE[mode].tokenizer.from_pretrained(folder)
             for path in (*repeated, *(tools if mode == "glm3" else [])):
-                results["compared"].append(compare(tokenizer, path, (args.max_len, args.max_src_len), args.runs))
+                # a description is long where the vocabulary has few of its words
+                limits = (6144, 4096) if path in tools else (args.max_len, args.max_src_len)
+                results["compared"].append(compare(tokenizer, path, limits, args.runs))
         if results["compared"]:
             show(results["compared"])
         # a process each: the peak of memory is that of a process
