@@ -24,7 +24,16 @@ from tuning.samples.epochs import BatchShape, EpochPlan, Packs, RankBatches, Run
 from tuning.samples.formats import Columns
 from tuning.samples.mixture import Mixture, add_replay, shared_samples, weigh
 from tuning.samples.row_files import describe_file
-from utils import check_same, data_parallel_rank, data_parallel_size, is_rank_0, on_rank_0, once_per_node, print_rank_0
+from utils import (
+    check_same,
+    data_parallel_rank,
+    data_parallel_size,
+    is_rank_0,
+    on_rank_0,
+    once_per_node,
+    print_rank_0,
+    wait_for_all,
+)
 
 # Batches
 
@@ -67,7 +76,7 @@ def load_data(args, tokenizer, path: str, several_outputs: bool = False, columns
     data = InstructionData(settings, tokenizer, prepared)
     check_same({path: f"SHA-256 {data.content[:12]}"})
     if folder is None:
-        on_rank_0(lambda: None)  # all have mapped it
+        wait_for_all()  # all have mapped it
         once_per_node(lambda: os.unlink(prepared))  # what is mapped stays readable
     return data
 

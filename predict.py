@@ -135,12 +135,12 @@ def predict_file(args) -> None:
         opened = []  # on rank 0 the answer file
 
         def take_over() -> set[int]:
-            made = describe_run(args, len(rows), base, tokenizer)
             opened.append(files.enter_context(AnswerFile(args.output_path, rows, made, args.overwrite)))
             return set(opened[0].answers)  # the texts would go to all ranks
 
         shared = share_parts(args.output_path)
-        check_settings(once_per_node(lambda: describe_run(args, len(rows), base, tokenizer).settings), args)
+        made = once_per_node(lambda: describe_run(args, len(rows), base, tokenizer))
+        check_settings(made.settings, args)
         known = on_rank_0(take_over)
         lengths = warn_of_cuts(tokenizer, args.predict_path, lines, rows, args.max_src_len)
         if known:

@@ -82,6 +82,10 @@ def how_to_download(mode: str) -> str:
     )
 
 
+# For messages of programs that have no class for ChatGLM-6B.
+WHAT_SERVES_GLM = (
+    "predict.py, its official code and chatglm.cpp serve its folders as they are (P-Tuning: not chatglm.cpp)"
+)
 NATIVE = "GlmForCausalLM"  # transformers' own class, which computes what ChatGLM2 and ChatGLM3 do
 
 

@@ -30,17 +30,27 @@ def return_freed_memory() -> None:
         libc.mallopt(mmap_threshold, 2**20)
 
 
-def skeleton(mode: str, folder: str, **config) -> nn.Module:
-    """The network of a model folder on the meta device, in eval mode.
+def meta_network(mode: str, folder: str, **config) -> nn.Module:
+    """The network that a folder's config.json describes, on the meta device, in eval mode.
 
     Args:
         config: keys of config.json to override.
 
     Raises:
-        CheckpointError: the folder's weights do not fit its config.json.
+        CheckpointError: config.json is broken.
     """
+    config = MODE[mode].config.from_pretrained(folder, **config)
     with torch.device("meta"):
-        model = MODE[mode].model(MODE[mode].config.from_pretrained(folder, **config)).eval().requires_grad_(False)
+        return MODE[mode].model(config).eval().requires_grad_(False)
+
+
+def skeleton(mode: str, folder: str, **config) -> nn.Module:
+    """`meta_network` of a folder that has its weights.
+
+    Raises:
+        CheckpointError: the weights do not fit config.json.
+    """
+    model = meta_network(mode, folder, **config)
     found = weight_shapes(folder)
     check_prefix(folder, model.config, found)
     check_names(folder, model, found)

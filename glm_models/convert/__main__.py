@@ -10,6 +10,7 @@ base on which it will be used.
 import argparse
 
 from glm_models import MODE
+from glm_models.families import WHAT_SERVES_GLM, is_native
 from tuning import exits
 from tuning.arguments.models import Model
 from tuning.arguments.parser import SWITCH, Folder, NewPath, Parser, answer_early
@@ -50,10 +51,7 @@ def contradictions(args: argparse.Namespace) -> list[str]:
     if lost:
         return lost
     if args.mode == "glm":
-        return [
-            "--mode glm: transformers has no class for ChatGLM-6B; predict.py, its official code and chatglm.cpp serve "
-            "its folders as they are (P-Tuning: not chatglm.cpp)"
-        ]
+        return [f"--mode glm: transformers has no class for ChatGLM-6B; {WHAT_SERVES_GLM}"]
     return []
 
 
@@ -91,7 +89,6 @@ from glm_models.convert.model import (
 )
 from glm_models.convert.tokenizer import write_tokenizer
 from glm_models.convert.weights import NativeView
-from glm_models.families import is_native
 from glm_models.prefix import describe_prefix, find_prefix
 from glm_models.streamed import return_freed_memory, skeleton
 from tuning.errors import UserError

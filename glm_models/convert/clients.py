@@ -13,6 +13,7 @@ from ..families import FAMILIES, NATIVE, architectures_of, is_native
 from ..identify import possible_modes
 from ..prefix import find_prefix
 from ..streamed import skeleton
+from .model import KEPT
 from .tokenizer import TOKENIZER_FILES
 
 OFFICIAL, PTUNING, NATIVE_FORM, ADAPTER = "official model", "P-Tuning result", NATIVE, "LoRA adapter"
@@ -163,7 +164,7 @@ def look(folder: str, mode: str | None) -> Found:
         raise CheckpointError(f"{folder} is not the folder of a whole model or of an adapter: nothing to check")
     config = read_json(os.path.join(folder, "config.json"))
     native = is_native(config)
-    modes = possible_modes(os.path.join(folder, "official") if native and "official" in files else folder)
+    modes = possible_modes(os.path.join(folder, KEPT) if native and KEPT in files else folder)
     modes = modes - {"glm"} if native else modes
     if mode is None and len(modes) > 1 and not native:
         raise CheckpointError(f"{folder} may be of {' or '.join(sorted(modes))}: name the family with --mode")
@@ -305,12 +306,12 @@ def adapter_verdict(client: Client, found: Found) -> str:
     lost = [key for key in ("peft_type", "r", "lora_alpha", "target_modules") if key not in found.config]
     if lost:
         return f"lacks adapter_config.json: {', '.join(lost)}: save the adapter again"
-    if is_native_adapter(found.config) and not client.native:
+    if has_native_modules(found.config) and not client.native:
         return f"does not serve it: it is one of {NATIVE}; convert it back, see docs/serving.md, or merge it"
     if client.name.startswith("vLLM"):
         return vllm_adapter(found.config)
     if client.name.startswith("SGLang"):
-        if is_native_adapter(found.config):
+        if has_native_modules(found.config):
             return f"was not looked up for adapters of {NATIVE}; merge it (merge_lora.py)"
         return "does not serve it: its LoRA code does not know the official modules, as query_key_value; merge it"
     if wrong := [key for key in ACTING if found.config.get(key)]:
@@ -320,7 +321,7 @@ def adapter_verdict(client: Client, found: Found) -> str:
     return "takes it beside its base, which is checked on its own"
 
 
-def is_native_adapter(config: dict) -> bool:
+def has_native_modules(config: dict) -> bool:
     """Whether an adapter's target_modules, names or a pattern, are those of a GlmForCausalLM."""
     names = config.get("target_modules")
     if isinstance(names, str):

@@ -18,7 +18,7 @@ from ..checkpoint import (
     write_weights,
 )
 from ..identify import describe_base, describe_weights, is_native_folder
-from ..streamed import as_bytes, skeleton
+from ..streamed import as_bytes, meta_network, skeleton
 from .model import KEPT, Official, compare_outputs, compare_tokenizers, official_files, open_native
 from .names import native_names
 from .tokenizer import check_names, make_tokenizer, write_tokenizer
@@ -99,7 +99,7 @@ def _verify(folder: str, official: Official, digests: dict[str, str]) -> list[st
     for name in sorted(digests.keys() | weights.where.keys()):
         if name not in digests or name not in weights.where or _digest(weights[name]) != digests[name]:
             raise CheckpointError(f"{name} in {folder} is not as it was written; the disk or the memory is at fault")
-    network = _network(official)
+    network = meta_network(official.mode, official.folder)
     open_native(folder, official)  # names and shapes, before the logits
     checked = compare_tokenizers(folder, official.tokenizer)
     return [
@@ -107,13 +107,6 @@ def _verify(folder: str, official: Official, digests: dict[str, str]) -> list[st
         f"official ids ({checked} texts), chat_template.jinja the official prompts",
         compare_outputs(official, network, OfficialView(folder, official.heads), folder),
     ]
-
-
-def _network(official: Official, **config) -> torch.nn.Module:
-    """The official network on the meta device, in eval mode."""
-    config = MODE[official.mode].config.from_pretrained(official.folder, **config)
-    with torch.device("meta"):
-        return MODE[official.mode].model(config).eval().requires_grad_(False)
 
 
 # Reading
@@ -168,4 +161,4 @@ def model_skeleton(mode: str, folder: str, **config) -> torch.nn.Module:
         return skeleton(mode, folder, **config)
     official = official_files(mode, folder, None)
     open_native(folder, official)
-    return _network(official, **config)
+    return meta_network(mode, official.folder, **config)

@@ -9,6 +9,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import argparse
 
 from glm_models import MODE
+from glm_models.families import WHAT_SERVES_GLM, is_native
 from tuning import exits
 from tuning.arguments.models import Model
 from tuning.arguments.parser import NewPath, Parser, answer_early
@@ -42,10 +43,7 @@ def make_parser() -> Parser:
 
 def contradictions(args: argparse.Namespace) -> list[str]:
     if args.mode == "glm":
-        return [
-            "--mode glm: llama.cpp has no class for ChatGLM-6B; predict.py, its official code and chatglm.cpp serve "
-            "its folders as they are (P-Tuning: not chatglm.cpp)"
-        ]
+        return [f"--mode glm: llama.cpp has no class for ChatGLM-6B; {WHAT_SERVES_GLM}"]
     return []
 
 
@@ -78,7 +76,6 @@ from glm_models.convert.names import FUSED
 from glm_models.convert.template import TEMPLATES
 from glm_models.convert.tokenizer import USER_DEFINED, check_names, native_token, read_vocabulary
 from glm_models.convert.weights import is_computed
-from glm_models.families import is_native
 from glm_models.messages import short_repr
 from glm_models.streamed import as_bytes, return_freed_memory, skeleton
 from tuning.errors import UserError

@@ -65,10 +65,10 @@ def convert(mode: str, folder, output, *flags: str) -> Path:
     return Path(output)
 
 
-def refusal(capsys, mode: str, folder, output, *flags: str) -> str:
+def refusal(capsys, mode: str, folder, output, *flags: str, command=convert) -> str:
     """The line with which a folder is refused; nothing may be written."""
     with pytest.raises(SystemExit) as ended:
-        convert(mode, folder, output, *flags)
+        command(mode, folder, output, *flags)
     assert ended.value.code == 2 and not Path(output).exists() and not Path(f"{output}.partial").exists()
     line = capsys.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1

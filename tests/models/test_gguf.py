@@ -1,5 +1,6 @@
 """glm_models.convert.gguf: what is in the file is what the model has. tests/serving.py asks llama.cpp itself."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import pytest
+import test_convert
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from peft import LoraConfig, get_peft_model
@@ -30,14 +32,7 @@ def write(mode: str, folder, output, *flags: str):
     return gguf_package.GGUFReader(path)
 
 
-def refusal(capsys, mode: str, folder, output, *flags: str) -> str:
-    """The line with which a folder is refused; nothing may be written."""
-    with pytest.raises(SystemExit) as ended:
-        write(mode, folder, output, *flags)
-    assert ended.value.code == 2 and not Path(output).exists() and not Path(f"{output}.partial").exists()
-    line = capsys.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1
-    return line
+refusal = functools.partial(test_convert.refusal, command=write)
 
 
 def tensors_of(reader) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ import deepspeed
 import pytest
 import torch
 
+import utils
 from tuning import exits, folders
 from tuning.errors import DataError, StopTraining, UserError
 from tuning.exits import exit_on_user_errors
@@ -129,10 +130,11 @@ def gathers(monkeypatch, everyone, rank=0):
     def gather(found, mine, group):
         found[:] = everyone
 
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: len(everyone))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
-    for module in (launch, health):
+    for module in (launch, health, utils):
         monkeypatch.setattr(module, "control_group", lambda: None)
     monkeypatch.setenv("LOCAL_RANK", "0")
 

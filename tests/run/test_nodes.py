@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from runs import Launched, command, make_base, make_rows
 
+import utils
 from tuning import environment
 from tuning.run import health, launch
 
@@ -108,10 +109,11 @@ HERE = ("same name", "start 1", 11)
 def test_processes_of_other_machines_and_containers_are_not_watched(monkeypatch, where, watched):
     """Their process ids mean nothing here, whatever the host is called."""
     monkeypatch.setattr(health, "machine", lambda: HERE)
-    monkeypatch.setattr(health, "control_group", lambda: None)
+    monkeypatch.setattr(utils, "control_group", lambda: None)
     monkeypatch.setattr(health, "NodeWatch", lambda: None)
     monkeypatch.setattr(health.threading, "Thread", lambda target, daemon: SimpleNamespace(start=lambda: None))
     group = {"get_world_size": lambda: 2, "get_rank": lambda: 0, "barrier": lambda group: None}
+    group["is_initialized"] = lambda: True
     group["all_gather_object"] = lambda found, mine, group: found.__setitem__(slice(None), [mine, (where, 4321)])
     for name, function in group.items():
         monkeypatch.setattr(health.torch.distributed, name, function)

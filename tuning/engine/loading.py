@@ -115,9 +115,8 @@ def load_result(
     it would be rounded to their precision, and most of the update would be lost. So it does on a quantised base.
 
     Args:
-        folder: a full model, a P-Tuning result or a LoRA adapter; or a P-Tuning prefix that was saved alone, as a
-            folder or as a weights file.
-            Or the name of a model on a hub, see tuning.hub; `base` too.
+        folder: a full model, a P-Tuning result or a LoRA adapter; a P-Tuning prefix that was saved alone, as a folder
+            or as a weights file; or the name of a model on a hub, see tuning.hub. `base` may be such a name too.
         base: the base model of an adapter or a prefix; None for the one that its config names.
         device: as "cuda:1" or "cpu"; None for the accelerator, else the CPU.
         dtype: None for the dtype of the checkpoint if the device supports it, and for float32 on a CPU.

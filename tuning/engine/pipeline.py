@@ -25,7 +25,7 @@ from glm_models.pipeline import (
 from glm_models.pretrained import PREFIX
 from tuning.engine.source import Source
 from tuning.errors import UserError
-from utils import control_group, cut_into_stages, on_rank_0, stage_count
+from utils import control_group, cut_into_stages, on_rank_0, stage_count, tell_all
 
 
 def divide_ranks(stages: int | None) -> None:
@@ -232,9 +232,7 @@ def find_holders(parameters: list[nn.Parameter]) -> list[int]:
     """For each parameter of a model the first rank that has its values. Called on every rank."""
     if stage_count() == 1:
         return [0] * len(parameters)
-    mine = [not parameter.is_meta for parameter in parameters]
-    everyone = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine, control_group())
+    everyone = tell_all([not parameter.is_meta for parameter in parameters])
     return [ranks.index(True) for ranks in zip(*everyone, strict=True)]
 
 

@@ -150,7 +150,7 @@ def save_model(
                     write_adapter(partial, model, tensors, base, record, start)
     else:
         save_full_model(model, tokenizer, base, folder, dtype, record, native)
-    on_rank_0(lambda: None)  # the others wait on the CPU: NCCL would time out before a large file is on a slow disk
+    wait_for_all()  # NCCL would time out before a large file is on a slow disk
 
 
 def save_full_model(

@@ -11,13 +11,14 @@ import contextlib
 import glob
 import json
 import os
+import socket
 
 import torch
 
 from tuning.errors import FolderError, UserError
 from tuning.folders import write_file
 from tuning.run.launch import is_shared
-from tuning.run.nodes import node_name, several_nodes
+from tuning.run.nodes import several_nodes
 from utils import once_per_node, print_rank_0
 
 PART = ".part-"  # followed by the rank, and appended to the name of the answer file
@@ -41,8 +42,8 @@ def share_parts(path: str) -> bool:
     shared = not torch.distributed.is_initialized() or not several_nodes() or is_shared(folder)
     if not shared:
         print_rank_0(
-            f"{path} is not on a shared disk: it is written on node {node_name()}; a run that is interrupted goes on "
-            "from the answers of this node, and gives the rows of the others again"
+            f"{path} is not on a shared disk: it is written on node {socket.gethostname()}; a run that is interrupted "
+            "goes on from the answers of this node, and gives the rows of the others again"
         )
     return shared
 

@@ -21,7 +21,7 @@ from tuning.exits import ENDING
 from tuning.run.launch import machine
 from tuning.run.nodes import NodeWatch
 from tuning.samples.batches import Batch
-from utils import control_group, data_parallel_size, is_rank_0, print_rank_0, stage_count, wait_for_all
+from utils import control_group, data_parallel_size, is_rank_0, print_rank_0, stage_count, tell_all, wait_for_all
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST = 5.0  # seconds: a terminal or Slurm signals all processes, and then the launcher repeats the signal
@@ -74,8 +74,7 @@ class PeerWatchdog:
 
     def __init__(self):
         mine = (machine(), os.getpid())
-        everyone = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, mine, control_group())
+        everyone = tell_all(mine)
         me = torch.distributed.get_rank()
         self.others = {rank: pid for rank, (host, pid) in enumerate(everyone) if host == mine[0] and rank != me}
         self.over = False
@@ -102,7 +101,7 @@ class PeerWatchdog:
         self.over = True
         if self.nodes:
             self.nodes.close()
-        torch.distributed.barrier(control_group())
+        wait_for_all()
 
 
 def _runs(pid: int) -> bool:
@@ -241,8 +240,7 @@ class StepMonitor:
     def _give_up(self, what: str, batches: list[Batch], bad: torch.Tensor, skippable: bool = True) -> None:
         """Stop all ranks, or print a warning if this step may be skipped."""
         rows = [row for batch, is_bad in zip(batches, bad.tolist(), strict=True) if is_bad for row in batch.rows]
-        everyone = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, self._lines(rows), control_group())
+        everyone = tell_all(self._lines(rows))
         text = f"step {self.engine.global_steps}: {what}."
         for (path, _), ranks in zip(self.files, zip(*everyone, strict=True), strict=True):
             where = "; ".join(f"rank {rank}: line {_list(some)}" for rank, some in enumerate(ranks) if some)

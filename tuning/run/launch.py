@@ -25,7 +25,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from tuning.errors import ExitCode, UserError
-from utils import control_group, on_rank_0
+from utils import control_group, local_rank, on_rank_0, tell_all
 
 # Variables of srun and mpirun: rank, number of tasks, rank on this machine.
 TASKS = {
@@ -180,7 +180,7 @@ def _heeding_refusals():
             while not over.wait(0.5):
                 if store.check([REFUSED]):
                     text = store.get(REFUSED).decode(errors="replace")
-                    if os.environ["LOCAL_RANK"] == "0":
+                    if local_rank() == 0:
                         print(f"error: {text}", file=sys.stderr, flush=True)
                     time.sleep(2)  # until the others have read it, from rank 0
                     os._exit(ExitCode.USER_ERROR)
@@ -299,13 +299,12 @@ def _check_nodes(rank: int, size: int) -> None:
     """
     if size == 1:
         return
-    everyone: list = [None] * size
-    torch.distributed.all_gather_object(everyone, (machine(), int(os.environ["LOCAL_RANK"])), control_group())
-    for number, (where, local_rank) in enumerate(everyone):
-        first = number - local_rank
+    everyone = tell_all((machine(), local_rank()))
+    for number, (where, place) in enumerate(everyone):
+        first = number - place
         if first < 0 or everyone[first] != (where, 0):
             raise UserError(
-                f"rank {number} is process {local_rank} of its node, but rank {first} is not the first one there: RANK "
+                f"rank {number} is process {place} of its node, but rank {first} is not the first one there: RANK "
                 "must count the processes node by node, as deepspeed and torchrun do (srun: --distribution=block)"
             )
 
@@ -343,8 +342,7 @@ def is_shared(folder: str) -> bool:
     end = time.monotonic() + (0 if _is_local(folder) else VISIBLE_WITHIN)
     while not (seen := os.path.exists(mark)) and time.monotonic() < end:
         time.sleep(0.2)
-    everyone = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, seen, control_group())
+    everyone = tell_all(seen)
     on_rank_0(lambda: os.unlink(mark))
     return all(everyone)
 
@@ -373,10 +371,9 @@ def describe_devices(dtype: torch.dtype) -> str:
     mine = "device"
     with contextlib.suppress(AttributeError, RuntimeError):
         mine = torch.cuda.get_device_properties(accelerator.current_device_name()).name
-    everyone: list = [None] * size
     memory = accelerator.total_memory() / 2**30
-    torch.distributed.all_gather_object(everyone, f"{mine} ({memory:.1f} GiB)", control_group())
-    found = ", ".join(f"{count} x {name}" for name, count in Counter(everyone).items())
+    everyone = Counter(tell_all(f"{mine} ({memory:.1f} GiB)"))
+    found = ", ".join(f"{count} x {name}" for name, count in everyone.items())
     return f"device: {found}, {kind}"
 
 

@@ -16,7 +16,7 @@ import torch
 from tuning import ROOT
 from tuning.errors import UserError
 from tuning.exits import ENDING, WATCHED
-from tuning.folders import list_files, start_folder
+from tuning.folders import file_hash, list_files, start_folder
 from tuning.run.launch import gloo_address, machine
 from utils import check_same, control_group, is_rank_0, local_rank, on_rank_0, once_per_node, tell_all
 
@@ -25,11 +25,6 @@ BLOCK = 1 << 24  # bytes of a file in one message
 IDLE, INTERVAL, PROBES = 10, 5, 4
 CONNECT = 120.0  # seconds in which all ranks must have reached rank 0
 GREETING = 10.0  # seconds in which what has connected must have said that it is a rank
-
-
-def node_name() -> str:
-    """How messages name this node."""
-    return socket.gethostname()
 
 
 def first_here() -> int:
@@ -97,7 +92,7 @@ def code_hashes() -> dict[str, str]:
 def short_hash(path: str | Path) -> str:
     """The first digits of a file's SHA-256, or why it cannot be read."""
     try:
-        return "SHA-256 " + hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+        return "SHA-256 " + file_hash(path)[:12]
     except OSError as error:
         return error.strerror
 
@@ -127,7 +122,7 @@ def is_everywhere(path: str) -> bool:
     """Whether each node has a file with the content that it has on rank 0. Called on every rank."""
     mine = None
     with contextlib.suppress(OSError):
-        mine = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        mine = file_hash(path)
     everyone = tell_all(mine)
     return everyone[0] is not None and len(set(everyone)) == 1
 
@@ -254,7 +249,7 @@ class NodeWatch:
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         listener = socket.create_server(("", 0), backlog=size) if rank == 0 else None
         port = listener.getsockname()[1] if listener else 0
-        said = (node_name(), machine(), gloo_address(), port, secrets.token_hex(16))
+        said = (socket.gethostname(), machine(), gloo_address(), port, secrets.token_hex(16))
         everyone = tell_all(said)
         self.hosts, self.places = [one[0] for one in everyone], [one[1] for one in everyone]
         _, _, address, port, secret = everyone[0]
@@ -262,7 +257,7 @@ class NodeWatch:
         try:
             self._meet(listener, (address, port), secret.encode(), rank, size)
         except OSError as error:
-            problem = f"rank {rank} on {node_name()} cannot connect to rank 0 at {address}:{port}: {error}"
+            problem = f"rank {rank} on {socket.gethostname()} cannot connect to rank 0 at {address}:{port}: {error}"
         if problems := list(filter(None, tell_all(problem))):
             raise UserError(f"{problems[0]}; is a firewall between the nodes?")
         WATCHED.set()

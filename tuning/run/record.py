@@ -28,10 +28,10 @@ from tuning.errors import FolderError, UserError
 from tuning.folders import lock_folder, sweep, write_errors, write_file
 from tuning.run import results
 from tuning.run.launch import is_shared
-from tuning.run.nodes import first_here, node_name, several_nodes
+from tuning.run.nodes import first_here, several_nodes
 from tuning.run.results import shorten
 from tuning.run.resume import LAYOUT, STAGES, Run, check_run, find_state, step_of
-from utils import control_group, data_parallel_size, is_rank_0, on_rank_0, once_per_node, print_rank_0
+from utils import data_parallel_size, is_rank_0, on_rank_0, once_per_node, print_rank_0, tell_all
 
 FILE = "run.json"
 FORMAT = 1
@@ -71,10 +71,7 @@ def describe_devices() -> list[str]:
     name = get_accelerator().device_name()
     module = getattr(torch, name, None)
     model = module.get_device_name() if hasattr(module, "get_device_name") else platform.machine()
-    mine = f"{socket.gethostname()}: {get_accelerator().current_device_name()} ({model})"
-    everyone = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine, group=control_group())
-    return everyone
+    return tell_all(f"{socket.gethostname()}: {get_accelerator().current_device_name()} ({model})")
 
 
 def describe_start(args, run: Run, ds_config: dict, state: str | None) -> dict:
@@ -276,7 +273,7 @@ def claim_output(args) -> Output:
         else:
             text = (
                 f"{args.output_dir} is not on a shared disk: results, log and training states of all nodes are "
-                f"gathered there on node {node_name()}, and sent from there to the others at a resume"
+                f"gathered there on node {socket.gethostname()}, and sent from there to the others at a resume"
             )
         print_rank_0(text)
     if not shared:

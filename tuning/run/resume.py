@@ -41,7 +41,7 @@ from tuning.folders import (
     write_file,
 )
 from tuning.run.nodes import file_sizes, first_here, gather_files, is_everywhere, spread_files
-from utils import on_rank_0, once_per_node, print_rank_0, tell_all
+from utils import on_rank_0, once_per_node, print_rank_0, tell_all, wait_for_all
 
 FORMAT = 1  # of run.json and the rank files
 LATEST = "latest"
@@ -323,7 +323,7 @@ class Checkpoints:
             whole = converted if everywhere else spread_files(converted, self._name_here(converted))
             self._load_engine(whole)
             separate_steps(self.engine.optimizer.optimizer)
-            on_rank_0(lambda: None)  # all have read it
+            wait_for_all()  # all have read it
             on_rank_0(lambda: shutil.rmtree(converted))
             once_per_node(lambda: None if whole == converted else shutil.rmtree(whole))
         # weight decay follows the flags, which may have changed (--resume_changed)
@@ -337,7 +337,7 @@ class Checkpoints:
             mine = [name for name in tensors if name.startswith(f"{part}.")]
             owner.set_state({name.removeprefix(f"{part}."): tensors[name] for name in mine})
         unpack_generators(tensors, texts)
-        on_rank_0(lambda: None)  # all have read it
+        wait_for_all()  # all have read it
         once_per_node(lambda: None if there == state else shutil.rmtree(there))
 
     def _is_everywhere(self, state: str) -> bool:
