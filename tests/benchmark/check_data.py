@@ -25,8 +25,8 @@ from test_data_check import MAX_SRC_LEN, bad_file, check, findings_of
 from glm_models import MODE
 from glm_models.tiny import make_tiny_checkpoint
 from tuning.samples.check import LENGTHS
-from tuning.samples.encoding import available_cpus
 from tuning.samples.findings import BROKEN, WARNINGS
+from tuning.samples.workers import available_cpus
 
 
 def compare(found: dict, expected: dict, kinds) -> None:

@@ -10,7 +10,8 @@ until a file has --at_least so many: of a few rows one would measure how long it
 are also conversations, of TURNS rows each, and for ChatGLM3 those with tools of --tools, once as they are and once with
 tools described as long as users describe them (DESCRIBED).
 
-"Alone" is `sp.encode(texts, num_threads=N)`, one call with all texts of the file in memory. Which texts these are:
+"Alone" is `sp.encode(texts, num_threads=N)`, one call with all texts of the file in memory, as they are after reading:
+strings that SentencePiece sees for the first time. Which texts these are:
 
 - ratio: of each row the text of each message as the chat writes it, once. So a tool's description counts in each row
   that has it. ChatGLM and ChatGLM2 write a conversation as one text: counted are its last prompt, and each answer.
@@ -19,20 +20,26 @@ tools described as long as users describe them (DESCRIBED).
 - to_prompts: ChatGLM and ChatGLM2 have a sample for each answer of a conversation; counted are the prompts of all of
   them, in which earlier turns come again, and each answer. Other files as in ratio.
 
-Alone and preparation are run in turn. Seconds are those of the CPU, of all threads together, so that other programs on
-the machine change them little, and each ratio is the median of the pairs: 0.8 means that preparation takes 1.25 times
-as long as SentencePiece alone.
+Alone and preparation are run in turn, both on all CPUs (preparation on at most workers.MOST), and each ratio is the
+median of the pairs: 0.8 means that preparation takes 1.25 times as long as SentencePiece alone. Times are those of the
+clock, so nothing else may run beside; "cpu" has the same ratio for seconds of the CPU, of all threads and processes
+together. Memory is the most that all processes have together, shared pages counted once.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+
+import numpy as np
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -41,10 +48,10 @@ from process import status
 from glm_models import MODE
 from glm_models.tiny import make_tiny_checkpoint, read_lines
 from tuning.samples.dataset import DataSettings, InstructionData, prepare
-from tuning.samples.encoding import available_cpus
 from tuning.samples.formats import to_dialogue
 from tuning.samples.mixture import shared_samples
 from tuning.samples.row_files import read_rows
+from tuning.samples.workers import available_cpus
 
 TURNS = 4  # of a conversation
 DESCRIBED = {  # what a tool takes, as the OpenAI API has it described
@@ -78,16 +85,20 @@ def texts_of(tokenizer, path: str, every: bool = False) -> list[str]:
     return [tokenizer._to_pieces_text(text) for text in texts]
 
 
-def cpu_seconds(action) -> float:
-    start = time.process_time()
+def cpu_time() -> float:
+    """Seconds of the CPU that this process and those that it started have taken."""
+    return sum(os.times()[:4])
+
+
+def both_seconds(action) -> np.ndarray:
+    """Seconds of the clock and of the CPU, float64 [2]."""
+    start = np.array([time.perf_counter(), cpu_time()])
     action()
-    return time.process_time() - start
+    return np.array([time.perf_counter(), cpu_time()]) - start
 
 
 def seconds(action) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+    return both_seconds(action)[0]
 
 
 def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
@@ -96,40 +107,72 @@ def compare(tokenizer, path: str, limits: tuple[int, int], runs: int) -> dict:
     distinct = [*dict.fromkeys(texts)]
     settings = DataSettings(path, *limits, empty_outputs=True)
 
-    def alone(some=texts):
+    def alone(some):
         return tokenizer.sp_model.encode(some, num_threads=threads)
+
+    def alone_takes(some):
+        some = [text.encode().decode() for text in some]  # SentencePiece keeps a string's UTF-8 for the next time
+        return both_seconds(lambda: alone(some))
 
     def ours(folder):
         return prepare(settings, tokenizer, folder)
 
-    tokens = sum(map(len, alone()))
+    tokens = sum(map(len, alone(texts)))
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         file = ours(f"{folder}/kept")
         for i in range(runs):
-            whole, ours_took = cpu_seconds(alone), cpu_seconds(lambda i=i: ours(f"{folder}/{i}"))
-            others = (cpu_seconds(lambda t=t: alone(t)) if len(t) != len(texts) else whole for t in (distinct, every))
-            pairs.append([seconds / ours_took for seconds in (whole, *others)] + [ours_took])
+            whole, ours_took = alone_takes(texts), both_seconds(lambda i=i: ours(f"{folder}/{i}"))
+            others = [alone_takes(some) if len(some) != len(texts) else whole for some in (distinct, every)]
+            pairs.append([*(some[0] / ours_took[0] for some in (whole, *others)), *ours_took, whole[1] / ours_took[1]])
         data = InstructionData(settings, tokenizer, file)
         kept = int(data.lengths.sum())
         again = statistics.median(
             seconds(lambda: InstructionData(settings, tokenizer, ours(f"{folder}/kept"))) for _ in range(runs)
         )
-    ratio, to_distinct, to_prompts, ours_took = map(statistics.median, zip(*pairs, strict=True))
+    ratio, to_distinct, to_prompts, took, cpu_took, cpu_ratio = map(statistics.median, zip(*pairs, strict=True))
     rows = sum(1 for _ in read_rows(path, empty_outputs=True))
     return {
         "mode": tokenizer.mode,
         "file": os.path.basename(path).partition("-")[2],
         "rows": rows,
         "prompts_cut": data.prompts_cut,
-        "threads": threads,
+        "cpus": threads,
         "tokens_a_row": tokens / rows,
-        "cpu_us_a_row": ours_took / rows * 1e6,
+        "us_a_row": took / rows * 1e6,
+        "cpu_us_a_row": cpu_took / rows * 1e6,
         "ratio": ratio,
+        "cpu": cpu_ratio,
         "to_distinct": to_distinct,
         "to_prompts": to_prompts,
         "second_start_s_per_million_tokens": again / kept * 1e6,
     }
+
+
+class Together:
+    """Inside a with block: the most memory that this process and those that it starts have together, in MiB.
+
+    Shared pages count once. Sampled; a kernel that does not tell leaves 0.
+    """
+
+    def __init__(self):
+        self.most, self.ended = 0.0, threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.thread.join()
+
+    def _watch(self):
+        me = psutil.Process()
+        while not self.ended.wait(0.1):
+            with contextlib.suppress(psutil.Error, AttributeError):  # one that just ended
+                found = sum(one.memory_full_info().pss for one in (me, *me.children())) / 2**20
+                self.most = max(self.most, found)
 
 
 def measure_large(mode: str, folder: str, path: str) -> dict:
@@ -143,10 +186,9 @@ def measure_large(mode: str, folder: str, path: str) -> dict:
     before = peak()
     with tempfile.TemporaryDirectory() as cache:
         settings = DataSettings(path, 1024, 512)
-        cpu = time.process_time()
-        first = seconds(lambda: prepare(settings, tokenizer, cache))
-        cpu = time.process_time() - cpu
-        prepared = peak()
+        with Together() as together:
+            first, cpu = both_seconds(lambda: prepare(settings, tokenizer, cache))
+        prepared = max(together.most, peak())
         second = seconds(lambda: prepare(settings, tokenizer, cache))
         data = InstructionData(settings, tokenizer, prepare(settings, tokenizer, cache))
         opened = peak()

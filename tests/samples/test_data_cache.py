@@ -15,7 +15,7 @@ import pytest
 
 from glm_models import MODE
 from tuning.errors import DataError
-from tuning.samples import cache, dataset, encoding
+from tuning.samples import cache, dataset, row_files
 from tuning.samples.dataset import DataSettings, InstructionData, prepare
 from tuning.samples.encoding import encode_sample, encode_samples
 from tuning.samples.formats import to_dialogue
@@ -108,13 +108,14 @@ def test_asking_about_the_ends_of_a_query_is_asking_about_all_of_it(tokenizers, 
 
 
 @modes
-@pytest.mark.parametrize("is_skip", [False, True])
-def test_a_prepared_file_holds_what_the_rows_give_in_any_chunks(
-    tokenizers, mode, is_skip, write, tmp_path, monkeypatch
+@pytest.mark.parametrize(("is_skip", "processes"), [(False, 1), (True, 1), (False, 3)])
+def test_a_prepared_file_holds_what_the_rows_give_in_any_pieces(
+    tokenizers, mode, is_skip, processes, write, tmp_path, monkeypatch
 ):
     tokenizer, rows = tokenizers[mode], odd_rows(60)
     path = write(["", *rows])  # the empty line counts
-    monkeypatch.setattr(encoding, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(row_files, "PIECE_ROWS", 7)
+    monkeypatch.setattr(dataset, "processes_for", lambda *_: processes)
     settings = DataSettings(path, 70, 40, is_skip, True)
     data = InstructionData(settings, tokenizer, prepare(settings, tokenizer, str(tmp_path / "new" / "cache")))
     each = [(i, encode_sample(tokenizer, row, 70, 40)) for i, row in enumerate(rows, 2)]
@@ -128,16 +129,47 @@ def test_a_prepared_file_holds_what_the_rows_give_in_any_chunks(
     assert data.lengths.tolist() == [len(sample.input_ids) for _, sample in kept]
     assert data.answer_tokens([0, 3]) == sum(len(s.learnt) for _, s in (kept[0], kept[3]))
     assert f"{len(kept)} samples, {data.lengths.sum()} tokens" in data.summary()
-    # and with one chunk, not kept on disk
-    monkeypatch.setattr(encoding, "CHUNK_ROWS", 1000)
+    # and in one piece, not kept on disk
+    monkeypatch.setattr(row_files, "PIECE_ROWS", 1000)
     assert list(InstructionData(settings, tokenizer).samples) == list(data.samples)
 
 
-def test_long_texts_make_short_chunks(monkeypatch):
-    monkeypatch.setattr(encoding, "CHUNK_CHARACTERS", 10)
-    rows = [{"instruction": "a" * n, "input": "", "output": "b"} for n in (4, 4, 4, 50, 1)]
-    rows = [(i, row, to_dialogue(row)) for i, row in enumerate(rows)]
-    assert [[line for line, *_ in chunk] for chunk in encoding.split_chunks(iter(rows))] == [[0, 1, 2], [3], [4]]
+def test_several_processes_write_the_very_file_of_one(tokenizers, write, tmp_path, monkeypatch):
+    """With all that is counted beside the samples: broken rows, repeats, special tokens, keys that nothing reads."""
+    rows = odd_rows(100)
+    rows[50:53] = [rows[3], rows[4] | {"output": "other"}, "{"]
+    rows[70] |= {"source": "a", "output": "<|user|>"}
+    settings = DataSettings(write(rows), 70, 40, empty_outputs=True, skip_bad=True)
+    monkeypatch.setattr(row_files, "PIECE_ROWS", 7)
+    files = []
+    for processes in (1, 3):
+        monkeypatch.setattr(dataset, "processes_for", lambda *_, processes=processes: processes)
+        path = prepare(settings, tokenizers["glm3"], str(tmp_path / str(processes)))
+        with open(path, "rb") as file:
+            files.append(file.read())
+    assert files[0] == files[1]
+    header = json.loads(files[0][: cache.HEADER])["counts"]
+    assert header["findings"].keys() == {"json", "duplicate", "contradiction", "special_tokens"}
+    assert header["unused"] == {"source": 1}
+
+
+def test_pieces_are_all_rows_of_a_file_in_order_and_none_is_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "PIECE_ROWS", 9)
+    monkeypatch.setattr(row_files, "PIECE_BYTES", 2000)
+    rows = [{"instruction": f"{i}", "input": "", "output": "水" * (1500 * (i % 40 == 20) + 1)} for i in range(100)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    table = "instruction,input,output\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+    files = {"a.json": lines.encode(), "b.json": lines.encode("utf-16"), "c.json": gzip.compress(lines.encode())}
+    files |= {"d.csv": table.encode(), "e.csv": table.encode("gb18030"), "f.json": json.dumps(rows).encode()}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        path = str(tmp_path / name)
+        pieces = list(row_files.cut_file(path))
+        assert max(len(piece.rows) for piece in pieces) == 9
+        assert [row["instruction"] for _, row in row_files.read_rows(path)] == list(map(str, range(100)))
+        if "json" in name and name != "f.json":  # an array is read a block at a time
+            long = [piece for piece in pieces if any(len(line) > 2000 for _, line, _ in piece.rows)]
+            assert len(long) == 2 and all(len(piece.rows[-1][1]) > 2000 for piece in long)
 
 
 # The cache
@@ -248,12 +280,12 @@ def test_a_file_that_changes_meanwhile_is_refused(tokenizers, write, tmp_path, m
     path = write(odd_rows(20))
 
     def read_and_append(*args, **kwargs):
-        yield from scan_dialogues(*args, **kwargs)
+        yield from cut_file(*args, **kwargs)
         with open(path, "a") as file:
             file.write("\n")
 
-    scan_dialogues = dataset.scan_dialogues
-    monkeypatch.setattr(dataset, "scan_dialogues", read_and_append)
+    cut_file = dataset.cut_file
+    monkeypatch.setattr(dataset, "cut_file", read_and_append)
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(DataSettings(path, 70, 40, False, True), tokenizers["glm3"], str(tmp_path / "cache"))
     assert os.listdir(tmp_path / "cache") == []
@@ -279,7 +311,7 @@ def build(start, settings, cache, results):
 
 
 def test_two_processes_that_build_at_once_both_end_right(tokenizers, write, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "CHUNK_ROWS", 3)  # many writes that could mix
+    monkeypatch.setattr(row_files, "PIECE_ROWS", 3)  # many writes that could mix
     fork = multiprocessing.get_context("fork")
     settings = (DataSettings(write(odd_rows(300)), 70, 40, False, True), tokenizers["glm3"])
     cache, start, results = str(tmp_path / "cache"), fork.Barrier(2), fork.Queue()
@@ -299,9 +331,10 @@ def test_two_processes_that_build_at_once_both_end_right(tokenizers, write, tmp_
 
 
 @modes
-@pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
-def test_the_first_broken_row_of_the_file_is_named(tokenizers, mode, write, monkeypatch, chunk_rows):
-    monkeypatch.setattr(encoding, "CHUNK_ROWS", chunk_rows)
+@pytest.mark.parametrize(("piece_rows", "processes"), [(1, 1), (3, 1), (1000, 1), (1, 2)])
+def test_the_first_broken_row_of_the_file_is_named(tokenizers, mode, write, monkeypatch, piece_rows, processes):
+    monkeypatch.setattr(row_files, "PIECE_ROWS", piece_rows)
+    monkeypatch.setattr(dataset, "processes_for", lambda *_: processes)
     good = {"instruction": "问", "input": "水泵", "output": "漏水"}
     long, half = {**good, "input": "水泵" * 40}, {**good, "input": "a\ud83db"}
     wrong = {**good, "output": None}

@@ -289,7 +289,7 @@ def _read(settings: DataSettings, tokenizer, record: Callable[[str, int, dict], 
             ends = error
         findings.note(error.flaw.kind, error.line, problem=error.flaw.problem)
 
-    for chunk in encode_file(settings, tokenizer, leave_out):
+    for chunk in encode_file(settings, tokenizer, leave_out, lambda chunk: chunk):
         findings.feed(chunk.lines, chunk.rows, chunk.dialogues)
         lengths.feed(tokenizer, chunk, findings)
         formats.feed(chunk)

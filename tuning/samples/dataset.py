@@ -19,29 +19,27 @@ from tuning.samples.batches import Batch, MicroBatch, collate
 from tuning.samples.decoding import open_text
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.encoding import (
-    AHEAD,
     ANSWER_CUT,
     PROMPT_CUT,
     TURNS_SHIFT,
     Samples,
-    ahead,
-    available_cpus,
     encode_samples,
-    raise_first_error,
-    split_chunks,
+    first_error,
     without_garbage_collection,
 )
 from tuning.samples.file_kinds import path_problem
 from tuning.samples.findings import BROKEN, FIRST, WARNINGS, Findings, lines_text
 from tuning.samples.flaws import Flaw
 from tuning.samples.formats import ROW_FORMAT, Columns, few_unused, unused_text
-from tuning.samples.row_files import RowError, scan_dialogues
+from tuning.samples.row_files import Piece, RowError, cut_file, read_piece
 from tuning.samples.text import FIRST_BLOCK
+from tuning.samples.workers import available_cpus, in_order, processes_for
 
 LOSSES = ("prompts_cut", "answers_cut", "turns_lost", "shortened", "skipped")
 COUNTS = (*LOSSES, "content", "findings", "unused")  # in a cache file, see prepare
 
 
+LARGE = 1 << 22  # bytes of a file that is encoded in several processes
 MOST = 0.5  # share of cut rows above which there is an extra warning
 
 
@@ -80,7 +78,7 @@ class DataSettings:
 def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, progress: bool = False) -> str:
     """Encode a data file into a cache file, unless that is there already.
 
-    Memory is that of a few chunks, for files of any size.
+    Memory is that of a few pieces for each process, for files of any size.
 
     Args:
         cache_dir: where cache files are kept; with None it is a temporary file, for the caller to delete.
@@ -117,7 +115,12 @@ def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, pro
     hidden = not (progress and sys.stderr.isatty())
     total = None if hidden else _count_lines(path, line_breaks)
     with tqdm(total=total, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
-        chunks = _kept_chunks(settings, encode_file(settings, tokenizer, leave_out), findings, counts, bar)
+
+        def look(chunk: Chunk):
+            return chunk.samples, findings.look(chunk.lines, chunk.rows, chunk.dialogues)
+
+        encoded = encode_file(settings, tokenizer, leave_out, look, processes_for(before.st_size, LARGE))
+        chunks = _kept_chunks(settings, encoded, findings, counts, bar)
         try:
             with without_garbage_collection():
                 cache.write_cache(file, chunks, counts)
@@ -155,48 +158,76 @@ class Chunk(NamedTuple):
     samples: Samples
 
 
-def encode_file(settings: DataSettings, tokenizer, leave_out: Callable[[RowError], None]) -> Iterator[Chunk]:
-    """Rows and samples of a data file, some at a time. It does not look at skip_cut and skip_bad.
+def encode_file(
+    settings: DataSettings,
+    tokenizer,
+    leave_out: Callable[[RowError], None],
+    look: Callable[[Chunk], object],
+    processes: int = 1,
+) -> Iterator:
+    """What `look` makes of the rows and samples of a data file, some at a time. skip_cut and skip_bad are not obeyed.
 
     Args:
         leave_out: gets the error of each row that cannot be used; it raises the error, or returns to leave the row out.
+        look: called in the process that encoded the chunk; see `in_order`.
+        processes: to encode in.
 
     Raises:
         DataError: the file cannot be used, or max_src_len leaves no room for a question.
     """
+    threads = available_cpus() if processes == 1 else 1
+
+    def encode(piece: Piece) -> tuple[list[RowError], DataError | None, object]:
+        errors, ends, chunk = encode_piece(settings, tokenizer, piece, threads)
+        return errors, ends, look(chunk) if chunk and not ends else None
+
+    for errors, ends, seen in in_order(encode, cut_file(settings.path, settings.columns), processes):
+        for error in errors:
+            leave_out(error)
+        if ends:
+            raise ends
+        if seen is not None:
+            yield seen
+
+
+def encode_piece(
+    settings: DataSettings, tokenizer, piece: Piece, threads: int
+) -> tuple[list[RowError], DataError | None, Chunk | None]:
+    """The rows of a piece that cannot be used, in order; an error behind them that ends the file; all other rows."""
     path, limits = settings.path, (settings.max_len, settings.max_src_len)
+    errors, usable, ends = [], [], None
+    how = {"several_outputs": settings.several_outputs, "empty_outputs": settings.empty_outputs}
+    how |= {"columns": settings.columns, "train_on": settings.train_on}
 
-    def usable():
-        how = {"several_outputs": settings.several_outputs, "empty_outputs": settings.empty_outputs}
-        how |= {"columns": settings.columns, "train_on": settings.train_on}
-        for line, row, dialogue in scan_dialogues(path, texts=True, **how):
+    def refuse(line: int, kind: str, problem: str):
+        errors.append(RowError(f"{path} line {line}: {problem}", line, Flaw(kind, problem)))
+
+    try:
+        for line, row, dialogue in read_piece(path, piece, texts=True, **how):
             if dialogue is None:
-                leave_out(row)
-                continue
-            taken = dialogue.is_single_turn or dialogue.is_text
-            if not taken and (problem := tokenizer.dialogue_problem(dialogue)):
-                leave_out(RowError(f"{path} line {line}: {problem}", line, Flaw("family", problem)))
+                errors.append(row)
+            elif dialogue.is_single_turn or dialogue.is_text or not (problem := tokenizer.dialogue_problem(dialogue)):
+                usable.append((line, row, dialogue))
             else:
-                yield line, row, dialogue
-
-    threads = -(-available_cpus() // AHEAD)  # a chunk's share
-
-    def encode(chunk):
-        lines, rows, dialogues = zip(*chunk, strict=True)
-        no_room: dict[int, str] = {}
-        try:
-            samples = encode_samples(tokenizer, dialogues, *limits, threads, no_room)
-        except ValueError:
-            raise_first_error(path, chunk, tokenizer, *limits)
-            raise
-        samples.records["line"] = np.array(lines)[samples.places]
-        return Chunk(lines, rows, dialogues, samples), no_room
-
-    for chunk, no_room in ahead(encode, split_chunks(usable())):
-        for i, problem in no_room.items():
-            line = chunk.lines[i]
-            leave_out(RowError(f"{path} line {line}: {problem}", line, Flaw("no_room", problem)))
-        yield _without(chunk, no_room) if no_room else chunk
+                refuse(line, "family", problem)
+    except DataError as error:
+        ends = error
+    if not usable:
+        return errors, ends, None
+    lines, rows, dialogues = zip(*usable, strict=True)
+    no_room: dict[int, str] = {}
+    try:
+        samples = encode_samples(tokenizer, dialogues, *limits, threads, no_room)
+    except ValueError:
+        place, problem = first_error(tokenizer, dialogues, *limits)
+        ends = DataError(f"{path} line {lines[place]}: {problem}")
+        return [error for error in errors if error.line < lines[place]], ends, None
+    samples.records["line"] = np.array(lines)[samples.places]
+    for place, problem in no_room.items():
+        refuse(lines[place], "no_room", problem)
+    errors.sort(key=lambda error: error.line)
+    chunk = Chunk(lines, rows, dialogues, samples)
+    return errors, ends, _without(chunk, no_room) if no_room else chunk
 
 
 def _without(chunk: Chunk, places: Container[int]) -> Chunk:
@@ -208,9 +239,13 @@ def _without(chunk: Chunk, places: Container[int]) -> Chunk:
 
 
 def _kept_chunks(settings, encoded, findings, counts, bar):
-    """Yield ids, spans and records of some samples at a time, for `cache.write_cache`; add to `counts` and `bar`."""
+    """Yield ids, spans and records of some samples at a time, for `cache.write_cache`; add to `counts` and `bar`.
+
+    Args:
+        encoded: samples, and what `findings` saw in their rows.
+    """
     usable = kept = 0
-    for lines, rows, dialogues, samples in encoded:
+    for samples, seen in encoded:
         ids, spans, records = samples.ids, samples.spans, samples.records
         counts["prompts_cut"] += int(np.count_nonzero(records["cut"] & PROMPT_CUT))
         counts["answers_cut"] += int(np.count_nonzero(records["cut"] & ANSWER_CUT))
@@ -223,10 +258,10 @@ def _kept_chunks(settings, encoded, findings, counts, bar):
             records = records[whole]
             records["end"], records["spans_end"] = np.cumsum(samples.lengths[whole]), np.cumsum(pieces[whole])
             counts["skipped"] += len(samples) - len(records)
-        usable, kept = usable + len(rows), kept + len(records)
-        findings.feed(lines, rows, dialogues)
+        usable, kept = usable + len(seen.lines), kept + len(records)
+        findings.add(seen)
         yield ids, spans, records
-        bar.update((lines[-1] if lines else bar.n) - bar.n)
+        bar.update((int(seen.lines[-1]) if len(seen.lines) else bar.n) - bar.n)
     if not usable:
         first = next((f"line {findings.tally[kind][1][0]}: {why}" for kind, why in findings.problems.items()), "")
         raise DataError(f"{settings.path}: every row is broken; --check_data says what is wrong with each. {first}")

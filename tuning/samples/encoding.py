@@ -1,11 +1,8 @@
-"""From rows to token ids, in parallel; the order is kept."""
+"""From dialogues to token ids: `encode_samples`."""
 
 import contextlib
 import gc
-import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +16,6 @@ from tuning.samples.text import LATER_BLOCK, block_marks, encode_with_texts
 IGNORE_INDEX = -100
 
 
-CHUNK_ROWS, CHUNK_CHARACTERS = 500, 4_000_000  # maximum that is encoded at once
-AHEAD = 2  # chunks in progress: while SentencePiece encodes one, Python prepares the other
 PROMPT_CUT, ANSWER_CUT = 1, 2  # bits of a record's `cut`
 TURNS_SHIFT = 2  # of its higher bits, which count the turns that a conversation lost
 
@@ -197,56 +192,18 @@ def encode_sample(tokenizer, row: dict, max_len: int, max_src_len: int | None) -
     return encode_samples(tokenizer, [to_dialogue(row, "last")], max_len, max_src_len)[0]
 
 
-def ahead(encode, chunks):
-    """encode(chunk) of each chunk in order, computed ahead: Python reads on while SentencePiece encodes."""
-    with ThreadPoolExecutor(AHEAD) as pool:
+def first_error(tokenizer, dialogues: Sequence[Dialogue], max_len: int, max_src_len: int | None) -> tuple[int, str]:
+    """Place and problem of the first dialogue for which `encode_samples` raises a ValueError.
 
-        def jobs():
-            try:
-                for chunk in chunks:
-                    yield pool.submit(encode, chunk)
-            except DataError as error:  # raised in its turn: an earlier row may have an error of its own
-                broken = Future()
-                broken.set_exception(error)
-                yield broken
-
-        waiting = deque()
-        for job in jobs():
-            waiting.append(job)
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def raise_first_error(path, chunk, tokenizer, max_len, max_src_len):
-    for line, _, dialogue in chunk:
+    Raises:
+        ValueError: it does for all of them together, and for none alone.
+    """
+    for place, dialogue in enumerate(dialogues):
         try:
             encode_samples(tokenizer, [dialogue], max_len, max_src_len)
         except ValueError as error:
-            raise DataError(f"{path} line {line}: {error}") from None
-
-
-def split_chunks(rows: Iterator[tuple[int, dict, Dialogue]]) -> Iterator[list[tuple[int, dict, Dialogue]]]:
-    """Line numbers, rows and their dialogues in bounded lists.
-
-    The rows before a broken one come first, since one of them may have an error of its own.
-    """
-    chunk, characters = [], 0
-    try:
-        for line, row, dialogue in rows:
-            chunk.append((line, row, dialogue))
-            for message in dialogue.messages:
-                characters += len(message.content)
-            if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
-                yield chunk
-                chunk, characters = [], 0
-    except DataError:
-        if chunk:
-            yield chunk
-        raise
-    if chunk:
-        yield chunk
+            return place, str(error)
+    raise ValueError("dialogues that can be encoded one by one, but not together")
 
 
 @contextlib.contextmanager
@@ -259,8 +216,3 @@ def without_garbage_collection():
     finally:
         if was_on:
             gc.enable()
-
-
-def available_cpus() -> int:
-    """How many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,6 +7,7 @@ Of a tokenizer this uses only `special_texts`, `lost_characters` and `changed_ch
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,21 @@ WARNINGS = {
     "list_text": "outputs that are a Python list written as text, as ['a']",
 }
 CHANGED = "changed_characters"  # the kind of finding that --check_data alone looks for
+
+
+class Seen(NamedTuple):
+    """What `Findings.look` saw in some rows.
+
+    lines: int64 [rows].
+    hashes: int64 [rows, 2]: of the prompt, of prompt and answer.
+    unused: how many rows have each key that nothing reads.
+    notes: kind, line and details of each finding.
+    """
+
+    lines: np.ndarray
+    hashes: np.ndarray
+    unused: Counter[str]
+    notes: list[tuple[str, int, dict]]
 
 
 class Findings:
@@ -77,31 +93,46 @@ class Findings:
         Args:
             dialogues: what the rows become; of the rows themselves only the keys are read.
         """
-        count_unused(rows, self.unused)
+        self.add(self.look(lines, rows, dialogues))
+        if self.changed:
+            self.changed.feed(lines, [one.prompt for one in dialogues], [one.answer for one in dialogues])
+
+    def add(self, seen: Seen) -> None:
+        """Count what was seen in some rows; in the order of the file."""
+        self.unused.update(seen.unused)
+        self.lines.append(seen.lines)
+        self.hashes.append(seen.hashes)
+        for kind, line, details in seen.notes:
+            self.note(kind, line, **details)
+
+    def look(self, lines: Sequence[int], rows: Sequence[dict], dialogues: Sequence[Dialogue]) -> Seen:
+        """What is found in some rows without knowing others. Counts nothing, so another process may do it; arguments as
+        for `feed`."""
+        seen = Seen(np.array(lines, np.int64), np.zeros((len(rows), 2), np.int64), Counter(), [])
+        count_unused(rows, seen.unused)
         prompts = [dialogue.prompt for dialogue in dialogues]
         answers = [dialogue.answer for dialogue in dialogues]
         keys = [dialogue.prompt_key for dialogue in dialogues]
-        self.lines.append(np.array(lines, np.int64))
         # Python's hashes of str: 64 bits, with a secret seed
         hashes = (map(hash, keys), map(hash, zip(keys, answers, strict=True)))
-        self.hashes.append(np.stack([np.fromiter(some, np.int64, len(rows)) for some in hashes], 1))
+        np.stack([np.fromiter(some, np.int64, len(rows)) for some in hashes], 1, out=seen.hashes)
 
         text = "\n".join((*prompts, *answers))  # one search for what is in none of the texts
         if self._holds_lost(text):
             for line, prompt, answer in zip(lines, prompts, answers, strict=True):
                 if found := sorted(self.lost.intersection(prompt + answer)):
-                    self.note("lost_characters", line, characters=[f"U+{ord(c):04X}" for c in found])
-        if self.changed:
-            self.changed.feed(lines, text, [*map(len, prompts), *map(len, answers)])
+                    characters = [f"U+{ord(c):04X}" for c in found]
+                    seen.notes.append(("lost_characters", line, {"characters": characters}))
         for line, answer in zip(lines, answers, strict=True) if "['" in text else ():
             if answer.startswith("['") and answer.rstrip().endswith("']"):
-                self.note("list_text", line)
+                seen.notes.append(("list_text", line, {}))
         starts = [start for start in self.special_starts if start in text]
         for line, prompt, answer in zip(lines, prompts, answers, strict=True) if starts else ():
             if any(start in prompt or start in answer for start in starts) and (
                 found := {*self.special.findall(prompt), *self.special.findall(answer)}
             ):
-                self.note("special_tokens", line, tokens=sorted(found))
+                seen.notes.append(("special_tokens", line, {"tokens": sorted(found)}))
+        return seen
 
     def _holds_lost(self, text: str) -> bool:
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -156,13 +187,10 @@ class Changed:
         self.first: dict[str, int] = {}  # character -> the first line that has it
         self.rows, self.lines = 0, []  # how many rows have any of them, the first lines
 
-    def feed(self, lines: Sequence[int], text: str, lengths: list[int]) -> None:
-        """Take the prompts and then the answers of some rows.
-
-        Args:
-            text: all of them, one character between two.
-            lengths: of each, in characters.
-        """
+    def feed(self, lines: Sequence[int], prompts: Sequence[str], answers: Sequence[str]) -> None:
+        """Take the texts of some rows."""
+        texts = (*prompts, *answers)
+        text = "\n".join(texts)
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         if not (seen := self.seen.take(codes)).all():
             new = np.unique(codes[~seen])
@@ -173,7 +201,7 @@ class Changed:
         places = np.flatnonzero(self.is_changed.take(codes))
         if not len(places):
             return
-        ends = np.cumsum(np.array(lengths) + 1)
+        ends = np.cumsum(np.array([*map(len, texts)]) + 1)
         rows = np.searchsorted(ends, places, "right") % len(lines)
         found, first, times = np.unique(codes[places], return_index=True, return_counts=True)
         for code, place, count in zip(found.tolist(), first.tolist(), times.tolist(), strict=True):

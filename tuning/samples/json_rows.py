@@ -96,27 +96,31 @@ def broken_text(text: bytes, encoding: str, where: str = "") -> Flaw:
     return Flaw("encoding", f"not UTF-8 text{where}{hint}")
 
 
-def line_rows(file: io.BufferedReader, encoding: str) -> Iterator[tuple[int, object, Flaw | None]]:
-    """Yield line number, row and flaw of each line. Only a line feed ends a line.
-
-    Args:
-        encoding: of the file before it became UTF-8.
-    """
+def raw_lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes, Flaw | None]]:
+    """Yield line number, bytes and flaw of each line that is not blank. Only a line feed ends a line."""
     line = 0
     while text := file.readline(LONGEST):
         line += 1
         if len(text) == LONGEST and not text.endswith(b"\n"):
-            yield line, None, TOO_LONG
+            yield line, b"", TOO_LONG
             return
-        if text.isspace():
-            continue
-        try:
-            decoded = text.decode("utf-8")
-            yield line, DECODER.decode(decoded), None
-        except UnicodeDecodeError as error:
-            yield line, None, broken_text(text, encoding, f": {error.reason} at byte {error.start + 1}")
-        except (ValueError, RecursionError) as error:
-            yield line, None, json_flaw(error, decoded)
+        if not text.isspace():
+            yield line, text, None
+
+
+def read_line(text: bytes, encoding: str) -> tuple[object, Flaw | None]:
+    """The value on a line, or its flaw.
+
+    Args:
+        encoding: of the file before it became UTF-8.
+    """
+    try:
+        decoded = text.decode("utf-8")
+        return DECODER.decode(decoded), None
+    except UnicodeDecodeError as error:
+        return None, broken_text(text, encoding, f": {error.reason} at byte {error.start + 1}")
+    except (ValueError, RecursionError) as error:
+        return None, json_flaw(error, decoded)
 
 
 class _Window:
@@ -182,7 +186,11 @@ class _Window:
 
 
 def array_rows(file: io.BufferedReader, encoding: str) -> Iterator[tuple[int, object, Flaw | None]]:
-    """As `line_rows`, for one JSON array."""
+    """Yield line number, value and flaw of each row of one JSON array.
+
+    Args:
+        encoding: of the file before it became UTF-8.
+    """
     window = _Window(file)
     window.more()
     position = window.skip_space(window.skip_space(0) + 1)

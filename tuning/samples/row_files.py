@@ -5,14 +5,17 @@ decoding.py has its bytes, json_rows.py and tables.py its syntax; formats.py che
 
 import json
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from tuning.errors import DataError, UserError
-from tuning.samples.decoding import TextFile, open_text
+from tuning.samples.decoding import open_text
 from tuning.samples.dialogue import Dialogue
 from tuning.samples.flaws import Flaw
 from tuning.samples.formats import Columns, read_row
-from tuning.samples.json_rows import array_rows, line_rows, over_lines
+from tuning.samples.json_rows import array_rows, over_lines, raw_lines, read_line
 from tuning.samples.tables import DELIMITERS, find_delimiter, table_rows, without_commands
+
+PIECE_ROWS, PIECE_BYTES = 500, 1 << 21  # maximum of a piece; its last row may go beyond
 
 
 class RowError(DataError):
@@ -78,30 +81,79 @@ def scan_dialogues(
     Args:
         how: other arguments of `formats.read_row`.
     """
-    empty = True
+    for piece in cut_file(path, columns):
+        yield from read_piece(path, piece, columns, **how)
+
+
+class Piece(NamedTuple):
+    """Some rows of a file, as far as they are read by the one process that reads the file; see `read_piece`.
+
+    rows: line number, value and flaw of each. Of JSON lines the value is the line itself, not blank.
+    encoding: of JSON lines before they became UTF-8; None where the values are read.
+    is_table: of what kind the file is.
+    head: the first part of a file that begins with an object; None for others, and in later pieces.
+    """
+
+    rows: list[tuple[int, object, Flaw | None]]
+    encoding: str | None
+    is_table: bool
+    head: bytes | None
+
+
+def cut_file(path: str, columns: Columns | None = None) -> Iterator[Piece]:
+    """The pieces of a data file, in order; memory is that of one.
+
+    Raises:
+        DataError: the file cannot be read, is empty, or holds no rows. The rows before the place that cannot be read
+            come first, since one of them may have an error of its own.
+    """
     with open_text(path) as text:
-        rows, is_table = _parse(path, text, columns)
-        is_object = text.head.lstrip().startswith(b"{")
-        for line, row, flaw in rows:
-            if flaw and empty and is_object and (whole := over_lines(text.head)):
-                raise RowError(f"{path} line {line}: {whole.problem}", line, whole)
-            empty = False
-            found = flaw or read_row(row, columns=columns, **how)
-            if isinstance(found, Dialogue):
-                yield line, row, found
-                continue
-            flaw = without_commands(found) if is_table else found
-            yield line, RowError(f"{path} line {line}: {flaw.problem}", line, flaw), None
+        file, rows, encoding = text.file, None, None
+        delimiter = find_delimiter(path, text.head, columns)
+        head = text.head if text.head.lstrip().startswith(b"{") else None
+        if delimiter:
+            rows = table_rows(path, file, text.encoding, delimiter, columns)
+        elif text.head.lstrip().startswith(b"["):
+            rows = array_rows(file, text.encoding)
+        else:
+            rows, encoding = raw_lines(file), text.encoding
+        some, start, empty = [], 0, True
+        try:
+            for row in rows:
+                some.append(row)
+                empty = False
+                if len(some) == PIECE_ROWS or file.tell() - start > PIECE_BYTES:
+                    yield Piece(some, encoding, bool(delimiter), head)
+                    some, start, head = [], file.tell(), None
+        except Exception:
+            if some:
+                yield Piece(some, encoding, bool(delimiter), head)
+            raise
+        if some:
+            yield Piece(some, encoding, bool(delimiter), head)
     if empty:
         raise DataError(f"{path} holds no rows")
 
 
-def _parse(path: str, text: TextFile, columns: Columns | None) -> tuple[Iterator[tuple], bool]:
-    """Line, value and flaw of each row, and whether the file is a table."""
-    if delimiter := find_delimiter(path, text.head, columns):
-        return table_rows(path, text.file, text.encoding, delimiter, columns), True
-    is_array = text.head.lstrip().startswith(b"[")
-    return (array_rows if is_array else line_rows)(text.file, text.encoding), False
+def read_piece(
+    path: str, piece: Piece, columns: Columns | None = None, **how
+) -> Iterator[tuple[int, dict | RowError, Dialogue | None]]:
+    """`scan_dialogues` of one piece.
+
+    Raises:
+        RowError: the whole file is of a kind that is not read, by its first row.
+    """
+    for number, (line, row, flaw) in enumerate(piece.rows):
+        if piece.encoding and not flaw:
+            row, flaw = read_line(row, piece.encoding)
+        if flaw and not number and piece.head and (whole := over_lines(piece.head)):
+            raise RowError(f"{path} line {line}: {whole.problem}", line, whole)
+        found = flaw or read_row(row, columns=columns, **how)
+        if isinstance(found, Dialogue):
+            yield line, row, found
+            continue
+        flaw = without_commands(found) if piece.is_table else found
+        yield line, RowError(f"{path} line {line}: {flaw.problem}", line, flaw), None
 
 
 def describe_file(path: str, columns: Columns | None = None) -> list[str]:
