@@ -112,13 +112,10 @@ def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, pro
             raise error
         findings.note(error.flaw.kind, error.line, problem=error.flaw.problem)
 
-    hidden = not (progress and sys.stderr.isatty())
-    total = None if hidden else _count_lines(path, line_breaks)
-    with tqdm(total=total, unit="line", desc="preparing data", leave=False, disable=hidden) as bar:
+    def look(chunk: Chunk):
+        return chunk.samples, findings.look(chunk.lines, chunk.rows, chunk.dialogues)
 
-        def look(chunk: Chunk):
-            return chunk.samples, findings.look(chunk.lines, chunk.rows, chunk.dialogues)
-
+    with _bar(path, line_breaks, progress) as bar:
         encoded = encode_file(settings, tokenizer, leave_out, look, processes_for(before.st_size, LARGE))
         chunks = _kept_chunks(settings, encoded, findings, counts, bar)
         try:
@@ -137,6 +134,13 @@ def prepare(settings: DataSettings, tokenizer, cache_dir: str | None = None, pro
         os.unlink(file)  # its rows may not be those of its key
         raise DataError(f"{path} changed while it was read")
     return file
+
+
+def _bar(path: str, line_breaks: int, progress: bool) -> tqdm:
+    """A bar of the lines that have been read."""
+    hidden = not (progress and sys.stderr.isatty())
+    total = None if hidden else _count_lines(path, line_breaks)
+    return tqdm(total=total, unit="line", desc="preparing data", leave=False, disable=hidden)
 
 
 def _count_lines(path: str, line_breaks: int) -> int | None:

@@ -94,9 +94,13 @@ class _Recoded(io.RawIOBase):
         self.decoder = codecs.getincrementaldecoder(encoding)(errors)
         self.line = b""  # the start of one that the last block did not end
         self.ready, self.ended = b"", False
+        self.given = 0  # bytes
 
     def readable(self) -> bool:
         return True
+
+    def tell(self) -> int:
+        return self.given
 
     def readinto(self, buffer) -> int:
         while not self.ready and not self.ended:
@@ -106,6 +110,7 @@ class _Recoded(io.RawIOBase):
             self.ready = text.encode("utf-8", "surrogatepass")  # no valid UTF-8 where a character is half a pair
         size = min(len(buffer), len(self.ready))
         buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        self.given += size
         return size
 
     def _decode(self, block: bytes) -> str:

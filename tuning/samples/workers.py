@@ -45,7 +45,7 @@ def in_order(function: Callable, items: Iterable, processes: int) -> Iterator:
         processes: with 1 everything is done here.
 
     Raises:
-        DataError: a process was killed; or as `items` and `function`.
+        DataError: processes cannot be started, or one was killed; or as `items` and `function`.
     """
     if processes < 2:
         yield from map(function, items)
@@ -75,6 +75,8 @@ def in_order(function: Callable, items: Iterable, processes: int) -> Iterator:
             f"one of {processes} processes that prepared data was killed, perhaps for lack of memory; start again, "
             "with fewer CPUs where memory is short: taskset -c 0 COMMAND"
         ) from None
+    except OSError as error:
+        raise DataError(f"cannot start {processes} processes to prepare data: {error.strerror}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
