@@ -49,7 +49,7 @@ def _tell(message: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # nobody reads it
         sys.stdout.flush()  # otherwise a report in a pipe could be lost
     with contextlib.suppress(OSError, ValueError):
-        print(visible(message), file=sys.stderr, flush=True)
+        print(f"{visible(message)}\n", end="", file=sys.stderr, flush=True)  # one write: ranks share it
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ class PeerWatchdog:
                     ENDING.set()
                     with contextlib.suppress(OSError):
                         text = f"error: process {pid}, rank {rank}, is gone; this one ends too"
-                        print(text, file=sys.stderr, flush=True)
+                        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one write
                     os._exit(1)
             time.sleep(1)
 

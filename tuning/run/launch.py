@@ -181,7 +181,7 @@ def _heeding_refusals():
                 if store.check([REFUSED]):
                     text = store.get(REFUSED).decode(errors="replace")
                     if local_rank() == 0:
-                        print(f"error: {text}", file=sys.stderr, flush=True)
+                        print(f"error: {text}\n", end="", file=sys.stderr, flush=True)
                     time.sleep(2)  # until the others have read it, from rank 0
                     os._exit(ExitCode.USER_ERROR)
 

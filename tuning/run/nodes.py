@@ -306,7 +306,7 @@ class NodeWatch:
         """Say it once a node, hand it on, and end this process."""
         if local_rank() == 0:
             with contextlib.suppress(OSError, ValueError):
-                print(text, file=sys.stderr, flush=True)
+                print(f"{text}\n", end="", file=sys.stderr, flush=True)  # one write: others may write there too
         if is_rank_0():
             for peer in self.peers.values():
                 with contextlib.suppress(OSError):
