@@ -22,9 +22,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
-from deepspeed.accelerator import get_accelerator
 from machines import ADDRESSES, NAMES, Machines, kill_all, wait_for_end, why_not
-from runs import LIMIT, ROOT, STAGES, Launched, command, make_base, make_rows, read_losses
+from runs import LIMIT, ROOT, STAGES, Launched, allow_bf16, command, make_base, make_rows, read_losses, write_bf16_file
 from safetensors.torch import load_file
 
 import predict
@@ -223,10 +222,9 @@ def print_refusals(machines: Machines, folder: Path) -> None:
 
 
 def print_more(machines: Machines, folder: Path) -> None:
-    get_accelerator().is_bf16_supported = lambda: True  # any CPU can, if slowly
+    allow_bf16()
     for stage in STAGES:
-        content = json.loads((ROOT / STAGES[stage]).read_text()) | {"bf16": {"enabled": True}}
-        (folder / f"bf16-{stage}.json").write_text(json.dumps(content))
+        write_bf16_file(stage, folder / f"bf16-{stage}.json")
         loss, weight = compare_losses(
             machines, folder, stage, False, "--ds_file", f"{folder}/bf16-{stage}.json", kind="-bf16"
         )

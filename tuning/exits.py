@@ -12,7 +12,7 @@ import time
 import traceback
 
 from tuning.errors import DataError, ExitCode, FolderError, StopTraining, UserError
-from tuning.terminal import drop_output, visible
+from tuning.terminal import drop_output, print_error, visible
 
 # how gloo and torch's store say that another process has gone
 LOST = "closed by peer|connection reset|broken pipe|got 0 bytes|connection was likely closed"
@@ -48,8 +48,7 @@ def _tell(message: str) -> None:
             bar.close()
     with contextlib.suppress(OSError, ValueError):  # nobody reads it
         sys.stdout.flush()  # otherwise a report in a pipe could be lost
-    with contextlib.suppress(OSError, ValueError):
-        print(f"{visible(message)}\n", end="", file=sys.stderr, flush=True)  # one write: ranks share it
+    print_error(visible(message))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,12 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def print_error(line: str) -> None:
+    """Print a line to stderr in one write: ranks often share a log, and must not cut each other's lines."""
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)
+
+
 def drop_output() -> None:
     """Discard everything that is printed from now on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,18 +1,15 @@
 """Trainings whose rows are prepared by several processes, forked from a rank that already talks to the others."""
 
-import json
 import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from deepspeed.accelerator import get_accelerator
-from runs import STAGES, Launched, command, make_base, make_rows, read_losses
+from endings import assert_they_end
+from runs import STAGES, Launched, allow_bf16, command, make_base, make_rows, read_losses, write_bf16_file
 
 from tuning.samples import dataset, row_files, workers
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -22,23 +19,21 @@ def base(tmp_path_factory):
 
 def several_processes() -> None:
     """As for a large file and three CPUs."""
-    get_accelerator().is_bf16_supported = lambda: True
+    allow_bf16()
     dataset.LARGE, row_files.PIECE_ROWS = 0, 5
     workers.available_cpus = lambda: 3
 
 
 def one_process() -> None:
-    get_accelerator().is_bf16_supported = lambda: True
+    allow_bf16()
     dataset.LARGE = 1 << 40
 
 
 def argv(stage: int, base: Path, folder: Path) -> list[str]:
     """A training in bf16, of whose rows nothing is kept."""
-    settings = json.loads((ROOT / STAGES[stage]).read_text())
-    settings["bf16"]["enabled"] = True
-    (folder / "ds.json").write_text(json.dumps(settings))
+    file = write_bf16_file(stage, folder / "ds.json")
     words = command("glm3", "lora", stage, False, base, make_rows(folder / "rows.json"), folder / "output")
-    return [*words, "--data_cache", "none", "--ds_file", str(folder / "ds.json"), "--num_train_epochs", "0.5"]
+    return [*words, "--data_cache", "none", "--ds_file", str(file), "--num_train_epochs", "0.5"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -76,7 +71,4 @@ def test_a_rank_that_is_killed_meanwhile_takes_its_processes_with_it(base, tmp_p
     assert codes[1] not in (0, 75)
     text = run.log.read_text()
     assert "Traceback" not in text and "error:" in text
-    end = time.monotonic() + 30
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert_they_end(pids)

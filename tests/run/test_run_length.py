@@ -4,11 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from deepspeed.accelerator import get_accelerator
-from runs import METHOD_FLAGS, STAGES, Launched, make_base, make_rows, read_losses
+from runs import METHOD_FLAGS, STAGES, Launched, allow_bf16, make_base, make_rows, read_losses, write_bf16_file
 from safetensors.torch import load_file
-
-from tuning import ROOT
 
 RATE = 2e-2
 STATE = "states/step-00000002"
@@ -25,10 +22,8 @@ def folder(tmp_path_factory):
 def argv(folder):
     """The command line of a run under a ZeRO stage, its results in folder/stage/name."""
     base, rows = make_base("glm3", folder / "base"), make_rows(folder / "rows.json", 12)
-    for stage, file in STAGES.items():
-        content = json.loads(Path(ROOT, file).read_text())
-        content["bf16"]["enabled"] = True
-        (folder / f"zero{stage}.json").write_text(json.dumps(content))
+    for stage in STAGES:
+        write_bf16_file(stage, folder / f"zero{stage}.json")
 
     def line(stage: int, name: str, flags: str) -> list[str]:
         fixed = f"""
@@ -60,11 +55,6 @@ def jobs_of(output: Path, stage: int) -> dict[str, str]:
     }
 
 
-def pretend_bf16() -> None:
-    """Any CPU computes in it, if slowly."""
-    get_accelerator().is_bf16_supported = lambda: True
-
-
 @pytest.fixture(scope="module")
 def losses(folder, argv):
     """losses[stage, name]: of all steps."""
@@ -73,7 +63,7 @@ def losses(folder, argv):
         (folder / str(stage)).mkdir()
         for name, flags in jobs_of(folder / str(stage), stage).items():
             path, log = folder / f"{stage}-{name}.losses", folder / f"{stage}-{name}.log"
-            codes = Launched(argv(stage, name, flags), 2, path, log, pretend_bf16).wait()
+            codes = Launched(argv(stage, name, flags), 2, path, log, allow_bf16).wait()
             assert codes == {0: 0, 1: 0}, log.read_text()
             found[stage, name] = [float.fromhex(loss) for _, loss in read_losses(path)]
     return found
@@ -149,7 +139,7 @@ def test_stages_start_alike(losses):
 def test_what_contradicts_an_earlier_run_is_refused(losses, folder, argv, tmp_path, flags, line):
     flags = flags.format(None, None, folder / "2", lora=METHOD_FLAGS["lora"])
     words = argv(2, tmp_path.name, flags)
-    run = Launched(words, 1, tmp_path / "losses", tmp_path / "log", pretend_bf16)
+    run = Launched(words, 1, tmp_path / "losses", tmp_path / "log", allow_bf16)
     assert run.wait() == {0: 2}, (tmp_path / "log").read_text()
     text = (tmp_path / "log").read_text()
     assert line.format(None, None, folder / "2") in text and text.count("error: ") == 1 and "Traceback" not in text

@@ -4,14 +4,12 @@ import csv
 import gzip
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TEXT
-from deepspeed.accelerator import get_accelerator
-from runs import Launched, command, make_base, read_losses, result_bytes
+from runs import Launched, allow_bf16, command, make_base, read_losses, result_bytes, write_bf16_file
 
 import data_set
 from glm_models import MODE
@@ -246,19 +244,6 @@ def conversation(question: str) -> list[dict]:
     return [{"role": role, "content": text} for role, text in texts]
 
 
-def in_bf16(folder: Path, stage: int) -> str:
-    """The project's ds file with bf16, whatever the device."""
-    content = json.loads((Path(__file__).resolve().parents[2] / f"ds_zero{stage}_no_offload.json").read_text())
-    content["bf16"]["enabled"] = True
-    (folder / "ds.json").write_text(json.dumps(content))
-    return str(folder / "ds.json")
-
-
-def allow_bf16():
-    """A CPU can compute in it, if slowly."""
-    get_accelerator().is_bf16_supported = lambda: True
-
-
 @pytest.mark.parametrize(("mode", "method", "stage"), [("glm", "all", 2), ("glm3", "lora", 3)])
 def test_texts_train_on_two_ranks_and_go_on_from_a_state(tmp_path, mode, method, stage):
     """Texts, conversations and a table with a weight, packed, with replay of text and answers to what asks."""
@@ -275,8 +260,9 @@ def test_texts_train_on_two_ranks_and_go_on_from_a_state(tmp_path, mode, method,
         csv.writer(file).writerows([[*ROW], *((ROW | {"input": line}).values() for line in TEXT[:12])])
     base, output = make_base(mode, tmp_path / "base"), tmp_path / "output"
     argv = command(mode, method, stage, True, base, rows, output)
+    ds_file = write_bf16_file(stage, tmp_path / "ds.json")
     more = f"""--train_path {rows} {table}:1.5
-        --ds_file {in_bf16(tmp_path, stage)} --replay_path {general} --replay_ratio 0.2 --eval_ratio 0.4
+        --ds_file {ds_file} --replay_path {general} --replay_ratio 0.2 --eval_ratio 0.4
         --eval_generate text --eval_max_new_tokens 4 --num_train_epochs 2"""
     found = []
     for number, flags in enumerate(([], ["--resume_from_checkpoint", str(output / "states/step-00000002")])):

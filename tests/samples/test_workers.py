@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from endings import assert_they_end
 
 from tuning.errors import DataError
 from tuning.samples import workers
@@ -90,10 +91,7 @@ for pid in in_order(work, range(20), 2):
     pids = [int(parent.stdout.readline()) for _ in range(2)]
     parent.kill()
     parent.wait()
-    end = time.monotonic() + 30
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert_they_end(pids)
     assert parent.stdout.read() == ""  # nobody else holds its end
 
 

@@ -23,6 +23,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - DeepSpeed gets
 import torch
 import torch.utils.tensorboard
 from conftest import TEXT, make_lively_checkpoint
+from deepspeed.accelerator import get_accelerator
 
 import train
 from glm_models import MODE
@@ -92,6 +93,19 @@ def command(mode: str, method: str, stage: int, packing: bool, base: Path, rows:
         --save_state_steps 2 --show_loss_step 3 --resume_from_checkpoint auto
     """
     return [*fixed.split(), *(["--packing"] if packing else [])]
+
+
+def write_bf16_file(stage: int, path: Path) -> Path:
+    """The project's ds file of a ZeRO stage, in bf16."""
+    content = json.loads((ROOT / STAGES[stage]).read_text())
+    content["bf16"]["enabled"] = True
+    path.write_text(json.dumps(content))
+    return path
+
+
+def allow_bf16() -> None:
+    """A CPU can compute in it, if slowly. A `prepare` of a run, or called by one."""
+    get_accelerator().is_bf16_supported = lambda: True
 
 
 # Runs

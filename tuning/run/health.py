@@ -21,6 +21,7 @@ from tuning.exits import ENDING
 from tuning.run.launch import machine
 from tuning.run.nodes import NodeWatch
 from tuning.samples.batches import Batch
+from tuning.terminal import print_error
 from utils import control_group, data_parallel_size, is_rank_0, print_rank_0, stage_count, tell_all, wait_for_all
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -90,9 +91,7 @@ class PeerWatchdog:
                     if self.over or ENDING.is_set():
                         return
                     ENDING.set()
-                    with contextlib.suppress(OSError):
-                        text = f"error: process {pid}, rank {rank}, is gone; this one ends too"
-                        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one write
+                    print_error(f"error: process {pid}, rank {rank}, is gone; this one ends too")
                     os._exit(1)
             time.sleep(1)
 

@@ -12,7 +12,6 @@ import ipaddress
 import json
 import os
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from tuning.errors import ExitCode, UserError
+from tuning.terminal import print_error
 from utils import control_group, local_rank, on_rank_0, tell_all
 
 # Variables of srun and mpirun: rank, number of tasks, rank on this machine.
@@ -181,7 +181,7 @@ def _heeding_refusals():
                 if store.check([REFUSED]):
                     text = store.get(REFUSED).decode(errors="replace")
                     if local_rank() == 0:
-                        print(f"error: {text}\n", end="", file=sys.stderr, flush=True)
+                        print_error(f"error: {text}")
                     time.sleep(2)  # until the others have read it, from rank 0
                     os._exit(ExitCode.USER_ERROR)
 

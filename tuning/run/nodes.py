@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from tuning.errors import UserError
 from tuning.exits import ENDING, WATCHED
 from tuning.folders import file_hash, list_files, start_folder
 from tuning.run.launch import gloo_address, machine
+from tuning.terminal import print_error
 from utils import check_same, control_group, is_rank_0, local_rank, on_rank_0, once_per_node, tell_all
 
 BLOCK = 1 << 24  # bytes of a file in one message
@@ -305,8 +305,7 @@ class NodeWatch:
     def _end(self, text: str) -> None:
         """Say it once a node, hand it on, and end this process."""
         if local_rank() == 0:
-            with contextlib.suppress(OSError, ValueError):
-                print(f"{text}\n", end="", file=sys.stderr, flush=True)  # one write: others may write there too
+            print_error(text)
         if is_rank_0():
             for peer in self.peers.values():
                 with contextlib.suppress(OSError):

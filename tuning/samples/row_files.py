@@ -3,6 +3,7 @@
 decoding.py has its bytes, json_rows.py and tables.py its syntax; formats.py checks the rows.
 """
 
+import io
 import json
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -69,20 +70,9 @@ def scan_rows(
         DataError: the file cannot be read, is empty, or holds no rows.
     """
     how = {"several_outputs": several_outputs, "empty_outputs": empty_outputs, "missing_outputs": missing_outputs}
-    for line, row, _ in scan_dialogues(path, columns=columns, texts=texts, **how):
-        yield line, row
-
-
-def scan_dialogues(
-    path: str, columns: Columns | None = None, **how
-) -> Iterator[tuple[int, dict | RowError, Dialogue | None]]:
-    """As `scan_rows`, with the normal form of each row behind it; None where the row cannot be used.
-
-    Args:
-        how: other arguments of `formats.read_row`.
-    """
     for piece in cut_file(path, columns):
-        yield from read_piece(path, piece, columns, **how)
+        for line, row, _ in read_piece(path, piece, columns=columns, texts=texts, **how):
+            yield line, row
 
 
 class Piece(NamedTuple):
@@ -107,8 +97,9 @@ def cut_file(path: str, columns: Columns | None = None) -> Iterator[Piece]:
         DataError: the file cannot be read, is empty, or holds no rows. The rows before the place that cannot be read
             come first, since one of them may have an error of its own.
     """
+    empty = True
     with open_text(path) as text:
-        file, rows, encoding = text.file, None, None
+        file, encoding = text.file, None
         delimiter = find_delimiter(path, text.head, columns)
         head = text.head if text.head.lstrip().startswith(b"{") else None
         if delimiter:
@@ -117,28 +108,40 @@ def cut_file(path: str, columns: Columns | None = None) -> Iterator[Piece]:
             rows = array_rows(file, text.encoding)
         else:
             rows, encoding = raw_lines(file), text.encoding
-        some, start, empty = [], 0, True
-        try:
-            for row in rows:
-                some.append(row)
-                empty = False
-                if len(some) == PIECE_ROWS or file.tell() - start > PIECE_BYTES:
-                    yield Piece(some, encoding, bool(delimiter), head)
-                    some, start, head = [], file.tell(), None
-        except Exception:
-            if some:
-                yield Piece(some, encoding, bool(delimiter), head)
-            raise
-        if some:
-            yield Piece(some, encoding, bool(delimiter), head)
+        for some in _gather(rows, file):
+            yield Piece(some, encoding, bool(delimiter), head if empty else None)
+            empty = False
     if empty:
         raise DataError(f"{path} holds no rows")
+
+
+def _gather(rows: Iterator[tuple], file: io.BufferedReader) -> Iterator[list[tuple]]:
+    """The rows that are read from a file, as many at a time as a piece has; an error comes after those before it."""
+    some, start = [], 0
+    try:
+        for row in rows:
+            some.append(row)
+            if len(some) == PIECE_ROWS or file.tell() - start > PIECE_BYTES:
+                yield some
+                some, start = [], file.tell()
+    except Exception:
+        if some:
+            yield some
+        raise
+    if some:
+        yield some
 
 
 def read_piece(
     path: str, piece: Piece, columns: Columns | None = None, **how
 ) -> Iterator[tuple[int, dict | RowError, Dialogue | None]]:
-    """`scan_dialogues` of one piece.
+    """Line number and row of each row of a piece, as `scan_rows` has them, and the row's normal form.
+
+    Args:
+        how: other arguments of `formats.read_row`.
+
+    Yields:
+        Instead of a row that cannot be used a RowError, and None behind it.
 
     Raises:
         RowError: the whole file is of a kind that is not read, by its first row.
